@@ -1,0 +1,120 @@
+"""Routes the attention functions of transformers to int8 attention.
+
+The functions registered in ``AttentionInterface`` are wrapped: an ``Int8Tensor`` key goes to ``ops.attention``,
+anything else to the original function, untouched. Eager attention is no registered function; it reads restored values.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantcache.tensor import Int8Tensor, read, shared_view
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+ROUTED: Final = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations whose arguments are known here. Others still work: they see an ``Int8Tensor``."""
+
+_DENSE_OPTIONS: Final = ("dropout", "output_attentions", "position_bias")
+"""Options of the original functions that need restored states."""
+
+_lock = threading.Lock()
+_wrapped: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}
+
+
+def install() -> None:
+    """Wrap the registered attention functions. Constructing a cache does it; calling it again changes nothing."""
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        for name in ROUTED:
+            current = AttentionInterface._global_mapping.get(name)
+            if current is None or (name in _wrapped and current is _wrapped[name][1]):
+                continue
+            routed = _routed(name, current)
+            AttentionInterface.register(name, routed)
+            _wrapped[name] = (current, routed)
+
+
+def uninstall() -> None:
+    """Put the original attention functions back. Caches that exist keep working, where need be on restored states.
+
+    A function that someone registered over the wrapper since is left in place.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        for name, (original, routed) in _wrapped.items():
+            if AttentionInterface._global_mapping.get(name) is routed:
+                AttentionInterface.register(name, original)
+        _wrapped.clear()
+
+
+def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
+    @functools.wraps(original)
+    def attention_forward(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
+            return original(module, query, key, value, attention_mask, **kwargs)
+        found = shared_view(key, value)
+        reason: str | None = "keys and values of different views"
+        if found is not None:
+            view, log = found
+            reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
+            if reason is None and query.dtype != key.dtype:
+                reason = f"query in {query.dtype} and cache in {key.dtype}"
+            if reason is None:
+                return read(view, log, query, **options), None
+        key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return attention_forward
+
+
+def _options(
+    name: str, module: torch.nn.Module, query: Tensor, kv_len: int, attention_mask: Any, kwargs: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Keyword arguments of ``ops.attention`` for one call of the attention function ``name``.
+
+    Only what the original function honours counts; it ignores every other keyword argument, and so does this.
+
+    Returns:
+        reason: what int8 attention does not cover, None if it covers the call.
+        options: the keyword arguments, empty with a reason.
+    """
+    is_flash = name.startswith("flash")
+    if not is_flash and name != "sdpa":
+        return "it reads dense states", {}
+    for option in _DENSE_OPTIONS if is_flash else (*_DENSE_OPTIONS, "softcap"):
+        value = kwargs.get(option)
+        if isinstance(value, Tensor) or value:
+            return f"the option {option}", {}
+
+    options: dict[str, Any] = {"softmax_scale": kwargs.get("scaling")}
+    if is_flash:
+        options.update(window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+
+    if attention_mask is None:
+        options["is_causal"] = is_causal
+    elif attention_mask.dim() == 4 and not is_flash:
+        # The mask is the whole rule, causality and window included; a static one may reach beyond the keys there are.
+        options["attn_mask"] = attention_mask[..., :kv_len]
+    elif attention_mask.dim() == 2 and is_flash:
+        options["attn_mask"] = attention_mask[:, None, None, -kv_len:].bool()
+        options["is_causal"] = is_causal
+    else:
+        return f"a mask of {attention_mask.dim()} axes", {}
+    return None, options

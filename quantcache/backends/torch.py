@@ -1,0 +1,107 @@
+"""The backend that runs everywhere: restore the pages in plain torch, then torch's own attention.
+
+Its extra memory is one layer's keys and values in the dtype of the query, freed when the call returns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from quantcache import reference
+
+
+def store_pages(
+    key_states: Tensor,
+    value_states: Tensor,
+    key_qdata: Tensor,
+    key_metadata: Tensor,
+    value_qdata: Tensor,
+    value_metadata: Tensor,
+) -> None:
+    """See ``ops.store_pages``."""
+    for quantize, states, qdata, metadata in (
+        (reference.quantize_key_pages, key_states, key_qdata, key_metadata),
+        (reference.quantize_value_pages, value_states, value_qdata, value_metadata),
+    ):
+        new_qdata, new_metadata = quantize(states)
+        qdata.copy_(new_qdata)
+        metadata.copy_(new_metadata)
+
+
+def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_keys``."""
+    restored = [reference.restore_key_pages(q, m, tail.dtype) for q, m in zip(qdata, metadata, strict=True)]
+    return torch.cat([*restored, tail], dim=2)
+
+
+def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_values``."""
+    restored = [reference.restore_value_pages(q, m, tail.dtype) for q, m in zip(qdata, metadata, strict=True)]
+    return torch.cat([*restored, tail], dim=2)
+
+
+def attention(
+    query: Tensor,
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See ``ops.attention``."""
+    key = restore_keys(key_qdata, key_metadata, key_tail)
+    value = restore_values(value_qdata, value_metadata, value_tail)
+    if softcap is not None or sinks is not None:
+        return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
+
+    batch, num_q_heads, query_len, head_dim = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    mask = _combined_mask(query, kv_len, attn_mask, is_causal, window)
+    # The query heads of one KV head become query rows, so that torch never copies keys for them.
+    group = num_q_heads // num_kv_heads
+    if group > 1:
+        query = query.reshape(batch, num_kv_heads, group * query_len, head_dim)
+        mask = None if mask is None else _packed_mask(mask, num_kv_heads, group, query_len, kv_len)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+    return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
+
+
+def _combined_mask(
+    query: Tensor, kv_len: int, attn_mask: Tensor | None, is_causal: bool, window: int | None
+) -> Tensor | None:
+    """One mask of at least 4 axes for the position rules and ``attn_mask`` together, or None."""
+    query_len = query.shape[2]
+    # The only query of a decode step is the newest token, from which causality hides nothing.
+    is_causal = is_causal and query_len > 1
+    if attn_mask is not None:
+        attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+        if attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(query.dtype)
+    if not is_causal and window is None:
+        return attn_mask
+    allowed = reference.visible(query_len, kv_len, is_causal=is_causal, window=window, device=query.device)[None, None]
+    if attn_mask is None:
+        return allowed
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & allowed
+    return attn_mask.masked_fill(~allowed, -torch.inf)
+
+
+def _packed_mask(mask: Tensor, num_kv_heads: int, group: int, query_len: int, kv_len: int) -> Tensor:
+    """Mask for query heads packed as rows: (batch or 1, num_kv_heads or 1, group * query_len or 1, kv_len)."""
+    if mask.shape[1] == 1:
+        if mask.shape[2] == 1:
+            return mask
+        mask = mask.expand(-1, group, -1, -1)
+        return mask.reshape(mask.shape[0], 1, group * query_len, -1)
+    mask = mask.expand(-1, -1, query_len, -1)
+    return mask.reshape(mask.shape[0], num_kv_heads, group * query_len, -1)

@@ -1,0 +1,190 @@
+"""``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from quantcache import attention
+from quantcache.layers import Int8Layer, check_states
+from quantcache.report import CacheReport, FallbackPolicy, LayerReport
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+
+_CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
+
+
+def _needs_config(name: str) -> Callable[..., Any]:
+    """The host's method ``name``, for layers that hold more than keys and values; without a config there are none."""
+
+    @functools.wraps(getattr(Cache, name, Cache.update))
+    def method(self: "QuantizedInt8Cache", *args: Any, **kwargs: Any) -> Any:
+        if self.layer_class_to_replicate is not None:
+            raise ValueError(
+                f"QuantizedInt8Cache.{name}: a hybrid model, whose layers hold more than keys and values, needs a "
+                "cache made from its config, got config=None. Use QuantizedInt8Cache(model.config)."
+            )
+        return getattr(Cache, name)(self, *args, **kwargs)
+
+    return method
+
+
+class QuantizedInt8Cache(Cache):
+    """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
+
+        model.generate(**inputs, past_key_values=QuantizedInt8Cache())
+
+    Keys are quantised per channel over pages of 64 tokens, values per token; the newest tokens stay exact. The prompt
+    attends at full precision, and a context of less than 64 + ``residual_length`` tokens is never quantised.
+
+    Args:
+        config: the model's config. Full-attention layers are then int8, and sliding-window, linear-attention and other
+            special layers transformers' own. Without it every layer is int8 and made on first use, which suits any
+            model whose layers are all attention.
+        residual_length: newer tokens that must exist before a page is quantised. A rollback of up to that many tokens,
+            as assisted decoding makes, leaves no trace.
+        strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
+            warning once.
+
+    Raises:
+        TypeError: ``config`` is not a config, ``residual_length`` not an int.
+        ValueError: a negative ``residual_length``.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+    ) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            convert = f" For legacy key and value tuples use {_CONVERT}." if isinstance(config, (tuple, list)) else ""
+            raise TypeError(
+                "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
+                f"got {type(config).__name__}.{convert}"
+            )
+        make_layer = functools.partial(Int8Layer, residual_length, FallbackPolicy(strict))
+        make_layer()  # refuses a bad residual_length here, not in the middle of the first forward pass
+        if config is None:
+            super().__init__(layer_class_to_replicate=make_layer)  # type: ignore[arg-type]
+        else:
+            native = DynamicCache(config=config).layers
+            super().__init__(layers=[make_layer() if type(layer) is DynamicLayer else layer for layer in native])
+        attention.install()
+
+    @classmethod
+    def from_legacy_cache(
+        cls,
+        past_key_values: Iterable[tuple[Tensor, Tensor]],
+        config: PreTrainedConfig | None = None,
+        *,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+    ) -> "QuantizedInt8Cache":
+        """A cache filled from legacy tuples, one ``(key_states, value_states)`` per layer.
+
+        Args:
+            past_key_values: each tensor (batch, num_kv_heads, seq_len, head_dim).
+            config: as for the constructor, as are the other arguments.
+            residual_length: see the constructor.
+            strict: see the constructor.
+
+        Raises:
+            TypeError, ValueError: an entry is no pair of such tensors.
+        """
+        cache = cls(config, residual_length=residual_length, strict=strict)
+        for layer_idx, states in enumerate(past_key_values):
+            if not isinstance(states, (tuple, list)) or len(states) != 2:
+                raise ValueError(
+                    "QuantizedInt8Cache.from_legacy_cache: each layer must be a pair (key_states, value_states), "
+                    f"got {type(states).__name__} of length {len(states) if hasattr(states, '__len__') else '?'} "
+                    f"for layer {layer_idx}."
+                )
+            cache.update(*states, layer_idx)
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values: codes, metadata, exact tails, native layers and slack."""
+        return sum(layer_nbytes(layer) for layer in self.layers)
+
+    def report(self) -> CacheReport:
+        """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table."""
+        return CacheReport([_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)])
+
+    def __repr__(self) -> str:
+        int8 = [layer for layer in self.layers if isinstance(layer, Int8Layer)]
+        native = len(self.layers) - len(int8)
+        parts = [f"{len(int8)} int8 layers"] + ([f"{native} native layers"] if native else [])
+        seq_len = max((layer.get_seq_length() for layer in int8), default=0)
+        return f"QuantizedInt8Cache({', '.join(parts)}, seq_len={seq_len}, nbytes={self.nbytes})"
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new tokens of one layer and return what their queries attend to; see ``Int8Layer.update``.
+
+        Args:
+            key_states: (batch, num_kv_heads, query_len, head_dim).
+            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+            layer_idx: decoder layer, from 0.
+            args: passed on to the layer.
+            kwargs: passed on to the layer.
+
+        Raises:
+            TypeError, ValueError: see ``Int8Layer.update``; the cache is then as it was.
+            IndexError: the config has no such layer.
+        """
+        known = len(self.layers)
+        if layer_idx < 0 or (layer_idx >= known and self.layer_class_to_replicate is None):
+            raise IndexError(
+                f"QuantizedInt8Cache.update: layer_idx must be from 0 to {known - 1}, got {layer_idx}. "
+                "Is the config that of another model?"
+            )
+        if layer_idx >= known:
+            check_states(key_states, value_states)  # before the host appends layers for it
+        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
+
+        Args:
+            tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
+
+        Raises:
+            ValueError: a positive number, or more tokens than a layer holds; every layer is then as it was.
+        """
+        for layer in self.layers:
+            if isinstance(layer, Int8Layer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    get_conv_state = _needs_config("get_conv_state")
+    update_conv_state = _needs_config("update_conv_state")
+    get_recurrent_state = _needs_config("get_recurrent_state")
+    update_recurrent_state = _needs_config("update_recurrent_state")
+    has_previous_state = _needs_config("has_previous_state")
+    update_indexer = _needs_config("update_indexer")
+
+
+def layer_nbytes(layer: Any) -> int:
+    """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
+    if isinstance(layer, Int8Layer):
+        return layer.nbytes
+    storages = {}
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _report(layer: Any, layer_idx: int) -> LayerReport:
+    if isinstance(layer, Int8Layer):
+        return layer.report(layer_idx)
+    seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    return LayerReport(layer_idx, type(layer).__name__, seq_len, layer_nbytes(layer), "native", None)

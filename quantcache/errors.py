@@ -1,0 +1,9 @@
+"""Warnings and errors of quantcache that are not plain ``ValueError`` or ``TypeError``."""
+
+
+class FallbackWarning(UserWarning):
+    """The cache was read by a slower path than int8 attention; ``cache.report()`` says where and why."""
+
+
+class FallbackError(RuntimeError):
+    """What ``FallbackWarning`` tells, raised by a cache made with ``strict=True``."""

@@ -1,0 +1,283 @@
+"""The operations on the bytes of the cache: their schemas, their fakes, and which backend runs them.
+
+Each is registered with ``torch.library`` under the namespace ``quantcache``; the functions of the same name here check
+their arguments and call it. P pages of page_size = 64 tokens come as lists of segments, (P_i, ...) each.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from quantcache import reference
+from quantcache.backends import torch as torch_backend
+from quantcache.scheme import PAGE_SIZE
+
+BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
+
+
+class Backend(Protocol):
+    """What a file in ``backends/`` offers; each promise is that of the function of the same name in this module."""
+
+    def store_pages(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        key_qdata: Tensor,
+        key_metadata: Tensor,
+        value_qdata: Tensor,
+        value_metadata: Tensor,
+    ) -> None:
+        """Quantise whole pages."""
+
+    def restore_keys(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+        """Dense keys."""
+        ...
+
+    def restore_values(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+        """Dense values."""
+        ...
+
+    def attention(
+        self,
+        query: Tensor,
+        key_qdata: Sequence[Tensor],
+        key_metadata: Sequence[Tensor],
+        value_qdata: Sequence[Tensor],
+        value_metadata: Sequence[Tensor],
+        key_tail: Tensor,
+        value_tail: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        softmax_scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention over pages and tail."""
+        ...
+
+
+BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend}
+
+
+def choose_backend(device: torch.device) -> str:
+    """Name of the backend that runs the operations on ``device``.
+
+    Args:
+        device: where the tensors are; every backend of this version runs on every device.
+
+    Raises:
+        ValueError: ``QUANTCACHE_BACKEND`` names a backend that does not exist.
+    """
+    forced = os.environ.get(BACKEND_VARIABLE)
+    if not forced:
+        return "torch"
+    if forced not in BACKENDS:
+        raise ValueError(
+            f"{BACKEND_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {forced!r}. "
+            "Unset it to let quantcache choose."
+        )
+    return forced
+
+
+_library = torch.library.Library("quantcache", "DEF")
+_library.define(
+    "store_pages(Tensor key_states, Tensor value_states, Tensor(a!) key_qdata, Tensor(b!) key_metadata, "
+    "Tensor(c!) value_qdata, Tensor(d!) value_metadata) -> ()"
+)
+_library.define("restore_keys(Tensor[] qdata, Tensor[] metadata, Tensor tail) -> Tensor")
+_library.define("restore_values(Tensor[] qdata, Tensor[] metadata, Tensor tail) -> Tensor")
+_library.define(
+    "attention(Tensor query, Tensor[] key_qdata, Tensor[] key_metadata, Tensor[] value_qdata, "
+    "Tensor[] value_metadata, Tensor key_tail, Tensor value_tail, Tensor? attn_mask, bool is_causal, "
+    "float softmax_scale, int? window, float? softcap, Tensor? sinks) -> Tensor"
+)
+
+
+def _dispatched(name: str, device_argument: int) -> Callable[..., Tensor | None]:
+    """The operation ``name`` on the backend chosen for the device of its ``device_argument``-th argument."""
+
+    def run(*args: Any) -> Tensor | None:
+        backend = BACKENDS[choose_backend(args[device_argument].device)]
+        result: Tensor | None = getattr(backend, name)(*args)
+        return result
+
+    return run
+
+
+def _fake_store_pages(*_: Tensor) -> None:
+    return None
+
+
+def _fake_restore(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    batch, num_kv_heads, tail_len, head_dim = tail.shape
+    return tail.new_empty(batch, num_kv_heads, sum(len(q) for q in qdata) * PAGE_SIZE + tail_len, head_dim)
+
+
+def _fake_attention(query: Tensor, *args: Any) -> Tensor:
+    value_tail: Tensor = args[5]
+    batch, num_q_heads, query_len, _ = query.shape
+    return query.new_empty(batch, query_len, num_q_heads, value_tail.shape[-1])
+
+
+for _name, _device_argument, _fake in (
+    ("store_pages", 0, _fake_store_pages),
+    ("restore_keys", 2, _fake_restore),
+    ("restore_values", 2, _fake_restore),
+    ("attention", 0, _fake_attention),
+):
+    _library.impl(_name, _dispatched(_name, _device_argument), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
+
+
+def store_pages(
+    key_states: Tensor,
+    value_states: Tensor,
+    key_qdata: Tensor,
+    key_metadata: Tensor,
+    value_qdata: Tensor,
+    value_metadata: Tensor,
+) -> None:
+    """Quantise whole pages of keys and values into memory that is already there.
+
+    Args:
+        key_states: (batch, num_kv_heads, T, head_dim), any float dtype and strides; T = P * page_size.
+        value_states: (batch, num_kv_heads, T, v_head_dim).
+        key_qdata: written; int8 (P, batch, num_kv_heads, page_size, head_dim).
+        key_metadata: written; int16 (P, batch, num_kv_heads, head_dim, 2).
+        value_qdata: written; int8 (P, batch, num_kv_heads, page_size, v_head_dim).
+        value_metadata: written; int16 (P, batch, num_kv_heads, page_size, 2).
+    """
+    torch.ops.quantcache.store_pages(key_states, value_states, key_qdata, key_metadata, value_qdata, value_metadata)
+
+
+def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """Pages and tail as one dense tensor.
+
+    Args:
+        qdata: per segment, int8 (P_i, batch, num_kv_heads, page_size, head_dim).
+        metadata: per segment, int16 (P_i, batch, num_kv_heads, head_dim, 2).
+        tail: (batch, num_kv_heads, tail_len, head_dim), exact.
+
+    Returns:
+        (batch, num_kv_heads, sum(P_i) * page_size + tail_len, head_dim) in the dtype of ``tail``.
+    """
+    restored: Tensor = torch.ops.quantcache.restore_keys(qdata, metadata, tail)
+    return restored
+
+
+def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """As ``restore_keys``, for values: metadata (P_i, batch, num_kv_heads, page_size, 2)."""
+    restored: Tensor = torch.ops.quantcache.restore_values(qdata, metadata, tail)
+    return restored
+
+
+def attention(
+    query: Tensor,
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention over pages and tail in one softmax; ``reference.attend`` over the restored states is its specification.
+
+    Args:
+        query: (batch, num_q_heads, query_len, head_dim); the last query sits on the last key.
+        key_qdata: see ``restore_keys``.
+        key_metadata: see ``restore_keys``.
+        value_qdata: see ``restore_values``.
+        value_metadata: see ``restore_values``.
+        key_tail: (batch, num_kv_heads, tail_len, head_dim) in the dtype of ``query``.
+        value_tail: (batch, num_kv_heads, tail_len, v_head_dim) in the dtype of ``query``.
+        attn_mask: broadcastable to (batch, num_q_heads, query_len, kv_len). Bool: True attends. Float: added.
+        is_causal: hide keys newer than the query.
+        softmax_scale: factor on the logits; ``head_dim ** -0.5`` if None.
+        window: hide keys ``window`` or more positions older than the query.
+        softcap: bound of the logits by ``softcap * tanh(logits / softcap)``.
+        sinks: (num_q_heads,), one more logit per head that takes probability and returns nothing.
+
+    Returns:
+        (batch, query_len, num_q_heads, v_head_dim), contiguous, in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes or numbers that do not fit together.
+        TypeError: a query whose dtype is not the tail's.
+    """
+    kv_len = sum(len(qdata) for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
+    _check_attention(query, key_tail, value_tail, kv_len, attn_mask, window, softcap, sinks)
+    if softmax_scale is None:
+        softmax_scale = float(query.shape[-1]) ** -0.5
+    if torch.is_grad_enabled() and query.requires_grad:
+        # The operation has no derivative; the same numbers in differentiable torch keep the query's gradient.
+        key = restore_keys(key_qdata, key_metadata, key_tail)
+        value = restore_values(value_qdata, value_metadata, value_tail)
+        return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
+    output: Tensor = torch.ops.quantcache.attention(
+        query,
+        key_qdata,
+        key_metadata,
+        value_qdata,
+        value_metadata,
+        key_tail,
+        value_tail,
+        attn_mask,
+        is_causal,
+        softmax_scale,
+        window,
+        softcap,
+        sinks,
+    )
+    return output
+
+
+def _check_attention(
+    query: Tensor,
+    key_tail: Tensor,
+    value_tail: Tensor,
+    kv_len: int,
+    attn_mask: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    batch, num_kv_heads, _, head_dim = key_tail.shape
+    if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim or query.shape[1] % num_kv_heads:
+        raise ValueError(
+            "ops.attention: query must be (batch, num_q_heads, query_len, head_dim) with batch "
+            f"{batch}, head_dim {head_dim} and num_q_heads a multiple of {num_kv_heads}, got {tuple(query.shape)}."
+        )
+    if query.dtype != key_tail.dtype or query.dtype != value_tail.dtype:
+        raise TypeError(
+            "ops.attention: query must have the dtype of the cached states, "
+            f"{key_tail.dtype} and {value_tail.dtype}, got {query.dtype}."
+        )
+    if attn_mask is not None:
+        full = (batch, query.shape[1], query.shape[2], kv_len)
+        aligned = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        if len(aligned) != 4 or any(have not in (1, want) for have, want in zip(aligned, full, strict=True)):
+            raise ValueError(
+                "ops.attention: attn_mask must broadcast to (batch, num_q_heads, query_len, kv_len) = "
+                f"{full}, got {tuple(attn_mask.shape)}."
+            )
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"ops.attention: attn_mask must be bool or floating point, got {attn_mask.dtype}.")
+    if window is not None and window < 1:
+        raise ValueError(f"ops.attention: window must be at least 1 token, got {window}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"ops.attention: softcap must be positive, got {softcap}.")
+    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(
+            f"ops.attention: sinks must be one number per query head, ({query.shape[1]},), got {tuple(sinks.shape)}."
+        )

@@ -1,0 +1,338 @@
+"""``Int8Pages``: the bytes of one layer, and every operation on them.
+
+Pages live in segments that are allocated whole and never copied again; the tail is a small buffer of the newest tokens
+in the model's dtype. Nothing here knows about transformers.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantcache import ops
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+
+TAIL_STEP: Final = 16
+"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
+
+SEGMENT_GROWTH: Final = 16
+"""A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
+Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
+
+
+class Segment(NamedTuple):
+    """Memory for ``capacity`` pages, allocated at once.
+
+    key_qdata: int8 (capacity, batch, num_kv_heads, page_size, head_dim)
+    key_metadata: int16 (capacity, batch, num_kv_heads, head_dim, 2)
+    value_qdata: int8 (capacity, batch, num_kv_heads, page_size, v_head_dim)
+    value_metadata: int16 (capacity, batch, num_kv_heads, page_size, 2)
+    """
+
+    key_qdata: Tensor
+    key_metadata: Tensor
+    value_qdata: Tensor
+    value_metadata: Tensor
+
+    @classmethod
+    def allocate(cls, capacity: int, key_states: Tensor, value_states: Tensor) -> "Segment":
+        """An uninitialised segment for states shaped like (batch, num_kv_heads, any, head_dim)."""
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        rows, device = (capacity, batch, num_kv_heads), key_states.device
+
+        def memory(dtype: torch.dtype, *tail: int) -> Tensor:
+            return torch.empty(*rows, *tail, dtype=dtype, device=device)
+
+        return cls(
+            memory(torch.int8, PAGE_SIZE, head_dim),
+            memory(torch.int16, head_dim, 2),
+            memory(torch.int8, PAGE_SIZE, value_states.shape[-1]),
+            memory(torch.int16, PAGE_SIZE, 2),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Pages that fit."""
+        return len(self.key_qdata)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, used or not."""
+        return sum(part.nbytes for part in self)
+
+    def narrow(self, start: int, stop: int | None) -> "Segment":
+        """The pages ``start`` to ``stop`` (None: the end), sharing memory."""
+        return Segment(*(part[start:stop] for part in self))
+
+
+@dataclass(frozen=True, eq=False)
+class PagesView:
+    """What one attention call reads: closed pages, then the tail.
+
+    It shares memory with the cache. Appending leaves it valid; a crop followed by an append writes over its tail.
+    """
+
+    segments: tuple[Segment, ...]
+    key_tail: Tensor
+    value_tail: Tensor
+
+    @property
+    def num_pages(self) -> int:
+        """Closed pages in the view."""
+        return sum(segment.capacity for segment in self.segments)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in the view."""
+        return self.num_pages * PAGE_SIZE + self.key_tail.shape[2]
+
+    def restore_keys(self) -> Tensor:
+        """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
+        if not self.segments:
+            return self.key_tail
+        return ops.restore_keys(
+            [s.key_qdata for s in self.segments], [s.key_metadata for s in self.segments], self.key_tail
+        )
+
+    def restore_values(self) -> Tensor:
+        """(batch, num_kv_heads, seq_len, v_head_dim) in the model's dtype."""
+        if not self.segments:
+            return self.value_tail
+        return ops.restore_values(
+            [s.value_qdata for s in self.segments], [s.value_metadata for s in self.segments], self.value_tail
+        )
+
+    def attention(
+        self,
+        query: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        softmax_scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """``ops.attention`` over this view."""
+        return ops.attention(
+            query,
+            [s.key_qdata for s in self.segments],
+            [s.key_metadata for s in self.segments],
+            [s.value_qdata for s in self.segments],
+            [s.value_metadata for s in self.segments],
+            self.key_tail,
+            self.value_tail,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+class Int8Pages:
+    """The keys and values of one layer: closed int8 pages and an exact tail.
+
+    A page is closed at the end of the first ``append`` after which at least ``residual_length`` newer tokens exist, so
+    what is stored depends on the tokens and not on how they were cut into calls.
+
+    Args:
+        key_states: (batch, num_kv_heads, any, head_dim); fixes shapes, dtype and device, nothing is stored of it.
+        value_states: (batch, num_kv_heads, any, v_head_dim).
+        residual_length: newer tokens a page waits for, at least 0.
+    """
+
+    def __init__(
+        self, key_states: Tensor, value_states: Tensor, residual_length: int = DEFAULT_RESIDUAL_LENGTH
+    ) -> None:
+        self.residual_length = residual_length
+        self._segments: list[Segment] = []
+        self._num_pages = 0
+        # Buffers of the tail; the first _tail_len tokens count.
+        self._key_tail = key_states[:, :, :0].detach().clone()
+        self._value_tail = value_states[:, :, :0].detach().clone()
+        self._tail_len = 0
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens stored."""
+        return self._num_pages * PAGE_SIZE + self._tail_len
+
+    @property
+    def num_pages(self) -> int:
+        """Closed pages."""
+        return self._num_pages
+
+    @property
+    def key_tail(self) -> Tensor:
+        """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        return self._key_tail[:, :, : self._tail_len]
+
+    @property
+    def value_tail(self) -> Tensor:
+        """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        return self._value_tail[:, :, : self._tail_len]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments, slack included."""
+        return tuple(self._segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: codes, metadata, tail, and their slack."""
+        return sum(s.nbytes for s in self._segments) + self._key_tail.nbytes + self._value_tail.nbytes
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences stored."""
+        return self._key_tail.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self._key_tail.device
+
+    def view(self) -> PagesView:
+        """All tokens stored, for reading."""
+        return self._view_with(self.key_tail, self.value_tail)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> PagesView:
+        """Store new tokens and return what their queries read.
+
+        In the view the pages that this call closes are still exact, so a chunk always sees itself unquantised. The
+        tail of the view of an empty layer is the arguments themselves.
+
+        Args:
+            key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
+            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+        """
+        key_states, value_states = key_states.detach(), value_states.detach()
+        total = self._tail_len + key_states.shape[2]
+        closing = max(0, (total - self.residual_length) // PAGE_SIZE)
+
+        if self.seq_len == 0:
+            key_tail, value_tail = key_states, value_states
+            key_buffer, value_buffer = key_states, value_states
+        else:
+            key_buffer = _extended(self._key_tail, self._tail_len, key_states)
+            value_buffer = _extended(self._value_tail, self._tail_len, value_states)
+            key_tail, value_tail = key_buffer[:, :, :total], value_buffer[:, :, :total]
+        view = self._view_with(key_tail, value_tail)
+
+        new_segment = self._close(key_tail, value_tail, closing) if closing else None
+        if closing or self.seq_len == 0:
+            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
+            start = closing * PAGE_SIZE
+            key_buffer = _extended(key_tail[:, :, :0], 0, key_tail[:, :, start:])
+            value_buffer = _extended(value_tail[:, :, :0], 0, value_tail[:, :, start:])
+        # Nothing above changed what is stored, so an append that fails for lack of memory leaves the layer as it was.
+        if new_segment is not None:
+            self._segments.append(new_segment)
+        self._key_tail, self._value_tail = key_buffer, value_buffer
+        self._num_pages += closing
+        self._tail_len = total - closing * PAGE_SIZE
+        return view
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        A page that loses some of its tokens is reopened: the restored values of the rest become the tail.
+
+        Args:
+            tokens_to_remove: from 0 to ``seq_len``.
+        """
+        seq_len = self.seq_len - tokens_to_remove
+        pages, rest = divmod(seq_len, PAGE_SIZE)
+        if pages >= self._num_pages:
+            self._tail_len = seq_len - self._num_pages * PAGE_SIZE
+            return
+        # The tail is restored before any page is let go.
+        reopened = self._view_pages(pages, pages + 1)
+        key_states, value_states = reopened.restore_keys(), reopened.restore_values()
+        self._key_tail = _extended(self._key_tail[:, :, :0], 0, key_states[:, :, :rest])
+        self._value_tail = _extended(self._value_tail[:, :, :0], 0, value_states[:, :, :rest])
+        self._tail_len = rest
+        self._num_pages = pages
+        while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
+            self._segments.pop()
+
+    def index_select(self, indices: Tensor) -> None:
+        """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+        indices = indices.to(self.device)
+        segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
+        tails = self._key_tail[indices], self._value_tail[indices]
+        self._segments, (self._key_tail, self._value_tail) = segments, tails
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
+        self.index_select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
+        """Move the bytes to ``device``."""
+        segments = [Segment(*(p.to(device, non_blocking=non_blocking) for p in s)) for s in self._segments]
+        tails = (t.to(device, non_blocking=non_blocking) for t in (self._key_tail, self._value_tail))
+        self._segments, (self._key_tail, self._value_tail) = segments, tails
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, dense, in the model's dtype; see ``PagesView``."""
+        view = self.view()
+        return view.restore_keys(), view.restore_values()
+
+    def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
+        return PagesView(self._view_pages(0, self._num_pages).segments, key_tail, value_tail)
+
+    def _view_pages(self, start: int, stop: int) -> PagesView:
+        """The closed pages ``start`` to ``stop``, with an empty tail."""
+        narrowed, first = [], 0
+        for segment in self._segments:
+            low, high = max(start - first, 0), min(stop - first, segment.capacity)
+            if low < high:
+                narrowed.append(segment.narrow(low, high))
+            first += segment.capacity
+        return PagesView(tuple(narrowed), self._key_tail[:, :, :0], self._value_tail[:, :, :0])
+
+    def _close(self, key_tail: Tensor, value_tail: Tensor, num_pages: int) -> Segment | None:
+        """Write the first ``num_pages`` pages of the tail behind the closed ones.
+
+        Returns:
+            The segment that had to be made for them, not yet in the list.
+        """
+        room = sum(s.capacity for s in self._segments) - self._num_pages
+        targets = [] if not room else [self._segments[-1].narrow(self._segments[-1].capacity - room, None)]
+        new_segment = None
+        if room < num_pages:
+            growth = max(num_pages - room, self._num_pages // SEGMENT_GROWTH)
+            new_segment = Segment.allocate(growth, key_tail, value_tail)
+            targets.append(new_segment)
+        page = 0
+        for target in targets:
+            stop = min(page + target.capacity, num_pages)
+            tokens = slice(page * PAGE_SIZE, stop * PAGE_SIZE)
+            with _write_access(target.key_qdata):
+                ops.store_pages(key_tail[:, :, tokens], value_tail[:, :, tokens], *target.narrow(0, stop - page))
+            page = stop
+        return new_segment
+
+
+def _extended(buffer: Tensor, used: int, states: Tensor) -> Tensor:
+    """``buffer`` with ``states`` written behind its first ``used`` tokens, in place if it has room."""
+    total = used + states.shape[2]
+    if total > buffer.shape[2]:
+        capacity = -(-total // TAIL_STEP) * TAIL_STEP
+        grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+        grown[:, :, :used] = buffer[:, :, :used]
+        buffer = grown
+    with _write_access(buffer):
+        buffer[:, :, used:total] = states
+    return buffer
+
+
+def _write_access(memory: Tensor) -> AbstractContextManager[None]:
+    """What a write into ``memory`` needs: tensors made in inference mode can only be written there."""
+    if memory.is_inference() and not torch.is_inference_mode_enabled():
+        return torch.inference_mode()
+    return nullcontext()

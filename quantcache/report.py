@@ -1,0 +1,90 @@
+"""What a cache says of itself: what each layer stores, and by which path it was last read."""
+
+import warnings
+from dataclasses import dataclass, field
+
+from quantcache.errors import FallbackError, FallbackWarning
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of ``CacheReport``.
+
+    Attributes:
+        layer_idx: decoder layer.
+        storage: "int8", "empty", or the transformers layer class that keeps its own states here.
+        seq_len: tokens stored.
+        nbytes: bytes allocated, slack included.
+        kernel: what read the layer last: a backend of ``ops``, "exact" while no page is closed, "restored" after a
+            fallback, "native" for a transformers layer, "none" before the first read.
+        reason: why the read was a fallback, else None.
+    """
+
+    layer_idx: int
+    storage: str
+    seq_len: int
+    nbytes: int
+    kernel: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table."""
+
+    layers: list[LayerReport]
+
+    @property
+    def backend(self) -> str:
+        """The kernels that read the layers last, each once, in order of the layers."""
+        return ", ".join(dict.fromkeys(row.kernel for row in self.layers)) or "none"
+
+    def __str__(self) -> str:
+        head = ("layer", "storage", "tokens", "bytes", "kernel", "reason")
+        rows = [
+            (str(r.layer_idx), r.storage, f"{r.seq_len:,}", f"{r.nbytes:,}", r.kernel, r.reason or "")
+            for r in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass
+class FallbackPolicy:
+    """What one cache does about slow reads: warn once, or raise."""
+
+    strict: bool = False
+    warned: bool = False
+
+
+@dataclass
+class ReadLog:
+    """By which path one layer was last read."""
+
+    policy: FallbackPolicy = field(default_factory=FallbackPolicy)
+    kernel: str = "none"
+    reason: str | None = None
+
+    def ran(self, kernel: str) -> None:
+        """Note a read that went the intended way."""
+        self.kernel, self.reason = kernel, None
+
+    def fell_back(self, reason: str) -> None:
+        """Note a read of restored states; call it before they are restored.
+
+        Raises:
+            FallbackError: the cache is strict.
+        """
+        advice = "Read cache.report() for every layer"
+        if self.policy.strict:
+            raise FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
+        self.kernel, self.reason = "restored", reason
+        if not self.policy.warned:
+            self.policy.warned = True
+            warnings.warn(
+                f"QuantizedInt8Cache: the cache was read by restoring it to full precision ({reason}), which is "
+                f"correct but slower and needs memory for one layer. {advice}; strict=True raises instead.",
+                FallbackWarning,
+                stacklevel=3,
+            )

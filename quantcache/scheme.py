@@ -1,0 +1,37 @@
+"""The constants of the number format: what a page is and how its metadata is packed.
+
+A *page* is 64 consecutive tokens of one layer. Keys share a scale along the tokens of a page (granularity
+``per_channel``), values along the channels of a token (``per_token``). Both are affine:
+
+    restored = scale * (q - zero_point)
+
+``q`` is int8, ``scale`` bfloat16 and ``zero_point`` int16, the last two packed as one pair of 16-bit words. A
+bfloat16 scale spans the whole range of float32, and 8 significant bits times a 16-bit integer is exact in float32,
+so restoring to float32 adds no rounding of its own.
+"""
+
+from typing import Final
+
+PAGE_SIZE: Final = 64
+"""Tokens in a page."""
+
+DEFAULT_RESIDUAL_LENGTH: Final = 32
+"""Newer tokens that must exist before a page is quantised."""
+
+QMIN: Final = -128
+QMAX: Final = 127
+
+MAX_STEPS: Final = 254
+"""Scales between the smallest and the largest element of a group. Rounding each end outwards adds at most one step,
+which makes 255, all that ``QMIN..QMAX`` has."""
+
+MAX_ABS_STEPS: Final = 32512
+"""Scales between zero and the largest magnitude of a group, so that ``zero_point`` stays inside int16. It floors the
+scale of nearly constant groups at 1/32512 of their magnitude: 64 times finer than bfloat16, 16 times than float16."""
+
+MIN_SCALE: Final = 2.0**-120
+"""Scale of an all-zero group. Far enough above the smallest normal float32 that half and a quarter of it are normal."""
+
+METADATA_SCALE: Final = 0
+METADATA_ZERO_POINT: Final = 1
+"""Places of the two 16-bit words in the last axis of a metadata tensor."""

@@ -1,0 +1,44 @@
+"""Error bounds, derived, and the assertion that reports a miss in units of the scale."""
+
+import torch
+from torch import Tensor
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, unit: Tensor) -> None:
+    """Raise unless ``|actual - expected| <= bound`` everywhere, in float64; NaN never passes."""
+    error = (actual.double() - expected.double()).abs()
+    good = error <= bound.double()
+    if not bool(good.all()):
+        worst = torch.where(good, -torch.inf, (error / unit.double()).nan_to_num(torch.inf)).flatten().argmax()
+        place = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
+        steps = (error / unit.double()).flatten()[worst]
+        raise AssertionError(f"{steps:.4f} scale at {place}: {actual[place]!r} for {expected[place]!r}")
+
+
+def cast_bound(states: Tensor, half_scale: Tensor) -> Tensor:
+    """Largest ``|restored - states|`` when restoring to ``states.dtype``: half a scale, plus the final cast."""
+    out = torch.finfo(states.dtype)
+    magnitude = states.double().abs()
+    return half_scale.double() + 0.5 * out.eps * (magnitude + half_scale.double() + out.smallest_normal)
+
+
+def attention_bound(
+    query: Tensor, softmax_scale: float, key_scale: Tensor, value_scale: Tensor, value: Tensor
+) -> float:
+    """Largest change of an attention output by quantising its keys and values.
+
+    A logit moves by at most ``delta = 0.5 * sum_d |softmax_scale * query_d| * key_scale_d``; the output by at most
+    ``expm1(2 * delta) * max|value| + 0.5 * max(value_scale)``, as weights change by a factor within exp(+-2 delta).
+
+    Args:
+        query: (batch, num_q_heads, query_len, head_dim).
+        softmax_scale: factor on the logits.
+        key_scale: (P, batch, num_kv_heads, head_dim).
+        value_scale: any shape.
+        value: exact values.
+    """
+    group = query.shape[1] // key_scale.shape[2]
+    largest = key_scale.double().amax(dim=0).repeat_interleave(group, dim=1)[:, :, None]
+    delta = 0.5 * (softmax_scale * query.double().abs() * largest).sum(-1).amax()
+    change = torch.expm1(2 * delta) * value.double().abs().amax() + 0.5 * value_scale.double().amax()
+    return float(change)

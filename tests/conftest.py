@@ -1,0 +1,33 @@
+"""Hypothesis settings, devices, and the guarantee that every test starts with an unpatched transformers."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("default", max_examples=60, deadline=None)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    """Every test starts and ends with transformers' own attention functions."""
+    from quantcache import attention
+
+    attention.uninstall()
+    torch.manual_seed(0)
+    yield
+    attention.uninstall()
+
+
+def devices() -> list[object]:
+    """The devices a test runs on: the CPU, and the GPU where there is one."""
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, skip_without_gpu])]
+
+
+skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

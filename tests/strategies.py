@@ -1,0 +1,59 @@
+"""The only place that invents inputs."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantcache.scheme import PAGE_SIZE
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_KINDS = ("normal", "constant", "huge_channel", "huge_token", "grid", "any_bits", "offset", "tiny", "top")
+
+
+def make_states(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Finite states of one kind; (batch, num_kv_heads, seq_len, head_dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(shape, generator=generator)
+    info = torch.finfo(dtype)
+    if kind == "constant":
+        states = torch.full(shape, float(states.flatten()[0]))
+    elif kind == "huge_channel":
+        states[..., seed % shape[-1]] += 1e4
+    elif kind == "huge_token":
+        states[..., seed % shape[-2], :] *= 1e4
+    elif kind == "grid":  # ties and exact codes
+        states = (states * 8).round() / 2
+    elif kind == "offset":
+        states = states * 1e-3 + 300.0
+    elif kind == "tiny":
+        states = states * info.smallest_normal
+    elif kind == "top":
+        states = states.sign() * info.max * torch.rand(shape, generator=generator).round(decimals=2)
+    elif kind == "any_bits":
+        word = torch.int32 if dtype == torch.float32 else torch.int16
+        bounds = torch.iinfo(word)
+        bits = torch.randint(bounds.min, bounds.max, shape, generator=generator, dtype=torch.int64).to(word)
+        states = bits.view(dtype).nan_to_num(0.0, info.max, info.min)
+    return states.clamp(info.min, info.max).to(dtype)
+
+
+@st.composite
+def kv_states(draw: st.DrawFn) -> Tensor:
+    """Whole pages of states of every kind, dtype and stride."""
+    pages = draw(st.integers(1, 2))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)), pages * PAGE_SIZE, draw(st.sampled_from([1, 8, 96])))
+    dtype, kind, seed = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(_KINDS)), draw(st.integers(0, 2**31))
+    if draw(st.booleans()):  # as a model hands them over: (batch, seq_len, heads, head_dim), transposed
+        batch, heads, seq_len, head_dim = shape
+        return make_states(kind, (batch, seq_len, heads, head_dim), dtype, seed).transpose(1, 2)
+    return make_states(kind, shape, dtype, seed)
+
+
+def random_states(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Keys and values from N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, *shape, generator=generator).to(device=device, dtype=dtype)
+    return key, value

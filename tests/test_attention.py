@@ -1,0 +1,227 @@
+"""Is an int8 key routed to int8 attention, anything else left alone, and no fallback silent?"""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache, attention, ops
+from quantcache.layers import Int8Layer
+from quantcache.report import FallbackPolicy
+from tests.strategies import random_states
+
+HEADS, GROUP, HEAD_DIM = 2, 3, 16
+
+
+class Module(nn.Module):
+    """What an attention function reads of the calling module."""
+
+    num_key_value_groups = GROUP
+    is_causal = True
+
+
+def int8_pair(seq_len: int = 300, *, strict: bool = False, batch: int = 2) -> tuple[Int8Layer, Int8Tensor, Int8Tensor]:
+    layer = Int8Layer(policy=FallbackPolicy(strict))
+    key, value = random_states(batch, HEADS, seq_len, HEAD_DIM, seed=1)
+    layer.update(key[:, :, :-5], value[:, :, :-5])
+    key, value = layer.update(key[:, :, -5:], value[:, :, -5:])
+    assert isinstance(key, Int8Tensor)
+    return layer, key, value
+
+
+def query(query_len: int = 1) -> torch.Tensor:
+    return random_states(2, HEADS * GROUP, query_len, HEAD_DIM, seed=2)[0]
+
+
+def restored(key: Int8Tensor, value: Int8Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return key.restore(), value.restore()
+
+
+@pytest.fixture
+def installed() -> None:
+    attention.install()
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+@pytest.mark.parametrize("masked", ["none", "bool", "additive"])
+def test_sdpa_over_int8_equals_sdpa_over_the_restored_states(installed: None, query_len: int, masked: str) -> None:
+    layer, key, value = int8_pair()
+    mask = torch.ones(2, 1, query_len, 300, dtype=torch.bool).tril(300 - query_len)
+    mask[0, ..., :70] = False
+    if masked == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    if masked == "none":
+        query_len, mask = 1, None
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ours, weights = sdpa(Module(), query(query_len), key, value, mask, scaling=0.2)
+    theirs, _ = sdpa(Module(), query(query_len), *restored(key, value), mask, scaling=0.2)
+    assert weights is None
+    assert ours.shape == theirs.shape
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert layer.read_log.kernel == ops.choose_backend(torch.device("cpu"))
+
+
+def test_flash_arguments_mean_what_the_flash_function_means(installed: None) -> None:
+    _, key, value = int8_pair()
+    padding = torch.ones(2, 300, dtype=torch.long)
+    padding[0, :70] = 0
+    flash = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    ours, _ = flash(Module(), query(5), key, value, padding, scaling=0.2, sliding_window=90, softcap=4.0)
+    dense_key, dense_value = restored(key, value)
+    position, key_position = torch.arange(295, 300)[:, None], torch.arange(300)[None]
+    allowed = (key_position <= position) & (position - key_position < 90) & padding.bool()[:, None, None]
+    logits = 0.2 * query(5) @ dense_key.repeat_interleave(GROUP, 1).transpose(-1, -2)
+    weights = (4.0 * torch.tanh(logits / 4.0)).masked_fill(~allowed, -torch.inf).softmax(-1)
+    theirs = (weights @ dense_value.repeat_interleave(GROUP, 1)).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_direct_sdpa_reads_int8_with_torchs_own_alignment(is_causal: bool) -> None:
+    layer, key, value = int8_pair()
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    ours = sdpa(query(5), key, value, is_causal=is_causal, enable_gqa=True)
+    theirs = sdpa(query(5), *restored(key, value), is_causal=is_causal, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert layer.read_log.reason is None
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda k: k[:, :, 3:10],
+        lambda k: k.transpose(1, 2).reshape(-1),
+        lambda k: k.repeat_interleave(2, dim=1),
+        lambda k: torch.matmul(torch.ones(1, HEAD_DIM), k.transpose(2, 3)),
+        lambda k: torch.cat([k, k], dim=2),
+        lambda k: k.to(torch.float64),
+        lambda k: k.clone(),
+        lambda k: k.sum().item(),
+        lambda k: (k == k).all(),
+        lambda k: torch.nn.functional.pad(k, [0, 1]),
+    ],
+)
+def test_every_other_operation_sees_the_restored_values(operation) -> None:
+    _, key, _ = int8_pair()
+    ours, theirs = operation(key), operation(key.restore())
+    if isinstance(ours, torch.Tensor):
+        assert type(ours) is torch.Tensor
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_shapes_are_read_without_restoring() -> None:
+    layer, key, _ = int8_pair(strict=True)
+    assert key.shape == (2, HEADS, 300, HEAD_DIM)
+    assert (key.size(2), key.dim(), key.numel()) == (300, 4, 2 * HEADS * 300 * HEAD_DIM)
+    assert (key.dtype, key.device) == (torch.float32, torch.device("cpu"))
+    assert repr(key).startswith("Int8Tensor(keys, shape=(2, 2, 300, 16), dtype=torch.float32, device=cpu, pages=")
+    assert layer.read_log.reason is None
+
+
+def test_cached_states_are_read_only() -> None:
+    _, key, _ = int8_pair()
+    with pytest.raises(NotImplementedError, match=r"Int8Tensor: cached states are read-only, got aten::mul_"):
+        key.mul_(2)
+
+
+def test_a_fallback_warns_once_and_is_reported() -> None:
+    cache = QuantizedInt8Cache()
+    key, value = random_states(2, HEADS, 300, HEAD_DIM)
+    cache.update(key, value, 0)
+    seen, _ = cache.update(key[:, :, :1], value[:, :, :1], 0)
+    with pytest.warns(FallbackWarning, match=r"restoring it to full precision \(aten::clone on cached states\)"):
+        seen.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen.clone()
+    (row,) = cache.report().layers
+    assert (row.kernel, row.reason) == ("restored", "aten::clone on cached states")
+    assert "aten::clone on cached states" in str(cache.report())
+
+
+def test_a_strict_cache_raises_instead() -> None:
+    _, key, _ = int8_pair(strict=True)
+    with pytest.raises(FallbackError, match="every read must be int8 attention, got aten::clone on cached states"):
+        key.clone()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.1}, "sdpa: the option dropout"),
+        ({"position_bias": torch.zeros(1, 1, 1, 1)}, "sdpa: the option position_bias"),
+        ({"attention_mask": torch.ones(2, 300, dtype=torch.bool)}, "sdpa: a mask of 2 axes"),
+    ],
+)
+def test_what_int8_attention_lacks_is_named(installed: None, options: dict[str, object], reason: str) -> None:
+    _, key, value = int8_pair(strict=True)
+    with pytest.raises(FallbackError, match=reason):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query(), key, value, **{"attention_mask": None, **options})
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+def test_a_position_bias_is_added_on_the_restored_path(installed: None) -> None:
+    _, key, value = int8_pair()
+    bias = torch.randn(2, HEADS * GROUP, 1, 300)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ours, _ = sdpa(Module(), query(), key, value, None, position_bias=bias)
+    theirs, _ = sdpa(Module(), query(), *restored(key, value), None, position_bias=bias)
+    assert torch.equal(ours, theirs)
+
+
+def test_plain_tensors_reach_the_original_untouched() -> None:
+    seen = []
+
+    def spy(module, query, key, value, attention_mask=None, **kwargs):
+        seen.append((module, query, key, value, attention_mask, kwargs))
+        return query, None
+
+    original = AttentionInterface._global_mapping["sdpa"]
+    AttentionInterface.register("sdpa", spy)
+    try:
+        attention.install()
+        module, states = Module(), torch.ones(1)
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, states, states, states, None, scaling=0.5, anything=1)
+        assert seen == [(module, states, states, states, None, {"scaling": 0.5, "anything": 1})]
+        attention.uninstall()
+        assert AttentionInterface._global_mapping["sdpa"] is spy
+    finally:
+        AttentionInterface.register("sdpa", original)
+
+
+def test_uninstall_puts_the_originals_back_and_caches_go_on_working() -> None:
+    before = dict(AttentionInterface._global_mapping)
+    cache = QuantizedInt8Cache()
+    assert dict(AttentionInterface._global_mapping) != before
+    QuantizedInt8Cache()  # a second cache wraps nothing twice
+    attention.uninstall()
+    assert dict(AttentionInterface._global_mapping) == before
+
+    key, value = random_states(2, HEADS, 300, HEAD_DIM)
+    cache.update(key, value, 0)
+    pair = cache.update(key[:, :, :1], value[:, :, :1], 0)
+    ours, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query(), *pair, None)
+    theirs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query(), *restored(*pair), None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_uninstall_leaves_a_later_registration_alone() -> None:
+    attention.install()
+    wrapper = AttentionInterface._global_mapping["sdpa"]
+    original = wrapper.__wrapped__
+
+    def later(*args, **kwargs):
+        return wrapper(*args, **kwargs)
+
+    AttentionInterface.register("sdpa", later)
+    try:
+        attention.uninstall()
+        assert AttentionInterface._global_mapping["sdpa"] is later
+    finally:
+        AttentionInterface.register("sdpa", original)

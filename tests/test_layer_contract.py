@@ -1,0 +1,330 @@
+"""Does every host method act as on the host's own unquantised layer, down to the stored bytes?"""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from quantcache import Int8Tensor, reference
+from quantcache.layers import Int8Layer
+from quantcache.pages import Int8Pages, Segment
+from quantcache.scheme import PAGE_SIZE
+from tests.conftest import devices
+from tests.strategies import random_states
+
+HEADS, HEAD_DIM, V_HEAD_DIM = 2, 8, 12
+
+
+def stored(pages: Int8Pages) -> Segment:
+    """The closed pages as one segment."""
+    segments = pages.view().segments
+    return Segment(*(torch.cat(parts) for parts in zip(*segments, strict=True)))
+
+
+def dense(states: Tensor) -> Tensor:
+    """Plain values of what ``layer.keys`` gives."""
+    return states.restore() if isinstance(states, Int8Tensor) else states
+
+
+class ExactTwin:
+    """transformers' DynamicLayer, which also follows the one lossy rule: a reopened page keeps its restored values."""
+
+    def __init__(self, layer: Int8Layer) -> None:
+        self.layer, self.exact = layer, DynamicLayer()
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> None:
+        seen = self.layer.update(key_states, value_states)
+        expected = self.exact.update(key_states, value_states)
+        closed = 0
+        if isinstance(seen[0], Int8Tensor):
+            closed = seen[0].pages_view.num_pages * PAGE_SIZE
+        for ours, theirs in zip(seen, expected, strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.equal(dense(ours)[:, :, closed:], theirs[:, :, closed:])
+        self.check()
+
+    def crop(self, tokens: int) -> None:
+        assert self.layer.pages is not None
+        pages = self.layer.pages.num_pages
+        self.layer.crop(-tokens)
+        kept = (self.exact.get_seq_length() - tokens) // PAGE_SIZE
+        if kept < pages:  # the rest of a reopened page is what its int8 restores to
+            reopened = slice(kept * PAGE_SIZE, (kept + 1) * PAGE_SIZE)
+            for name, quantize, restore in (
+                ("keys", reference.quantize_key_pages, reference.restore_key_pages),
+                ("values", reference.quantize_value_pages, reference.restore_value_pages),
+            ):
+                states = getattr(self.exact, name).clone()
+                states[:, :, reopened] = restore(*quantize(states[:, :, reopened]), states.dtype)
+                setattr(self.exact, name, states)
+        self.exact.crop(-tokens)
+        self.check()
+
+    def call(self, name: str, *args: object) -> None:
+        getattr(self.layer, name)(*args)
+        getattr(self.exact, name)(*args)
+        self.check()
+
+    def check(self) -> None:
+        """Lengths agree, the tail is exact, and the pages hold exactly what quantising the exact tokens gives."""
+        layer, exact = self.layer, self.exact
+        assert layer.get_seq_length() == exact.get_seq_length()
+        assert layer.get_mask_sizes(3) == exact.get_mask_sizes(3)
+        assert layer.get_max_length() == exact.get_max_length()
+        assert layer.is_initialized == exact.is_initialized
+        if layer.pages is None:
+            return
+        pages = layer.pages
+        closed = pages.num_pages * PAGE_SIZE
+        assert torch.equal(pages.key_tail, exact.keys[:, :, closed:])
+        assert torch.equal(pages.value_tail, exact.values[:, :, closed:])
+        assert pages.seq_len - closed < PAGE_SIZE + layer.residual_length
+        if closed:
+            held = stored(pages)
+            keys = reference.quantize_key_pages(exact.keys[:, :, :closed])
+            values = reference.quantize_value_pages(exact.values[:, :, :closed])
+            for ours, theirs in zip(held, (*keys, *values), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@given(data=st.data(), residual_length=st.sampled_from([0, 5, 32]))
+def test_any_schedule_of_operations_matches_the_unquantised_layer(data: st.DataObject, residual_length: int) -> None:
+    twin = ExactTwin(Int8Layer(residual_length))
+    batch, seed = 2, 0
+    for _ in range(data.draw(st.integers(1, 9))):
+        seq_len = twin.exact.get_seq_length()
+        choices = ["update", "update", "reset"] + (["crop", "reorder", "select", "repeat"] if seq_len else [])
+        match data.draw(st.sampled_from(choices)):
+            case "update":
+                query_len, seed = data.draw(st.sampled_from([1, 1, 7, 64, 100, 230])), seed + 1
+                key, _ = random_states(batch, HEADS, query_len, HEAD_DIM, seed=seed)
+                value, _ = random_states(batch, HEADS, query_len, V_HEAD_DIM, seed=seed + 1000)
+                twin.update(key, value)
+            case "crop":
+                twin.crop(data.draw(st.integers(0, min(seq_len, 150))))
+            case "reorder":
+                order = data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch))
+                twin.call("reorder_cache", torch.tensor(order))
+            case "select":
+                chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=batch))
+                twin.call("batch_select_indices", torch.tensor(chosen))
+                batch = len(chosen)
+            case "repeat":
+                if batch <= 4:
+                    twin.call("batch_repeat_interleave", 2)
+                    batch *= 2
+            case "reset":
+                twin.layer.reset()
+                twin.exact = DynamicLayer()  # older transformers zero a layer in place of emptying it
+                twin.check()
+                batch = 2
+
+
+@given(cuts=st.lists(st.integers(1, 120), min_size=1, max_size=6), residual_length=st.sampled_from([0, 32]))
+def test_the_stored_bytes_do_not_depend_on_how_tokens_were_fed(cuts: list[int], residual_length: int) -> None:
+    total = sum(cuts)
+    key, value = random_states(1, HEADS, total, HEAD_DIM, seed=7)
+    at_once, in_pieces = Int8Layer(residual_length), Int8Layer(residual_length)
+    at_once.update(key, value)
+    start = 0
+    for cut in cuts:
+        in_pieces.update(key[:, :, start : start + cut], value[:, :, start : start + cut])
+        start += cut
+    assert at_once.pages is not None
+    assert in_pieces.pages is not None
+    assert at_once.pages.num_pages == in_pieces.pages.num_pages == max(0, (total - residual_length) // PAGE_SIZE)
+    assert torch.equal(at_once.pages.key_tail, in_pieces.pages.key_tail)
+    if at_once.pages.num_pages:
+        for ours, theirs in zip(stored(at_once.pages), stored(in_pieces.pages), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@given(
+    accepted=st.lists(st.integers(1, 9), min_size=10, max_size=30),
+    rejected=st.lists(st.integers(0, 32), min_size=30, max_size=30),
+)
+def test_rejected_drafts_up_to_residual_length_leave_no_trace(accepted: list[int], rejected: list[int]) -> None:
+    total = sum(accepted)
+    key, value = random_states(1, HEADS, total, HEAD_DIM, seed=8)
+    wrong_key, wrong_value = random_states(1, HEADS, 32, HEAD_DIM, seed=9)
+    plain, drafted = Int8Layer(), Int8Layer()
+    start = 0
+    for count, draft in zip(accepted, rejected, strict=False):
+        new = slice(start, start + count)
+        plain.update(key[:, :, new], value[:, :, new])
+        drafted.update(
+            torch.cat([key[:, :, new], wrong_key[:, :, :draft]], dim=2),
+            torch.cat([value[:, :, new], wrong_value[:, :, :draft]], dim=2),
+        )
+        drafted.crop(-draft)
+        start += count
+    assert plain.pages is not None
+    assert drafted.pages is not None
+    assert torch.equal(plain.pages.restore()[0][:, :, drafted.pages.num_pages * PAGE_SIZE :], drafted.pages.key_tail)
+    pages = min(plain.pages.num_pages, drafted.pages.num_pages)
+    if pages:
+        for ours, theirs in zip(stored(plain.pages), stored(drafted.pages), strict=True):
+            assert torch.equal(ours[:pages], theirs[:pages])
+
+
+@pytest.mark.parametrize("device", devices())
+def test_segments_never_move_over_a_thousand_tokens(device: str) -> None:
+    layer = Int8Layer()
+    key, value = random_states(1, HEADS, 200, HEAD_DIM, device=device)
+    layer.update(key, value)
+    assert layer.pages is not None
+    addresses: dict[int, list[int]] = {}
+    for step in range(1000):
+        layer.update(key[:, :, step % 200, None], value[:, :, step % 200, None])
+        for index, segment in enumerate(layer.pages.segments):
+            now = [part.data_ptr() for part in segment]
+            assert addresses.setdefault(index, now) == now
+    assert len(addresses) > 2
+    assert layer.get_seq_length() == 1200
+
+
+def test_the_first_update_returns_its_arguments() -> None:
+    layer = Int8Layer()
+    key, value = random_states(1, HEADS, 200, HEAD_DIM)
+    returned = layer.update(key, value)
+    assert returned[0] is key
+    assert returned[1] is value
+
+
+def test_the_callers_prompt_is_not_kept_alive() -> None:
+    layer = Int8Layer()
+    key, value = random_states(1, HEADS, 70, HEAD_DIM)
+    layer.update(key, value)
+    assert layer.pages is not None
+    kept = {layer.pages.key_tail.untyped_storage().data_ptr(), layer.pages.value_tail.untyped_storage().data_ptr()}
+    assert kept.isdisjoint({key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()})
+
+
+def test_a_chunk_sees_itself_exactly() -> None:
+    layer = Int8Layer()
+    key, value = random_states(1, HEADS, 500, HEAD_DIM)
+    layer.update(key[:, :, :200], value[:, :, :200])
+    seen_key, _ = layer.update(key[:, :, 200:], value[:, :, 200:])
+    assert torch.equal(dense(seen_key)[:, :, 128:], key[:, :, 128:])
+
+
+def test_a_view_stays_what_it_was_while_tokens_are_appended() -> None:
+    layer = Int8Layer()
+    key, value = random_states(1, HEADS, 400, HEAD_DIM)
+    layer.update(key[:, :, :170], value[:, :, :170])
+    seen_key, seen_value = layer.update(key[:, :, 170:171], value[:, :, 170:171])
+    before = dense(seen_key).clone(), dense(seen_value).clone()
+    for token in range(171, 400):
+        layer.update(key[:, :, token, None], value[:, :, token, None])
+    assert torch.equal(dense(seen_key), before[0])
+    assert torch.equal(dense(seen_value), before[1])
+
+
+@pytest.mark.parametrize(("head_dim", "limit"), [(64, 0.57), (128, 0.55)])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_memory_stays_below_the_limit_at_2048_tokens(head_dim: int, limit: float, one_by_one: bool) -> None:
+    key, value = random_states(1, 2, 2048, head_dim, dtype=torch.bfloat16)
+    layer, exact = Int8Layer(), DynamicLayer()
+    exact.update(key, value)
+    for part in range(2048) if one_by_one else [slice(None)]:
+        new = slice(part, part + 1) if isinstance(part, int) else part
+        layer.update(key[:, :, new], value[:, :, new])
+    assert layer.nbytes <= limit * (exact.keys.nbytes + exact.values.nbytes)
+
+
+def test_nbytes_counts_every_tensor_the_layer_holds() -> None:
+    layer = Int8Layer()
+    for step in range(5):
+        layer.update(*random_states(2, HEADS, 90, HEAD_DIM, seed=step))
+    assert layer.pages is not None
+    storages = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for part in (*(p for s in layer.pages.segments for p in s), layer.pages.key_tail, layer.pages.value_tail)
+    }
+    assert layer.nbytes == sum(storages.values())
+
+
+def test_slack_is_never_read() -> None:
+    key, value = random_states(1, HEADS, 300, HEAD_DIM)
+    layer = Int8Layer()
+    layer.update(key, value)
+    layer.crop(-60)
+    assert layer.pages is not None
+    before = dense(layer.keys), dense(layer.values)
+    for segment in layer.pages.segments:
+        used = layer.pages.num_pages
+        segment.key_qdata[used:] = segment.value_qdata[used:] = -128
+        segment.key_metadata[used:] = segment.value_metadata[used:] = 0x7FC0  # NaN as bfloat16
+    query, _ = random_states(1, HEADS, 1, HEAD_DIM, seed=5)
+    output = layer.pages.view().attention(query)
+    assert output.isfinite().all()
+    assert torch.equal(dense(layer.keys), before[0])
+    assert torch.equal(dense(layer.values), before[1])
+
+
+def test_the_layer_is_the_hosts_type_and_inherits_no_behaviour() -> None:
+    layer = Int8Layer()
+    assert isinstance(layer, CacheLayerMixin)
+    methods = {name for name, value in vars(DynamicLayer).items() if callable(value)} | {
+        "offload",
+        "prefetch",
+        "reorder_cache",
+    }
+    assert methods <= set(vars(Int8Layer))
+
+
+def test_a_deep_copy_shares_nothing() -> None:
+    key, value = random_states(1, HEADS, 200, HEAD_DIM)
+    layer = Int8Layer()
+    layer.update(key, value)
+    branch = copy.deepcopy(layer)
+    before = dense(layer.keys).clone()
+    branch.update(*random_states(1, HEADS, 100, HEAD_DIM, seed=4))
+    branch.crop(-250)
+    assert torch.equal(dense(layer.keys), before)
+    assert layer.get_seq_length() == 200
+
+
+def test_offload_and_prefetch_keep_every_byte() -> None:
+    key, value = random_states(1, HEADS, 200, HEAD_DIM)
+    layer = Int8Layer()
+    layer.update(key, value)
+    before = dense(layer.keys).clone()
+    layer.offload()
+    layer.prefetch()
+    assert torch.equal(dense(layer.keys), before)
+    layer.update(key[:, :, :1], value[:, :, :1])
+    assert layer.get_seq_length() == 201
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it() -> None:
+    key, value = random_states(1, HEADS, 400, HEAD_DIM)
+    layer, plain = Int8Layer(), Int8Layer()
+    with torch.inference_mode():
+        layer.update(key[:, :, :300].clone(), value[:, :, :300].clone())
+        layer.crop(-20)
+    layer.update(key[:, :, 280:], value[:, :, 280:])
+    plain.update(key, value)
+    assert torch.equal(dense(layer.keys), dense(plain.keys))
+
+
+def test_gradients_reach_the_new_tokens() -> None:
+    key, value = random_states(1, HEADS, 200, HEAD_DIM)
+    layer = Int8Layer()
+    layer.update(key, value)
+    new_key, new_value = (s.requires_grad_() for s in random_states(1, HEADS, 2, HEAD_DIM, seed=3))
+    query = random_states(1, HEADS, 2, HEAD_DIM, seed=4)[0].requires_grad_()
+    with pytest.warns(UserWarning, match="gradients are enabled"):
+        seen_key, seen_value = layer.update(new_key, new_value)
+    torch.nn.functional.scaled_dot_product_attention(query, seen_key, seen_value).sum().backward()
+    exact_key = torch.cat([dense(seen_key).detach()[:, :, :200], new_key.detach()], dim=2).requires_grad_()
+    exact_value = torch.cat([dense(seen_value).detach()[:, :, :200], new_value.detach()], dim=2).requires_grad_()
+    exact_query = query.detach().requires_grad_()
+    torch.nn.functional.scaled_dot_product_attention(exact_query, exact_key, exact_value).sum().backward()
+    torch.testing.assert_close(new_key.grad, exact_key.grad[:, :, 200:])
+    torch.testing.assert_close(new_value.grad, exact_value.grad[:, :, 200:])
+    torch.testing.assert_close(query.grad, exact_query.grad)

@@ -1,0 +1,350 @@
+"""Is each message right, number included, and the cache afterwards exactly what it was?"""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from quantcache import QuantizedInt8Cache, ops
+from quantcache.layers import Int8Layer
+from quantcache.pages import Int8Pages
+from tests.strategies import random_states
+
+SHAPE = (2, 3, 150, 16)
+
+
+@pytest.fixture
+def cache() -> QuantizedInt8Cache:
+    """Two layers of 150 tokens: one closed page, a tail of 86."""
+    cache = QuantizedInt8Cache()
+    for layer_idx in range(2):
+        cache.update(*random_states(*SHAPE, seed=layer_idx), layer_idx)
+    return cache
+
+
+def fingerprint(cache: QuantizedInt8Cache) -> list[object]:
+    """Everything a cache is: lengths, memory, every stored byte, what it says of itself."""
+    facts: list[object] = [repr(cache), str(cache.report()), len(cache), cache.nbytes]
+    for layer in cache.layers:
+        assert isinstance(layer.pages, Int8Pages)
+        parts = [part for segment in layer.pages.segments for part in segment]
+        facts += [part.tolist() for part in (*parts, layer.pages.key_tail, layer.pages.value_tail)]
+    return facts
+
+
+def assert_refused(
+    cache: QuantizedInt8Cache, error: type[Exception], message: str, action: Callable[[], object]
+) -> None:
+    before = fingerprint(cache)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        action()
+    assert fingerprint(cache) == before
+
+
+def states(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+GOOD = states(2, 3, 1, 16)
+REFUSED_UPDATES = {
+    "not_floating": (
+        states(2, 3, 1, 16, dtype=torch.int64),
+        GOOD,
+        TypeError,
+        "Int8Layer.update: key_states must be float16, bfloat16, float32 or float64, got torch.int64.",
+    ),
+    "float8": (
+        GOOD,
+        states(2, 3, 1, 16, dtype=torch.float8_e4m3fn),
+        TypeError,
+        "Int8Layer.update: value_states must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn.",
+    ),
+    "not_a_tensor": (GOOD, [1.0], TypeError, "Int8Layer.update: value_states must be a tensor, got list."),
+    "three_axes": (
+        states(2, 3, 16),
+        GOOD,
+        ValueError,
+        "Int8Layer.update: key_states must be (batch, num_kv_heads, query_len, head_dim), got (2, 3, 16).",
+    ),
+    "disagree_in_batch": (
+        GOOD,
+        states(1, 3, 1, 16),
+        ValueError,
+        "Int8Layer.update: key_states and value_states must agree in batch, num_kv_heads and query_len, "
+        "got (2, 3, 1, 16) and (1, 3, 1, 16).",
+    ),
+    "disagree_in_heads": (
+        GOOD,
+        states(2, 1, 1, 16),
+        ValueError,
+        "Int8Layer.update: key_states and value_states must agree in batch, num_kv_heads and query_len, "
+        "got (2, 3, 1, 16) and (2, 1, 1, 16).",
+    ),
+    "disagree_in_length": (
+        GOOD,
+        states(2, 3, 2, 16),
+        ValueError,
+        "Int8Layer.update: key_states and value_states must agree in batch, num_kv_heads and query_len, "
+        "got (2, 3, 1, 16) and (2, 3, 2, 16).",
+    ),
+    "disagree_in_dtype": (
+        GOOD,
+        states(2, 3, 1, 16, dtype=torch.float16),
+        TypeError,
+        "Int8Layer.update: key_states and value_states must have one dtype, got torch.float32 and torch.float16.",
+    ),
+    "disagree_in_device": (
+        GOOD,
+        GOOD.to("meta"),
+        ValueError,
+        "Int8Layer.update: key_states and value_states must be on one device, got cpu and meta.",
+    ),
+    "other_batch": (
+        states(4, 3, 1, 16),
+        states(4, 3, 1, 16),
+        ValueError,
+        "Int8Layer.update: key_states must have the batch the layer holds, 2, got 4. Use reset() for new sequences.",
+    ),
+    "other_heads": (
+        states(2, 6, 1, 16),
+        states(2, 6, 1, 16),
+        ValueError,
+        "Int8Layer.update: key_states must have the num_kv_heads the layer holds, 3, got 6. "
+        "Use reset() for new sequences.",
+    ),
+    "other_head_dim": (
+        states(2, 3, 1, 16),
+        states(2, 3, 1, 8),
+        ValueError,
+        "Int8Layer.update: value_states must have the head_dim the layer holds, 16, got 8. "
+        "Use reset() for new sequences.",
+    ),
+    "other_dtype": (
+        GOOD.half(),
+        GOOD.half(),
+        TypeError,
+        "Int8Layer.update: key_states must have the dtype the layer holds, torch.float32, got torch.float16.",
+    ),
+    "other_device": (
+        GOOD.to("meta"),
+        GOOD.to("meta"),
+        ValueError,
+        "Int8Layer.update: key_states must be on the layer's device, cpu, got meta.",
+    ),
+    "empty_batch": (
+        states(0, 3, 1, 16),
+        states(0, 3, 1, 16),
+        ValueError,
+        "Int8Layer.update: batch, num_kv_heads and head_dim must be at least 1, got (0, 3, 1, 16) and (0, 3, 1, 16).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_UPDATES)
+@pytest.mark.parametrize("layer_idx", [1, 5], ids=["a_filled_layer", "a_new_layer"])
+def test_a_refused_update_changes_nothing(cache: QuantizedInt8Cache, case: str, layer_idx: int) -> None:
+    key_states, value_states, error, message = REFUSED_UPDATES[case]
+    if layer_idx == 5 and case.startswith("other"):
+        pytest.skip("a new layer takes any shape")
+    assert_refused(cache, error, message, lambda: cache.update(key_states, value_states, layer_idx))
+
+
+def test_an_update_that_runs_out_of_memory_changes_nothing(
+    cache: QuantizedInt8Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    key_states, value_states = random_states(2, 3, 100, 16)
+    monkeypatch.setattr(ops, "store_pages", out_of_memory)
+    assert_refused(cache, torch.OutOfMemoryError, "no memory", lambda: cache.update(key_states, value_states, 0))
+
+
+def test_a_crop_says_what_it_takes(cache: QuantizedInt8Cache) -> None:
+    assert_refused(
+        cache,
+        ValueError,
+        "Int8Layer.crop: tokens_to_remove must be zero or negative, got 7. Use -7 to remove the newest 7 tokens.",
+        lambda: cache.crop(7),
+    )
+    assert_refused(
+        cache,
+        ValueError,
+        "Int8Layer.crop: at most the 150 tokens stored can be removed, got 151.",
+        lambda: cache.crop(-151),
+    )
+
+
+def test_a_crop_refused_by_one_layer_crops_none() -> None:
+    cache = QuantizedInt8Cache()
+    cache.update(*random_states(*SHAPE), 0)
+    cache.update(*random_states(2, 3, 100, 16), 1)
+    assert_refused(
+        cache,
+        ValueError,
+        "Int8Layer.crop: at most the 100 tokens stored can be removed, got 120.",
+        lambda: cache.crop(-120),
+    )
+
+
+def test_indices_outside_the_batch_change_nothing(cache: QuantizedInt8Cache) -> None:
+    before = fingerprint(cache)
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([0, 2]))
+    assert fingerprint(cache) == before
+
+
+def test_a_layer_that_the_config_lacks_is_named() -> None:
+    config = LlamaConfig(num_hidden_layers=2)
+    cache = QuantizedInt8Cache(config)
+    for layer_idx in (2, -1):
+        with pytest.raises(
+            IndexError,
+            match=rf"^QuantizedInt8Cache.update: layer_idx must be from 0 to 1, got {layer_idx}. "
+            r"Is the config that of another model\?$",
+        ):
+            cache.update(GOOD, GOOD, layer_idx)
+
+
+@pytest.mark.parametrize(
+    ("residual_length", "error", "message"),
+    [
+        (-1, ValueError, "QuantizedInt8Cache: residual_length must be at least 0, got -1."),
+        (1.5, TypeError, "QuantizedInt8Cache: residual_length must be an int, got float."),
+        (True, TypeError, "QuantizedInt8Cache: residual_length must be an int, got bool."),
+    ],
+)
+def test_a_bad_residual_length_is_refused_at_once(
+    residual_length: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        QuantizedInt8Cache(residual_length=residual_length)
+
+
+def test_legacy_tuples_are_told_how_to_convert() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            eos_token_id=None, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        kept = model(ids[:, :-1], use_cache=True).past_key_values
+    legacy = tuple((layer.keys, layer.values) for layer in kept.layers)
+
+    with pytest.raises(
+        TypeError,
+        match=re.escape(
+            "QuantizedInt8Cache: config must be the model's config (model.config) or None, got tuple. "
+            "For legacy key and value tuples use QuantizedInt8Cache.from_legacy_cache(past_key_values)."
+        ),
+    ):
+        QuantizedInt8Cache(legacy)
+    # generate() itself refuses a tuple before any cache sees it.
+    with pytest.raises(ValueError, match="Please use a `Cache` instance"):
+        model.generate(ids, max_new_tokens=2, past_key_values=legacy)
+    converted = QuantizedInt8Cache.from_legacy_cache(legacy)
+    assert converted.get_seq_length() == 9
+    output = model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=converted)
+    assert torch.equal(output, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"), [((GOOD,), "tuple of length 1 for layer 1"), (GOOD, "Tensor of length 2 for layer 1")]
+)
+def test_a_legacy_layer_that_is_no_pair_is_named(entry: object, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"each layer must be a pair \(key_states, value_states\), got {what}\."):
+        QuantizedInt8Cache.from_legacy_cache([(GOOD, GOOD), entry])
+
+
+def test_a_wrong_config_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"config must be the model's config \(model.config\) or None, got dict\."):
+        QuantizedInt8Cache({"num_hidden_layers": 2})
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nbits'"):
+        QuantizedInt8Cache(nbits=4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hybrid_model_without_config_says_so() -> None:
+    config = Lfm2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_multiple_of=16,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = Lfm2ForCausalLM(config).eval()
+    ids = torch.randint(2, 97, (1, 150))
+    cache = QuantizedInt8Cache()
+    with pytest.raises(
+        ValueError,
+        match=r"a hybrid model, whose layers hold more than keys and values, needs a cache made from its config, "
+        r"got config=None\. Use QuantizedInt8Cache\(model\.config\)\.$",
+    ):
+        model.generate(ids, max_new_tokens=2, past_key_values=cache)
+    assert len(cache) == 0
+
+    cache = QuantizedInt8Cache(config)
+    model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
+    assert [row.storage for row in cache.report().layers] == ["LinearAttentionLayer", "int8", "LinearAttentionLayer"]
+
+
+def test_a_layer_alone_refuses_as_the_cache_does() -> None:
+    layer = Int8Layer()
+    layer.update(*random_states(*SHAPE))
+    before = copy.deepcopy(layer)
+    with pytest.raises(ValueError, match="must have the batch the layer holds, 2, got 4"):
+        layer.update(states(4, 3, 1, 16), states(4, 3, 1, 16))
+    assert layer.get_seq_length() == before.get_seq_length()
+
+
+QUERY = states(2, 6, 1, 16)
+REFUSED_ATTENTION = {
+    "query_shape": (
+        states(2, 4, 1, 16),
+        {},
+        ValueError,
+        "ops.attention: query must be (batch, num_q_heads, query_len, head_dim) with batch 2, head_dim 16 and "
+        "num_q_heads a multiple of 3, got (2, 4, 1, 16).",
+    ),
+    "query_dtype": (
+        QUERY.half(),
+        {},
+        TypeError,
+        "ops.attention: query must have the dtype of the cached states, torch.float32 and torch.float32, "
+        "got torch.float16.",
+    ),
+    "mask_shape": (
+        QUERY,
+        {"attn_mask": torch.ones(2, 1, 1, 149, dtype=torch.bool)},
+        ValueError,
+        "ops.attention: attn_mask must broadcast to (batch, num_q_heads, query_len, kv_len) = (2, 6, 1, 150), "
+        "got (2, 1, 1, 149).",
+    ),
+    "mask_dtype": (
+        QUERY,
+        {"attn_mask": torch.ones(2, 1, 1, 150, dtype=torch.int64)},
+        TypeError,
+        "ops.attention: attn_mask must be bool or floating point, got torch.int64.",
+    ),
+    "window": (QUERY, {"window": 0}, ValueError, "ops.attention: window must be at least 1 token, got 0."),
+    "softcap": (QUERY, {"softcap": -2.0}, ValueError, "ops.attention: softcap must be positive, got -2.0."),
+    "sinks": (
+        QUERY,
+        {"sinks": states(3)},
+        ValueError,
+        "ops.attention: sinks must be one number per query head, (6,), got (3,).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ATTENTION)
+def test_attention_says_what_does_not_fit(cache: QuantizedInt8Cache, case: str) -> None:
+    query, options, error, message = REFUSED_ATTENTION[case]
+    assert_refused(cache, error, message, lambda: cache.layers[0].pages.view().attention(query, **options))

