@@ -126,7 +126,7 @@ def _int8_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """torch's scaled_dot_product_attention over an ``Int8Tensor`` pair, None for a form int8 attention lacks."""
+    """Read torch's scaled_dot_product_attention from an ``Int8Tensor`` pair, None for a form int8 attention lacks."""
     found = shared_view(key, value)
     if found is None or dropout_p or isinstance(query, Int8Tensor) or query.dim() != 4 or query.dtype != key.dtype:
         return None
