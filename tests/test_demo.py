@@ -48,7 +48,7 @@ def test_the_table_compares_both_caches(folder: Path, monkeypatch: pytest.Monkey
     rows = {row[0]: row[1:] for row in cells}
     # 2 layers, 2 heads of 16 channels, keys and values in float32, 240 + 11 tokens: 251 * 512 bytes.
     assert rows["KV cache"][0] == f"{251 * 512:,} bytes"
-    # 3 pages: a byte an element, 4 bytes a channel of keys and a token of values; a tail of 59 tokens in a buffer of 64.
+    # 3 pages: a byte an element, 4 bytes a channel of keys and a token of values; 59 exact tokens in a buffer of 64.
     codes, metadata, tail = 3 * 64 * 128, 3 * 4 * (16 + 64) * 4, 64 * 512
     assert rows["KV cache"][1] == f"{codes + metadata + tail:,} bytes"
     assert rows["read by"][:2] == ["transformers", "torch"]

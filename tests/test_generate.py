@@ -16,6 +16,7 @@ from transformers import (
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers import Int8Layer
+from tests.conftest import devices
 
 MAX_MEAN_KL = 1.0e-4
 """Nats a token, the quality that the format promises on a real model; tiny random ones stay far below."""
@@ -72,17 +73,21 @@ def assert_faithful(
 RETURN = {"return_dict_in_generate": True, "output_logits": True}
 
 
-def test_greedy_decoding_is_faithful(model: GenerationMixin) -> None:
+@pytest.mark.parametrize("device", devices())
+def test_greedy_decoding_is_faithful(model: GenerationMixin, device: str) -> None:
     cache = QuantizedInt8Cache()
-    output = model.generate(prompt(150), max_new_tokens=80, do_sample=False, past_key_values=cache, **RETURN)
+    model.to(device)
+    output = model.generate(prompt(150).to(device), max_new_tokens=80, do_sample=False, past_key_values=cache, **RETURN)
     assert_faithful(model, output, cache)
     assert cache.get_seq_length() == 150 + 80 - 1
     assert cache.report().backend != "exact"
 
 
-def test_short_contexts_give_bit_identical_logits(model: GenerationMixin) -> None:
+@pytest.mark.parametrize("device", devices())
+def test_short_contexts_give_bit_identical_logits(model: GenerationMixin, device: str) -> None:
+    model.to(device)
     runs = [
-        model.generate(prompt(40), max_new_tokens=55, do_sample=False, past_key_values=cache, **RETURN)
+        model.generate(prompt(40).to(device), max_new_tokens=55, do_sample=False, past_key_values=cache, **RETURN)
         for cache in (DynamicCache(), QuantizedInt8Cache())
     ]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
@@ -154,11 +159,12 @@ def test_eager_attention_is_faithful_on_restored_states(model: GenerationMixin) 
     assert output.attentions[-1][0].shape == (1, 4, 1, 179)
 
 
-def test_16_bit_models_generate(model: GenerationMixin) -> None:
+@pytest.mark.parametrize("device", devices())
+def test_16_bit_models_generate(model: GenerationMixin, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         cache = QuantizedInt8Cache(strict=True)
-        output = model.to(dtype).generate(
-            prompt(150), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
+        output = model.to(device, dtype).generate(
+            prompt(150).to(device), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
         )
         assert all(step.isfinite().all() for step in output.logits)
         assert cache.layers[0].keys.dtype == dtype

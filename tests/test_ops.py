@@ -143,14 +143,18 @@ def test_pages_and_tail_of_any_length(backend: str, pages: int, tail: int) -> No
     torch.testing.assert_close(view.attention(query).double(), expected_attention(view, query), rtol=1e-5, atol=1e-6)
 
 
-def test_a_query_that_sees_nothing_gets_zeros(backend: str) -> None:
-    view = filled(300)
-    query, _ = random_states(2, 4, 3, 16, seed=3)
-    mask = torch.ones(2, 1, 3, 300, dtype=torch.bool)
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_that_sees_nothing_gets_zeros(backend: str, dtype: torch.dtype, device: str) -> None:
+    view = filled(300, dtype=dtype, device=device)
+    query, _ = random_states(2, 4, 3, 16, seed=3, dtype=dtype, device=device)
+    mask = torch.ones(2, 1, 3, 300, dtype=torch.bool, device=device)
     mask[1, :, 2] = False
-    output = view.attention(query, attn_mask=mask)
-    assert (output[1, 2] == 0).all()
-    assert output.isfinite().all()
+    for attn_mask in (mask, torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -torch.inf)):
+        output = view.attention(query, attn_mask=attn_mask)
+        assert (output[1, 2] == 0).all()
+        assert (output[1, 1] != 0).any()
+        assert output.isfinite().all()
 
 
 def test_operations_keep_their_schemas() -> None:

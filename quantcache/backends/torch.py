@@ -72,6 +72,10 @@ def attention(
         query = query.reshape(batch, num_kv_heads, group * query_len, head_dim)
         mask = None if mask is None else _packed_mask(mask, num_kv_heads, group, query_len, kv_len)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+    if mask is not None:
+        # Some of torch's kernels give a query that sees nothing the mean of all values.
+        sees = mask if mask.dtype == torch.bool else mask != -torch.inf
+        output = output.masked_fill(~sees.any(dim=-1, keepdim=True), 0)
     return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
 
 
