@@ -80,11 +80,11 @@ def compare_teacher_forced(
         start, stop = 0, prompt_len
         while start < seq_len:
             chunk = row[:, start:stop]
-            log_probs = {
-                name: model(chunk, past_key_values=cache, use_cache=True).logits[0].double().log_softmax(-1)
-                for name, cache in caches.items()
+            logits = {
+                name: model(chunk, past_key_values=cache, use_cache=True).logits[0] for name, cache in caches.items()
             }
             if start > 0:
+                log_probs = {name: values.double().log_softmax(-1) for name, values in logits.items()}
                 exact, tested = log_probs["exact"], log_probs["tested"]
                 divergences.append((exact.exp() * (exact - tested)).sum(-1))
                 agreements.append(exact.argmax(-1) == tested.argmax(-1))

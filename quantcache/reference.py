@@ -120,8 +120,8 @@ def saturate(states: Tensor, dtype: torch.dtype) -> Tensor:
 
     A restored element may lie half a scale beyond the data, which near the top of float16 would otherwise read as inf.
     """
-    info = torch.finfo(dtype)
-    return states.clamp(info.min, info.max).to(dtype)
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return states.clamp(-limit, limit).to(dtype)
 
 
 def restore_key_pages(qdata: Tensor, metadata: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,8 +160,8 @@ def test_eager_attention_is_faithful_on_restored_states(model: GenerationMixin) 
 
 
 @pytest.mark.parametrize("device", devices())
-def test_16_bit_models_generate(model: GenerationMixin, device: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
+def test_models_of_other_dtypes_generate(model: GenerationMixin, device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         cache = QuantizedInt8Cache(strict=True)
         output = model.to(device, dtype).generate(
             prompt(150).to(device), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
