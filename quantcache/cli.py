@@ -54,3 +54,11 @@ def demo(
     except room.ModelError as error:
         typer.echo(f"quantcache demo: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backend would read the cache on each device here, and why not another."""
+    from quantcache import doctor as room
+
+    room.run()

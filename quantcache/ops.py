@@ -4,7 +4,9 @@ Each is registered with ``torch.library`` under the namespace ``quantcache``; th
 their arguments and call it. P pages of page_size = 64 tokens come as lists of segments, (P_i, ...) each.
 """
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from quantcache import reference
+from quantcache.backends import cpu as cpu_backend
 from quantcache.backends import torch as torch_backend
+from quantcache.errors import FallbackWarning
 from quantcache.scheme import PAGE_SIZE
 
 BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
@@ -60,27 +64,61 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend}
+BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend}
 
 
 def choose_backend(device: torch.device) -> str:
     """Name of the backend that runs the operations on ``device``.
 
     Args:
-        device: where the tensors are; every backend of this version runs on every device.
+        device: where the tensors are. The first question about a CPU builds its kernels, if nothing is forced.
 
     Raises:
-        ValueError: ``QUANTCACHE_BACKEND`` names a backend that does not exist.
+        ValueError: ``QUANTCACHE_BACKEND`` names a backend that does not exist or cannot run here.
     """
     forced = os.environ.get(BACKEND_VARIABLE)
     if not forced:
-        return "torch"
+        return "cpu" if device.type == "cpu" and _cpu_is_available() else "torch"
     if forced not in BACKENDS:
         raise ValueError(
             f"{BACKEND_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {forced!r}. "
             "Unset it to let quantcache choose."
         )
+    if forced == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"{BACKEND_VARIABLE}: cpu runs on CPU tensors, got tensors on {device}. Unset it.")
+        reason = cpu_backend.unavailable()
+        if reason is not None:
+            raise ValueError(f"{BACKEND_VARIABLE}: cpu cannot run here: {reason}. Unset it, or set it to torch.")
     return forced
+
+
+@functools.cache
+def _cpu_is_available() -> bool:
+    """Whether the kernels can be built and run; if not, says why in one warning for the process."""
+    reason = cpu_backend.unavailable()
+    if reason is not None:
+        warnings.warn(
+            f"quantcache: int8 attention runs in plain torch, which is slower, because {reason}. "
+            f"Install a C++ compiler (g++ or clang++), or set {BACKEND_VARIABLE}=torch to say that this is meant.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def why_torch(device: torch.device) -> str:
+    """Why ``choose_backend`` picks the torch backend for ``device`` where nothing is forced."""
+    if device.type == "cpu":
+        return cpu_backend.unavailable() or "nothing is against the CPU kernels"
+    return f"this version has no kernels for {device.type} devices"
+
+
+def backend_for(states: Tensor) -> tuple[str, str | None]:
+    """Which backend takes operations on ``states``, and why it is not the chosen one, or None if it is."""
+    name = choose_backend(states.device)
+    reason = cpu_backend.unsupported(states) if name == "cpu" else None
+    return ("torch", reason) if reason else (name, None)
 
 
 _library = torch.library.Library("quantcache", "DEF")
@@ -97,12 +135,12 @@ _library.define(
 )
 
 
-def _dispatched(name: str, device_argument: int) -> Callable[..., Tensor | None]:
-    """The operation ``name`` on the backend chosen for the device of its ``device_argument``-th argument."""
+def _dispatched(name: str, states_argument: int) -> Callable[..., Tensor | None]:
+    """The operation ``name`` on the backend for its ``states_argument``-th argument."""
 
     def run(*args: Any) -> Tensor | None:
-        backend = BACKENDS[choose_backend(args[device_argument].device)]
-        result: Tensor | None = getattr(backend, name)(*args)
+        backend, _ = backend_for(args[states_argument])
+        result: Tensor | None = getattr(BACKENDS[backend], name)(*args)
         return result
 
     return run
@@ -123,13 +161,13 @@ def _fake_attention(query: Tensor, *args: Any) -> Tensor:
     return query.new_empty(batch, query_len, num_q_heads, value_tail.shape[-1])
 
 
-for _name, _device_argument, _fake in (
+for _name, _states_argument, _fake in (
     ("store_pages", 0, _fake_store_pages),
     ("restore_keys", 2, _fake_restore),
     ("restore_values", 2, _fake_restore),
     ("attention", 0, _fake_attention),
 ):
-    _library.impl(_name, _dispatched(_name, _device_argument), "CompositeExplicitAutograd")
+    _library.impl(_name, _dispatched(_name, _states_argument), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
@@ -215,7 +253,7 @@ def attention(
         ValueError: shapes or numbers that do not fit together.
         TypeError: a query whose dtype is not the tail's.
     """
-    kv_len = sum(len(qdata) for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
+    kv_len = sum(qdata.shape[0] for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
     _check_attention(query, key_tail, value_tail, kv_len, attn_mask, window, softcap, sinks)
     if softmax_scale is None:
         softmax_scale = float(query.shape[-1]) ** -0.5

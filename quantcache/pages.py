@@ -6,6 +6,7 @@ in the model's dtype. Nothing here knows about transformers.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class Segment(NamedTuple):
     @property
     def capacity(self) -> int:
         """Pages that fit."""
-        return len(self.key_qdata)
+        return self.key_qdata.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -68,20 +69,47 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class ClosedPages:
+    """Closed pages, as the operations take them; made once and shared by the views until the pages change."""
+
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def num_pages(self) -> int:
+        """Pages in all segments."""
+        return sum(segment.capacity for segment in self.segments)
+
+    @cached_property
+    def key_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes and metadata of the keys, a tensor a segment."""
+        return [s.key_qdata for s in self.segments], [s.key_metadata for s in self.segments]
+
+    @cached_property
+    def value_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes and metadata of the values, a tensor a segment."""
+        return [s.value_qdata for s in self.segments], [s.value_metadata for s in self.segments]
+
+
+@dataclass(frozen=True, eq=False)
 class PagesView:
     """What one attention call reads: closed pages, then the tail.
 
     It shares memory with the cache. Appending leaves it valid; a crop followed by an append writes over its tail.
     """
 
-    segments: tuple[Segment, ...]
+    closed: ClosedPages
     key_tail: Tensor
     value_tail: Tensor
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The closed pages, without slack."""
+        return self.closed.segments
+
+    @property
     def num_pages(self) -> int:
         """Closed pages in the view."""
-        return sum(segment.capacity for segment in self.segments)
+        return self.closed.num_pages
 
     @property
     def seq_len(self) -> int:
@@ -90,19 +118,11 @@ class PagesView:
 
     def restore_keys(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
-        if not self.segments:
-            return self.key_tail
-        return ops.restore_keys(
-            [s.key_qdata for s in self.segments], [s.key_metadata for s in self.segments], self.key_tail
-        )
+        return ops.restore_keys(*self.closed.key_parts, self.key_tail) if self.segments else self.key_tail
 
     def restore_values(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, v_head_dim) in the model's dtype."""
-        if not self.segments:
-            return self.value_tail
-        return ops.restore_values(
-            [s.value_qdata for s in self.segments], [s.value_metadata for s in self.segments], self.value_tail
-        )
+        return ops.restore_values(*self.closed.value_parts, self.value_tail) if self.segments else self.value_tail
 
     def attention(
         self,
@@ -118,10 +138,8 @@ class PagesView:
         """``ops.attention`` over this view."""
         return ops.attention(
             query,
-            [s.key_qdata for s in self.segments],
-            [s.key_metadata for s in self.segments],
-            [s.value_qdata for s in self.segments],
-            [s.value_metadata for s in self.segments],
+            *self.closed.key_parts,
+            *self.closed.value_parts,
             self.key_tail,
             self.value_tail,
             attn_mask=attn_mask,
@@ -155,6 +173,8 @@ class Int8Pages:
         self._key_tail = key_states[:, :, :0].detach().clone()
         self._value_tail = value_states[:, :, :0].detach().clone()
         self._tail_len = 0
+        # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
+        self._closed: ClosedPages | None = None
 
     @property
     def seq_len(self) -> int:
@@ -220,7 +240,7 @@ class Int8Pages:
         else:
             key_buffer = _extended(self._key_tail, self._tail_len, key_states)
             value_buffer = _extended(self._value_tail, self._tail_len, value_states)
-            key_tail, value_tail = key_buffer[:, :, :total], value_buffer[:, :, :total]
+            key_tail, value_tail = key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total)
         view = self._view_with(key_tail, value_tail)
 
         new_segment = self._close(key_tail, value_tail, closing) if closing else None
@@ -234,6 +254,8 @@ class Int8Pages:
             self._segments.append(new_segment)
         self._key_tail, self._value_tail = key_buffer, value_buffer
         self._num_pages += closing
+        if closing:
+            self._closed = None
         self._tail_len = total - closing * PAGE_SIZE
         return view
 
@@ -256,7 +278,7 @@ class Int8Pages:
         self._key_tail = _extended(self._key_tail[:, :, :0], 0, key_states[:, :, :rest])
         self._value_tail = _extended(self._value_tail[:, :, :0], 0, value_states[:, :, :rest])
         self._tail_len = rest
-        self._num_pages = pages
+        self._num_pages, self._closed = pages, None
         while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
             self._segments.pop()
 
@@ -265,7 +287,7 @@ class Int8Pages:
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
         tails = self._key_tail[indices], self._value_tail[indices]
-        self._segments, (self._key_tail, self._value_tail) = segments, tails
+        self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
@@ -275,7 +297,7 @@ class Int8Pages:
         """Move the bytes to ``device``."""
         segments = [Segment(*(p.to(device, non_blocking=non_blocking) for p in s)) for s in self._segments]
         tails = (t.to(device, non_blocking=non_blocking) for t in (self._key_tail, self._value_tail))
-        self._segments, (self._key_tail, self._value_tail) = segments, tails
+        self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """Keys and values, dense, in the model's dtype; see ``PagesView``."""
@@ -283,7 +305,9 @@ class Int8Pages:
         return view.restore_keys(), view.restore_values()
 
     def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
-        return PagesView(self._view_pages(0, self._num_pages).segments, key_tail, value_tail)
+        if self._closed is None:
+            self._closed = self._view_pages(0, self._num_pages).closed
+        return PagesView(self._closed, key_tail, value_tail)
 
     def _view_pages(self, start: int, stop: int) -> PagesView:
         """The closed pages ``start`` to ``stop``, with an empty tail."""
@@ -293,7 +317,7 @@ class Int8Pages:
             if low < high:
                 narrowed.append(segment.narrow(low, high))
             first += segment.capacity
-        return PagesView(tuple(narrowed), self._key_tail[:, :, :0], self._value_tail[:, :, :0])
+        return PagesView(ClosedPages(tuple(narrowed)), self._key_tail[:, :, :0], self._value_tail[:, :, :0])
 
     def _close(self, key_tail: Tensor, value_tail: Tensor, num_pages: int) -> Segment | None:
         """Write the first ``num_pages`` pages of the tail behind the closed ones.
@@ -327,7 +351,7 @@ def _extended(buffer: Tensor, used: int, states: Tensor) -> Tensor:
         grown[:, :, :used] = buffer[:, :, :used]
         buffer = grown
     with _write_access(buffer):
-        buffer[:, :, used:total] = states
+        buffer.narrow(2, used, states.shape[2]).copy_(states)
     return buffer
 
 

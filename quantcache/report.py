@@ -70,8 +70,8 @@ class ReadLog:
         """Note a read that went the intended way."""
         self.kernel, self.reason = kernel, None
 
-    def fell_back(self, reason: str) -> None:
-        """Note a read of restored states; call it before they are restored.
+    def fell_back(self, reason: str, kernel: str = "restored") -> None:
+        """Note a read of restored states by ``kernel``; call it before they are restored.
 
         Raises:
             FallbackError: the cache is strict.
@@ -79,7 +79,7 @@ class ReadLog:
         advice = "Read cache.report() for every layer"
         if self.policy.strict:
             raise FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
-        self.kernel, self.reason = "restored", reason
+        self.kernel, self.reason = kernel, reason
         if not self.policy.warned:
             self.policy.warned = True
             warnings.warn(

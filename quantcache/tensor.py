@@ -111,9 +111,12 @@ def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None
 
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
     """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
-    output = pages_view.attention(query, **options)
-    read_log.ran(ops.choose_backend(query.device))
-    return output
+    backend, reason = ops.backend_for(query)
+    if reason:
+        read_log.fell_back(reason, backend)
+    else:
+        read_log.ran(backend)
+    return pages_view.attention(query, **options)
 
 
 def _int8_sdpa(

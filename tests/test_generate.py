@@ -160,14 +160,22 @@ def test_eager_attention_is_faithful_on_restored_states(model: GenerationMixin) 
 
 
 @pytest.mark.parametrize("device", devices())
-def test_models_of_other_dtypes_generate(model: GenerationMixin, device: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+def test_16_bit_models_generate(model: GenerationMixin, device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
         cache = QuantizedInt8Cache(strict=True)
         output = model.to(device, dtype).generate(
             prompt(150).to(device), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
         )
         assert all(step.isfinite().all() for step in output.logits)
         assert cache.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+def test_a_float64_model_is_faithful(model: GenerationMixin) -> None:
+    cache = QuantizedInt8Cache()
+    output = model.double().generate(prompt(150), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN)
+    assert_faithful(model, output, cache)
+    assert cache.layers[0].keys.dtype == torch.float64
 
 
 def test_a_wrecked_cache_would_be_noticed(model: GenerationMixin) -> None:

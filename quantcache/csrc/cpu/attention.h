@@ -1,0 +1,166 @@
+// attend: attention of the query rows of one KV head to a run of blocks (pages, then the tail in blocks of 64).
+//   restored key = scale_d * (code - zero_d), a scale per channel: folded into the query once a page,
+//     score = sum_d (q_d * scale_d) * code_d  -  sum_d (q_d * scale_d) * zero_d
+//   restored value = scale_t * (code - zero_t), a scale per token: folded into the weight,
+//     output_d = sum_t (p_t * scale_t) * code_td  -  sum_t (p_t * scale_t) * zero_t
+// Traffic: each page is read once, 2 * 64 * head_dim bytes and its metadata, whatever the number of rows in the group.
+// All arithmetic is float32. A hidden token has the weight zero even if its page is broken.
+#pragma once
+
+#include "dtypes.h"
+#include "masks.h"
+#include "plan.h"
+#include "products.h"
+
+namespace {
+
+struct Scratch {
+  float *query, *folded, *key_scale, *key_zero, *key_tile, *value_tile, *scores, *value_scale, *value_zero, *row;
+  Scratch(const AttentionPlan& plan, float* p) {
+    auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
+    query = take(plan.padded_rows * plan.width);
+    folded = take(kRowTile * plan.width);
+    key_scale = take(plan.width);
+    key_zero = take(plan.width);
+    key_tile = take(kPageSize * plan.width);
+    value_tile = take(kPageSize * plan.v_width);
+    scores = take(kPageSize * kRowTile);
+    value_scale = take(kPageSize + kWidthStep);
+    value_zero = take(kPageSize + kWidthStep);
+    row = p;
+  }
+};
+
+struct Partial {
+  float *peak, *total, *shift, *sums;
+  Partial(const AttentionPlan& plan, int64_t head, int64_t split) {
+    peak = plan.partials + (head * plan.num_splits + split) * plan.partial_size;
+    total = peak + plan.padded_rows;
+    shift = total + plan.padded_rows;
+    sums = shift + plan.padded_rows;
+  }
+};
+
+// 64 tokens or fewer from token `first` on. Codes are int8 of a page, or float of the tail.
+template <typename Code>
+struct Block {
+  const Code *keys, *values;
+  int64_t key_stride, value_stride, first, count;
+  const int8_t *own_values, *next_keys;  // to be fetched ahead, or null
+};
+
+QC_INLINE Vec repeat4(const float* p) {
+  Vec v = {p[0], p[1], p[2], p[3]};
+#if defined(__AVX512F__)
+  v = QC_SHUFFLE(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+#elif defined(__AVX2__)
+  v = QC_SHUFFLE(v, v, 0, 1, 2, 3, 0, 1, 2, 3);
+#endif
+  return v;
+}
+
+QC_INLINE void store4(float* p, Vec v) { __builtin_memcpy(p, &v, 4 * sizeof(float)); }
+
+// One number per token to the 4 rows of each token of a vector.
+QC_INLINE Vec spread4(const float* p) {
+  Vec v = load(p);
+#if defined(__AVX512F__)
+  return QC_SHUFFLE(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+#elif defined(__AVX2__)
+  return QC_SHUFFLE(v, v, 0, 0, 0, 0, 1, 1, 1, 1);
+#else
+  return QC_SHUFFLE(v, v, 0, 0, 0, 0);
+#endif
+}
+
+// folded (4, width) = query * key_scale, and bias (4,) = sum_d folded * key_zero.
+static void fold_query(const float* query, const Scratch& scratch, int64_t width, float* bias) {
+  Vec sums[4] = {};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    Vec scale = load(scratch.key_scale + d), zero = load(scratch.key_zero + d);
+#pragma GCC unroll 4
+    for (int row = 0; row < 4; ++row) {
+      Vec folded = load(query + row * width + d) * scale;
+      store(scratch.folded + row * width + d, folded);
+      sums[row] += folded * zero;
+    }
+  }
+  store4(bias, across_groups(sum_groups(sums[0], sums[1], sums[2], sums[3]), add));
+}
+
+// Scores (64, 4) to weights, in place, and the state of the 4 rows moved on; keep (4,) is what the old sums are worth.
+template <bool kIsPage>
+static void soften(const Scratch& scratch, int64_t count, Partial state, int64_t row, float* keep) {
+  Vec highest = splat(-kInfinity);
+  for (int64_t i = 0; i < count * 4; i += kLanes) highest = larger(load(scratch.scores + i), highest);
+  Vec old_peak = repeat4(state.peak + row);
+  Vec peak = larger(across_groups(highest, larger), old_peak);
+  // Rows that have seen nothing keep the peak -inf; any finite base gives their tokens weights of zero.
+  Vec base = select(peak == splat(-kInfinity), Vec{}, peak);
+  Vec kept = exp_negative(old_peak - base);
+  Vec total{}, shift{};
+  for (int64_t i = 0; i < count * 4; i += kLanes) {
+    Vec score = load(scratch.scores + i);
+    Vec weight = exp_negative(score - base);
+    total += weight;
+    if (kIsPage) {
+      weight = select(score == splat(-kInfinity), Vec{}, weight * spread4(scratch.value_scale + i / 4));
+      shift += weight * spread4(scratch.value_zero + i / 4);
+    }
+    store(scratch.scores + i, weight);
+  }
+  store4(state.peak + row, peak);
+  store4(state.total + row, repeat4(state.total + row) * kept + across_groups(total, add));
+  store4(state.shift + row, repeat4(state.shift + row) * kept + across_groups(shift, add));
+  store4(keep, kept);
+}
+
+template <int kRows, typename Code>
+static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t row,
+                        const Scratch& scratch, Partial state) {
+  constexpr bool kIsPage = sizeof(Code) == 1;
+  const AttentionArgs& args = *plan.args;
+  Reach reach[kRowTile];
+  bool is_seen = false, is_whole = block.count == kPageSize;
+  for (int64_t i = 0; i < kRowTile; ++i) {
+    reach[i] = reach_of(plan, row + i < plan.rows ? row + i : plan.rows - 1);
+    is_seen |= reach[i].first < block.first + block.count && reach[i].last >= block.first;
+    is_whole &= reach[i].first <= block.first && reach[i].last >= block.first + block.count - 1;
+  }
+  if (!is_seen) return;
+
+  const float* query = scratch.query + row * plan.width;
+  alignas(16) float bias[4] = {}, keep[4];
+  if (kIsPage) {
+    fold_query(query, scratch, plan.width, bias);
+    query = scratch.folded;
+  }
+  score_tokens<kRows>(query, plan.width, block.keys, block.key_stride, block.count, scratch.scores,
+                      row ? nullptr : block.own_values, block.value_stride);
+  int64_t count = round_up(block.count, 4);
+  Vec biases = repeat4(bias), cap = splat(float(args.softcap));
+  if (kIsPage || args.softcap)
+    for (int64_t i = 0; i < count * 4; i += kLanes) {
+      Vec score = load(scratch.scores + i) - biases;
+      store(scratch.scores + i, args.softcap ? cap * tanh_vec(score / cap) : score);
+    }
+  if (!is_whole) hide_out_of_reach(scratch.scores, block.first, count, reach);
+  if (args.attn_mask) apply_mask(plan, head, row, block.first, block.count, scratch.scores);
+  soften<kIsPage>(scratch, count, state, row, keep);
+  add_values<kRows>(scratch.scores, keep, block.values, block.value_stride, block.count,
+                    state.sums + row * plan.v_width, plan.v_width, row ? nullptr : block.next_keys);
+}
+
+template <typename Code>
+static void attend_block(const AttentionPlan& plan, const Block<Code>& block, int64_t head, const Scratch& scratch,
+                         Partial state) {
+  for (int64_t row = 0; row < plan.rows; row += kRowTile) {
+    int64_t rows = plan.rows - row;
+    if (rows >= 4) attend_rows<4>(plan, block, head, row, scratch, state);
+    else if (rows == 3) attend_rows<3>(plan, block, head, row, scratch, state);
+    else if (rows == 2) attend_rows<2>(plan, block, head, row, scratch, state);
+    else attend_rows<1>(plan, block, head, row, scratch, state);
+  }
+}
+
+}  // namespace

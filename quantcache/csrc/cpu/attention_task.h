@@ -1,0 +1,132 @@
+// The tasks of attention: where pages and tail lie, and the one softmax over all parts.
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+// query (padded_rows, width) = softmax_scale * query as float32; rows that do not exist are zero.
+static void read_query(const AttentionPlan& plan, int64_t head, float* query) {
+  const AttentionArgs& args = *plan.args;
+  Dtype dtype = static_cast<Dtype>(args.dtype);
+  int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
+  const char* states = static_cast<const char*>(args.query);
+  for (int64_t row = 0; row < plan.padded_rows; ++row) {
+    float* target = query + row * plan.width;
+    if (row >= plan.rows) {
+      __builtin_memset(target, 0, plan.width * sizeof(float));
+      continue;
+    }
+    int64_t offset = batch * args.query_stride[0] + (first_q_head + row / plan.num_queries) * args.query_stride[1] +
+                     (plan.first_query + row % plan.num_queries) * args.query_stride[2];
+    read_any_row(dtype, states + offset * element_size(dtype), args.head_dim, target, plan.width);
+    for (int64_t d = 0; d < plan.width; d += kLanes) store(target + d, load(target + d) * float(args.softmax_scale));
+  }
+}
+
+// Codes in rows of `width`: as they are where head_dim is that already, else a copy padded with zeros.
+static const int8_t* padded_codes(const int8_t* codes, int64_t head_dim, int64_t width, float* tile) {
+  if (head_dim == width) return codes;
+  int8_t* padded = reinterpret_cast<int8_t*>(tile);
+  for (int64_t token = 0; token < kPageSize; ++token) {
+    __builtin_memcpy(padded + token * width, codes + token * head_dim, head_dim);
+    __builtin_memset(padded + token * width + head_dim, 0, width - head_dim);
+  }
+  return padded;
+}
+
+static const int8_t* keys_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t page, int64_t head) {
+  const AttentionArgs& args = *plan.args;
+  return segment.key_qdata + (page * args.batch * args.num_kv_heads + head) * kPageSize * args.head_dim;
+}
+
+static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, int64_t page, int64_t first,
+                        int64_t head, const Scratch& scratch, Partial state) {
+  const AttentionArgs& args = *plan.args;
+  int64_t index = page * args.batch * args.num_kv_heads + head;
+  const int8_t* keys = keys_of(plan, segment, page, head);
+  const int8_t* values = segment.value_qdata + index * kPageSize * args.v_head_dim;
+  unpack_metadata(segment.key_metadata + index * args.head_dim, args.head_dim, scratch.key_scale, scratch.key_zero);
+  unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
+  Block<int8_t> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
+                      padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
+                      plan.width, plan.v_width, first, kPageSize,
+                      values, page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
+  attend_block(plan, block, head, scratch, state);
+}
+
+static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch,
+                        Partial state) {
+  const AttentionArgs& args = *plan.args;
+  Dtype dtype = static_cast<Dtype>(args.dtype);
+  int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  int64_t start = first - plan.num_pages * kPageSize;
+  int64_t count = args.tail_len - start < kPageSize ? args.tail_len - start : kPageSize;
+  auto read = [&](const void* states, const int64_t* stride, int64_t head_dim, int64_t width, float* tile) {
+    for (int64_t token = 0; token < count; ++token) {
+      int64_t offset = batch * stride[0] + kv_head * stride[1] + (start + token) * stride[2];
+      read_any_row(dtype, static_cast<const char*>(states) + offset * element_size(dtype), head_dim,
+                   tile + token * width, width);
+    }
+  };
+  read(args.key_tail, args.key_tail_stride, args.head_dim, plan.width, scratch.key_tile);
+  read(args.value_tail, args.value_tail_stride, args.v_head_dim, plan.v_width, scratch.value_tile);
+  Block<float> block{scratch.key_tile, scratch.value_tile, plan.width, plan.v_width, first, count, nullptr, nullptr};
+  attend_block(plan, block, head, scratch, state);
+}
+
+static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float* memory) {
+  const AttentionArgs& args = *plan.args;
+  Scratch scratch(plan, memory);
+  Partial state(plan, head, split);
+  for (int64_t row = 0; row < plan.padded_rows; ++row) {
+    state.peak[row] = -kInfinity;
+    state.total[row] = state.shift[row] = 0;
+  }
+  __builtin_memset(state.sums, 0, plan.padded_rows * plan.v_width * sizeof(float));
+  read_query(plan, head, scratch.query);
+
+  int64_t num_blocks = plan.end_block - plan.first_block;
+  int64_t block = plan.first_block + num_blocks * split / plan.num_splits;
+  int64_t end = plan.first_block + num_blocks * (split + 1) / plan.num_splits;
+  const SegmentArgs* segment = args.segments;
+  int64_t segment_start = 0;
+  for (; block < end && block < plan.num_pages; ++block) {
+    while (block >= segment_start + segment->num_pages) segment_start += segment++->num_pages;
+    attend_page(plan, *segment, block - segment_start, block * kPageSize, head, scratch, state);
+  }
+  for (; block < end; ++block) attend_tail(plan, block * kPageSize, head, scratch, state);
+}
+
+static void combine(const AttentionPlan& plan, int64_t head, float* memory) {
+  const AttentionArgs& args = *plan.args;
+  float* output = Scratch(plan, memory).row;
+  Dtype dtype = static_cast<Dtype>(args.dtype);
+  int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
+  for (int64_t row = 0; row < plan.rows; ++row) {
+    int64_t q_head = first_q_head + row / plan.num_queries, query = plan.first_query + row % plan.num_queries;
+    float peak = args.sinks ? args.sinks[q_head] : -kInfinity;
+    for (int64_t split = 0; split < plan.num_splits; ++split) {
+      float other = Partial(plan, head, split).peak[row];
+      peak = other > peak ? other : peak;
+    }
+    float base = peak == -kInfinity ? 0.0f : peak;
+    float total = args.sinks ? __builtin_expf(args.sinks[q_head] - base) : 0.0f;
+    __builtin_memset(output, 0, plan.v_width * sizeof(float));
+    for (int64_t split = 0; split < plan.num_splits; ++split) {
+      Partial part(plan, head, split);
+      float share = __builtin_expf(part.peak[row] - base);
+      total += share * part.total[row];
+      const float* sums = part.sums + row * plan.v_width;
+      for (int64_t d = 0; d < plan.v_width; d += kLanes)
+        store(output + d, load(output + d) + (load(sums + d) - part.shift[row]) * share);
+    }
+    Vec divisor = splat(total == 0 ? 1.0f : total);
+    for (int64_t d = 0; d < plan.v_width; d += kLanes) store(output + d, load(output + d) / divisor);
+    int64_t place = (batch * args.query_len + query) * args.num_q_heads + q_head;
+    write_any_row(dtype, output, args.v_head_dim,
+                  static_cast<char*>(args.output) + place * args.v_head_dim * element_size(dtype));
+  }
+}
+
+}  // namespace

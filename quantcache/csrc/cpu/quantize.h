@@ -1,0 +1,169 @@
+// store_page: 64 tokens of one head to int8 codes and metadata, bit for bit as reference.quantize does it.
+// Traffic: head_dim * (size of an element + 1) bytes a token, and the metadata. Division and rounding are IEEE:
+// no fast-math here. Contracting to FMA changes nothing, since steps * half (16 by 8 bits) is exact in float32.
+#pragma once
+
+#include "dtypes.h"
+#include "plan.h"
+
+namespace {
+
+// scheme.py explains the numbers.
+constexpr int kQMin = -128;
+constexpr float kMaxSteps = 254, kMaxAbsSteps = 32512, kMinScale = 0x1p-120f;
+constexpr int64_t kTokensAhead = 16;  // what hides the latency of memory
+constexpr uint32_t kNanPair = 0x7FC0;  // scale NaN, zero_point 0
+
+QC_INLINE Vec nearest_step(Vec states, Vec scale) {
+  Vec half = 0.5f * scale, quarter = 0.25f * scale;
+  Vec steps = round_even(states / scale);
+  Vec remainder = 0.5f * states - steps * half;
+  return steps + select(remainder > quarter, splat(1), Vec{}) - select(remainder < -quarter, splat(1), Vec{});
+}
+
+struct Affine {
+  Vec scale, zero_point;  // scale 1 where a state is not finite
+  VecI is_finite;
+  VecU pair;
+};
+
+// The map of groups from `low` to `high`; `widest` holds the largest |bits| of each, which shows NaN and inf.
+QC_INLINE Affine affine_of(Vec low, Vec high, VecU widest) {
+  VecI is_finite = widest < (VecU{} + 0x7F800000u);
+  low = select(is_finite, low, Vec{});
+  high = select(is_finite, high, Vec{});
+  // Divided before they are subtracted: the range of a float32 group can exceed float32.
+  Vec spread = high / kMaxSteps - low / kMaxSteps;
+  Vec floor = as_float(widest) / kMaxAbsSteps;
+  Vec wanted = larger(larger(spread, floor), splat(kMinScale));
+  Vec scale = as_float((as_words(wanted) + 0xFFFFu) & 0xFFFF0000u);
+  scale = select(is_finite, scale, splat(1.0f));
+  // The lowest state has the lowest step: equal steps of unequal states are ties of the same pair of integers.
+  Vec zero_point = float(kQMin) - nearest_step(low, scale);
+  VecU pair = (as_words(scale) >> 16) | ((VecU)to_int(zero_point) << 16);
+  return {scale, zero_point, is_finite, is_finite ? pair : VecU{} + kNanPair};
+}
+
+// What quantising a vector of states needs of its affine map.
+struct Quantizer {
+  Vec scale, zero_point, inverse, half, quarter;
+  VecI is_finite;
+  Quantizer(Vec scale, Vec zero_point, VecI is_finite)
+      : scale(scale), zero_point(zero_point), inverse(1.0f / scale), half(0.5f * scale), quarter(0.25f * scale),
+        is_finite(is_finite) {}
+};
+
+// The nearest multiple is unique unless there is a tie, so where the remainder is below half a scale the product with
+// the inverse has found what the division finds, at a third of the cost. Ties and misses are divided.
+QC_INLINE VecI codes_of(const Quantizer& map, Vec states) {
+  Vec steps = round_even(states * map.inverse);
+  Vec remainder = 0.5f * states - steps * map.half;
+  if (__builtin_expect(any_at_least(magnitude(remainder), map.quarter), 0)) steps = nearest_step(states, map.scale);
+  return to_int(select(map.is_finite, steps + map.zero_point, Vec{}));
+}
+
+QC_INLINE VecU wider(VecU a, VecU b) { return a > b ? a : b; }
+
+// Magnitudes are ordered by their bits as integers; compared as floats a NaN would be lost.
+QC_INLINE Vec wider_bits(Vec a, Vec b) { return as_float(wider(as_words(a), as_words(b))); }
+
+// One vector of channels, tokens `width` apart: codes and pairs of `used` of its lanes.
+static void store_key_channels(const float* tile, int64_t width, int64_t head_dim, int64_t used, int8_t* qdata,
+                               uint32_t* metadata) {
+  Vec low = load(tile), high = low;
+  VecU widest{};
+  for (int64_t token = 0; token < kPageSize; ++token) {
+    Vec states = load(tile + token * width);
+    low = smaller(states, low);
+    high = larger(states, high);
+    widest = wider(widest, as_words(magnitude(states)));
+  }
+  Affine affine = affine_of(low, high, widest);
+  alignas(64) uint32_t pairs[kLanes];
+  store_words(pairs, affine.pair);
+  __builtin_memcpy(metadata, pairs, used * sizeof(uint32_t));
+  const Quantizer map(affine.scale, affine.zero_point, affine.is_finite);
+#pragma GCC unroll 2
+  for (int64_t token = 0; token < kPageSize; ++token) {
+    VecI codes = codes_of(map, load(tile + token * width));
+    if (used == kLanes) {
+      store_codes(qdata + token * head_dim, codes);
+      continue;
+    }
+    int8_t rest[kLanes];
+    store_codes(rest, codes);
+    __builtin_memcpy(qdata + token * head_dim, rest, used);
+  }
+}
+
+// kLanes tokens: each has its own scale. tile is (kLanes, width); padding repeats a state of the token.
+static void store_value_tokens(const float* tile, int64_t width, int64_t head_dim, int8_t* qdata, uint32_t* metadata) {
+  alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero_point[kLanes];
+  alignas(64) int32_t is_finite[kLanes];
+  alignas(64) uint32_t most_bits[kLanes];
+  for (int64_t token = 0; token < kLanes; ++token) {
+    const float* row = tile + token * width;
+    Vec lows = load(row), highs = lows;
+    VecU bits{};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec states = load(row + d);
+      lows = smaller(states, lows);
+      highs = larger(states, highs);
+      bits = wider(bits, as_words(magnitude(states)));
+    }
+    low[token] = across_lanes(lows, smaller);
+    high[token] = across_lanes(highs, larger);
+    float most = across_lanes(as_float(bits), wider_bits);
+    __builtin_memcpy(&most_bits[token], &most, sizeof most);
+  }
+  Affine affine = affine_of(load(low), load(high), load_words(most_bits));
+  store_words(metadata, affine.pair);
+  store(scale, affine.scale);
+  store(zero_point, affine.zero_point);
+  __builtin_memcpy(is_finite, &affine.is_finite, sizeof is_finite);
+  for (int64_t token = 0; token < kLanes; ++token) {
+    const float* row = tile + token * width;
+    const Quantizer map(splat(scale[token]), splat(zero_point[token]), splat_int(is_finite[token]));
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      VecI codes = codes_of(map, load(row + d));
+      if (d + kLanes <= head_dim) {
+        store_codes(qdata + token * head_dim + d, codes);
+        continue;
+      }
+      int8_t rest[kLanes];
+      store_codes(rest, codes);
+      __builtin_memcpy(qdata + token * head_dim + d, rest, head_dim - d);
+    }
+  }
+}
+
+static void store_page(const StoreArgs& args, int64_t page, int64_t head, float* tile) {
+  Dtype dtype = static_cast<Dtype>(args.dtype);
+  int64_t width = round_up(args.head_dim, kWidthStep);
+  int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  int64_t start = batch * args.stride[0] + kv_head * args.stride[1] + page * kPageSize * args.stride[2];
+  const char* states = static_cast<const char*>(args.states) + start * element_size(dtype);
+  int64_t step = args.stride[2] * element_size(dtype), row_size = args.head_dim * element_size(dtype);
+  for (int64_t token = 0; token < kPageSize; ++token) {
+    // Tokens of a transposed view lie far apart, where the hardware does not guess ahead.
+    for (int64_t i = 0; i < row_size && token + kTokensAhead < kPageSize; i += 64)
+      __builtin_prefetch(states + (token + kTokensAhead) * step + i);
+    float* row = tile + token * width;
+    read_any_row(dtype, states + token * step, args.head_dim, row, width);
+    for (int64_t d = args.head_dim; d < width; ++d) row[d] = row[0];
+  }
+  int64_t index = page * args.batch * args.num_kv_heads + head;
+  int8_t* qdata = args.qdata + index * kPageSize * args.head_dim;
+  if (args.is_key) {
+    uint32_t* metadata = args.metadata + index * args.head_dim;
+    for (int64_t d = 0; d < args.head_dim; d += kLanes)
+      store_key_channels(tile + d, width, args.head_dim, args.head_dim - d < kLanes ? args.head_dim - d : kLanes,
+                         qdata + d, metadata + d);
+  } else {
+    uint32_t* metadata = args.metadata + index * kPageSize;
+    for (int64_t token = 0; token < kPageSize; token += kLanes)
+      store_value_tokens(tile + token * width, width, args.head_dim, qdata + token * args.head_dim, metadata + token);
+  }
+}
+
+}  // namespace

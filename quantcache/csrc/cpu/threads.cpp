@@ -1,0 +1,58 @@
+#include "threads.h"
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+struct Team {
+  TaskFunction run;
+  void* context;
+  int64_t num_tasks;
+  std::atomic<int64_t> next_task{0}, next_worker{0};
+};
+
+void work(void* data) {
+  Team& team = *static_cast<Team*>(data);
+  int64_t worker = team.next_worker.fetch_add(1, std::memory_order_relaxed);
+  for (;;) {
+    int64_t task = team.next_task.fetch_add(1, std::memory_order_relaxed);
+    if (task >= team.num_tasks) return;
+    team.run(team.context, task, worker);
+  }
+}
+
+// The OpenMP runtime that torch has loaded: its threads are waiting already, and a second pool would fight them for
+// the cores. Found by name, so that neither an OpenMP compiler nor the right copy of the library is needed to build.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel find_parallel() {
+#if defined(_WIN32)
+  return nullptr;
+#else
+  return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
+}
+
+}  // namespace
+
+void run_tasks(int64_t num_threads, int64_t num_tasks, TaskFunction run, void* context) {
+  Team team;
+  team.run = run;
+  team.context = context;
+  team.num_tasks = num_tasks;
+  if (num_threads > num_tasks) num_threads = num_tasks;
+  if (num_threads <= 1) return work(&team);
+  static const Parallel parallel = find_parallel();
+  if (parallel) return parallel(work, &team, static_cast<unsigned>(num_threads), 0);
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(num_threads - 1));
+  for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back(work, &team);
+  work(&team);
+  for (std::thread& thread : threads) thread.join();
+}

@@ -1,0 +1,298 @@
+"""The CPU kernels against torch, in one run.
+
+    python tests/benchmarks/bench_cpu_attention.py [--model FOLDER_WITH_GGUF] [--rows WORD ...] [--out FILE]
+
+Every row first checks its result, then times its candidates in turn, so that what slows one slows all; medians and
+their ratios are written as JSON. Bytes are those the candidate must read and write.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from quantcache import QuantizedInt8Cache, ops, reference
+from quantcache.backends import cpu
+from quantcache.backends import torch as torch_backend
+from quantcache.pages import Int8Pages
+
+Row = dict[str, Any]
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each candidate."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+        call()
+    for _ in range(repeats):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 4) for name, values in times.items()}
+
+
+def filled(
+    batch: int, num_kv_heads: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Int8Pages, Tensor, Tensor]:
+    key = torch.randn(batch, num_kv_heads, tokens, head_dim, dtype=torch.float32).to(dtype)
+    value = torch.randn(batch, num_kv_heads, tokens, head_dim, dtype=torch.float32).to(dtype)
+    pages = Int8Pages(key, value)
+    pages.append(key, value)
+    return pages, key, value
+
+
+def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_dim: int, target: float | None) -> Row:
+    """Decode attention of one token; the baselines are SDPA over dense caches, in the faster of its two forms."""
+    pages, key, value = filled(batch, num_kv_heads, tokens, head_dim, torch.bfloat16)
+    view = pages.view()
+    query = torch.randn(batch, num_kv_heads * group, 1, head_dim).bfloat16()
+    exact_key, exact_value = (
+        torch.cat([*parts, tail], dim=2).double()
+        for parts, tail in (
+            (
+                [reference.restore_key_pages(s.key_qdata, s.key_metadata, torch.float32) for s in view.segments],
+                view.key_tail,
+            ),
+            (
+                [reference.restore_value_pages(s.value_qdata, s.value_metadata, torch.float32) for s in view.segments],
+                view.value_tail,
+            ),
+        )
+    )
+    expected = reference.attend(query.double(), exact_key, exact_value, None, True, head_dim**-0.5, None, None, None)
+    del exact_key, exact_value
+    output = view.attention(query, is_causal=True)
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
+
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: view.attention(query, is_causal=True)}
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = query.to(dtype), key.to(dtype), value.to(dtype)
+        packed = dense[0].reshape(batch, num_kv_heads, group, head_dim)
+        name = str(dtype).removeprefix("torch.")
+        candidates[f"sdpa packed {name}"] = lambda q=packed, d=dense: scaled_dot_product_attention(q, d[1], d[2])
+        candidates[f"sdpa gqa {name}"] = lambda d=dense: scaled_dot_product_attention(*d, enable_gqa=True)
+
+    def torch_backend_call() -> Tensor:
+        s = view.segments
+        lists = (
+            [x.key_qdata for x in s],
+            [x.key_metadata for x in s],
+            [x.value_qdata for x in s],
+            [x.value_metadata for x in s],
+        )
+        return torch_backend.attention(
+            query, *lists, view.key_tail, view.value_tail, None, True, head_dim**-0.5, None, None, None
+        )
+
+    slow = interleaved({"torch backend": torch_backend_call}, 1)
+    times = interleaved(candidates, 15) | slow
+    best = min(t for name, t in times.items() if name.startswith("sdpa"))
+    return {
+        "row": f"decode attention, batch {batch}, {num_kv_heads} KV heads, group {group}, head_dim {head_dim}, "
+        f"{tokens} tokens",
+        "median_ms": times,
+        "int8_gb_per_s": round(2 * batch * num_kv_heads * tokens * head_dim / times["int8"] / 1e6, 1),
+        "ratio_to_best_sdpa": round(best / times["int8"], 2),
+        "ratio_to_torch_backend": round(slow["torch backend"] / times["int8"], 1),
+        "target": target,
+    }
+
+
+def append_row() -> Row:
+    """One token behind 8192; the median leaves out the one call in 64 that closes a page."""
+    pages, _, _ = filled(1, 8, 8192, 128, torch.bfloat16)
+    token = torch.randn(1, 1, 8, 128).bfloat16().transpose(1, 2)
+    times = []
+    for _ in range(600):
+        start = time.perf_counter()
+        pages.append(token, token)
+        times.append(1e6 * (time.perf_counter() - start))
+    return {
+        "row": "append of one token, 8 KV heads, head_dim 128",
+        "median_us": round(statistics.median(times), 2),
+        "target": 15,
+    }
+
+
+def store_row(dtype: torch.dtype, transposed: bool) -> Row:
+    """Quantising a prompt of 4096 tokens, against copying as many bytes (half read, half written)."""
+    made = [torch.randn(1, 4096, 8, 128).to(dtype).transpose(1, 2) for _ in range(2)]
+    key, value = made if transposed else (states.contiguous() for states in made)
+    pages = [
+        torch.empty_like(t).contiguous()
+        for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))
+    ]
+    expected = (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))
+    cpu.store_pages(key, value, *pages)
+    assert all(torch.equal(have, want) for have, want in zip(pages, expected, strict=True))
+    nbytes = key.nbytes + value.nbytes + sum(t.nbytes for t in pages)
+    source = torch.ones(nbytes // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = interleaved(
+        {"store_pages": lambda: cpu.store_pages(key, value, *pages), "copy": lambda: target.copy_(source)}, 25
+    )
+    slow = interleaved({"torch backend": lambda: torch_backend.store_pages(key, value, *pages)}, 1)
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "row": f"quantise 4096 tokens, 8 KV heads, head_dim 128, {name}, "
+        f"{'transposed view' if transposed else 'contiguous'}",
+        "median_ms": times | slow,
+        "gb_per_s": round(nbytes / times["store_pages"] / 1e6, 1),
+        "share_of_copy_bandwidth": round(times["copy"] / times["store_pages"], 2),
+        "ratio_to_torch_backend": round(slow["torch backend"] / times["store_pages"], 1),
+        "target": 0.3,
+    }
+
+
+def generate_row(name: str, model: Any, tokens: int, target: float, new_tokens: int, repeats: int) -> Row:
+    """``generate()`` behind ``tokens`` of random states, so that only decoding is timed."""
+    from transformers import DynamicCache
+
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, tokens - 1, config.num_key_value_heads, head_dim)
+    states = [[torch.randn(shape).to(model.dtype).transpose(1, 2) for _ in range(2)] for _ in range(2)]
+    prompt = torch.randint(0, 1000, (1, tokens))
+
+    def timed(cache: Any) -> float:
+        for layer in range(config.num_hidden_layers):
+            key, value = states[layer % 2]
+            cache.update(key, value, layer)
+        start = time.perf_counter()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"int8": [], "DynamicCache": []}
+    for _ in range(repeats):
+        times["int8"].append(timed(QuantizedInt8Cache()))
+        times["DynamicCache"].append(timed(DynamicCache()))
+    rates = {kind: round(new_tokens / statistics.median(seconds), 3) for kind, seconds in times.items()}
+    return {
+        "row": f"generate(), {name}, {str(model.dtype).removeprefix('torch.')}, {tokens} tokens",
+        "tokens_per_s": rates,
+        "ratio": round(rates["int8"] / rates["DynamicCache"], 3),
+        "target": target,
+    }
+
+
+def smollm2(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    file = next(Path(folder).glob("*.gguf")).name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+
+
+def one_billion() -> Any:
+    """Llama-3.2-1B's geometry with a small vocabulary and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        dtype=torch.bfloat16,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder with SmolLM2-135M as GGUF; without it its rows are left out")
+    parser.add_argument("--rows", nargs="*", default=["attention", "append", "store", "smollm2", "one-billion"])
+    parser.add_argument("--out", default="docs/benchmarks/cpu-attention.json")
+    parser.add_argument("--threads", type=int, help="instead of torch's own choice")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    out = Path(options.out)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        row["threads"], row["load_average"] = torch.get_num_threads(), round(os.getloadavg()[0], 2)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    if "attention" in options.rows:
+        add(attention_row(1, 8, 4, 8192, 128, 2.0))
+        add(attention_row(1, 8, 4, 32768, 128, 2.0))
+        add(attention_row(8, 8, 4, 2048, 128, 1.5))
+        add(attention_row(1, 3, 3, 8192, 64, None))
+        add(attention_row(1, 8, 4, 256, 128, None))
+    if "append" in options.rows:
+        add(append_row())
+    if "store" in options.rows:
+        for dtype in (torch.bfloat16, torch.float32):
+            for transposed in (False, True):
+                add(store_row(dtype, transposed))
+    if "smollm2" in options.rows and options.model:
+        model = smollm2(options.model)
+        add(generate_row("SmolLM2-135M", model, 8192, 1.15, 16, 5))
+        add(generate_row("SmolLM2-135M", model, 256, 0.97, 32, 7))
+    if "one-billion" in options.rows:
+        model = one_billion()
+        add(generate_row("1B geometry, random weights", model, 8192, 1.15, 6, 3))
+        add(generate_row("1B geometry, random weights", model, 256, 0.97, 6, 3))
+
+    import transformers
+
+    report = {
+        "command": "python tests/benchmarks/bench_cpu_attention.py --model FOLDER_WITH_GGUF",
+        "hardware": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "isa": cpu.isa(),
+        },
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "backend": ops.choose_backend(torch.device("cpu")),
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

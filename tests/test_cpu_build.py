@@ -1,0 +1,174 @@
+"""Are the CPU kernels built once, atomically, and is a machine without a compiler served?"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantcache import native as build
+from quantcache import ops
+from quantcache.backends import cpu
+from quantcache.errors import FallbackWarning
+from quantcache.folders import CACHE_VARIABLE
+from tests.attention_cases import Case
+from tests.attention_cases import build as build_case
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no CPU kernels here: {cpu.unavailable()}")
+
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g",
+    "-O1",
+)
+
+USE = "from quantcache.backends import cpu; print(cpu.isa())"
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of the test's own, with this session's library in it, so that nothing is compiled twice."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    target = tmp_path / Path(cpu.library()._name).name
+    shutil.copy(cpu.library()._name, target)
+    return target
+
+
+def compile_nothing(*_: object) -> None:
+    raise AssertionError("the compiler was called")
+
+
+def test_a_library_in_the_cache_is_used_without_compiling_or_a_message(
+    built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_compile", compile_nothing)
+    with caplog.at_level(logging.DEBUG, "quantcache"):
+        assert build.load_library()._name == str(built)
+    assert not caplog.records
+
+
+def test_a_corrupt_library_is_built_again_with_a_message(
+    built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = built.read_bytes()
+    built.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(build, "_compile", lambda compiler, library, flags: library.write_bytes(whole))
+    with caplog.at_level(logging.WARNING, "quantcache"):
+        build.load_library()
+    assert built.read_bytes() == whole
+    assert sum("building the CPU kernels" in record.getMessage() for record in caplog.records) == 1
+    assert [path.name for path in built.parent.iterdir()] == [built.name]
+
+
+def test_sources_flags_and_compiler_make_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = build.find_compiler()
+    name = build.library_prefix(compiler)
+    assert name == build.library_prefix(compiler)
+    assert name != build.library_prefix(compiler, ["-g"])
+    changed = tmp_path / "cpu"
+    shutil.copytree(build.SOURCES, changed)
+    (changed / "simd.h").write_text((changed / "simd.h").read_text() + "\n")
+    monkeypatch.setattr(build, "SOURCES", changed)
+    assert name != build.library_prefix(compiler)
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    source = Path(cpu.library()._name)
+    monkeypatch.setattr(build, "_compile", lambda compiler, library, flags: shutil.copy(source, library))
+    path = Path(build.load_library()._name)
+    assert path.is_file()
+    assert tmp_path not in path.parents
+    shutil.rmtree(path.parent)
+
+
+def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, **environment, "PYTHONPATH": str(Path(ops.__file__).parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_processes_at_once_both_get_the_kernels(tmp_path: Path) -> None:
+    running = [run_python(USE, QUANTCACHE_CACHE=str(tmp_path)) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), outputs
+    assert all(output.splitlines()[-1] == cpu.isa() for output in outputs)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler found")
+    ops._cpu_is_available.cache_clear()
+    try:
+        with pytest.warns(FallbackWarning, match=r"no C\+\+ compiler found"):
+            assert ops.choose_backend(torch.device("cpu")) == "torch"
+        assert ops.choose_backend(torch.device("cpu")) == "torch"
+        monkeypatch.setenv(ops.BACKEND_VARIABLE, "cpu")
+        with pytest.raises(ValueError, match="QUANTCACHE_BACKEND: cpu cannot run here: no C"):
+            ops.choose_backend(torch.device("cpu"))
+    finally:
+        ops._cpu_is_available.cache_clear()
+
+
+def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(build.COMPILER_VARIABLE, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(build.BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is there"):
+        build.find_compiler()
+    monkeypatch.setenv(build.COMPILER_VARIABLE, "nosuch++ -O1")
+    with pytest.raises(build.BuildError, match="nosuch"):
+        build.find_compiler()
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
+    code = "from quantcache.backends import cpu; print(cpu.unavailable())"
+    output, _ = run_python(code, QUANTCACHE_CPU_ISA="sse9").communicate(timeout=120)
+    assert "QUANTCACHE_CPU_ISA: must be one of avx512, avx2, portable, got 'sse9'" in output
+
+
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    compiler = build.find_compiler()
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    made = subprocess.run([*compiler, *SANITIZERS, str(probe), "-o", str(tmp_path / "probe")], capture_output=True)
+    if made.returncode or subprocess.run([str(tmp_path / "probe")]).returncode:
+        pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
+    program = tmp_path / "sanitized"
+    objects = build.compile_commands(compiler, tmp_path, SANITIZERS)
+    main = [
+        *compiler,
+        *build.FLAGS,
+        *SANITIZERS,
+        "-I",
+        str(build.SOURCES),
+        str(Path(__file__).parent / "sanitize.cpp"),
+    ]
+    running = [subprocess.Popen(command) for _, command in objects]
+    assert not any(process.wait() for process in running)
+    link = [*main, *(str(target) for target, _ in objects), "-o", str(program), "-lpthread", "-ldl"]
+    subprocess.run(link, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("ok")
+
+
+def test_what_is_called_first_builds_and_runs() -> None:
+    stored = build_case(Case())
+    output = ops.attention(*stored.arguments)  # type: ignore[arg-type]
+    assert output.isfinite().all()
+    assert ops.choose_backend(torch.device("cpu")) in ("cpu", "torch")
