@@ -71,8 +71,8 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         if found is not None:
             view, log = found
             reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
-            if reason is None and query.dtype != key.dtype:
-                reason = f"query in {query.dtype} and cache in {key.dtype}"
+            if reason is None and query.dtype != view.key_tail.dtype:
+                reason = f"query in {query.dtype} and cache in {view.key_tail.dtype}"
             if reason is None:
                 return read(view, log, query, **options), None
         key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))

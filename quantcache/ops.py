@@ -171,6 +171,19 @@ for _name, _states_argument, _fake in (
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
+_run_attention: Final = _dispatched("attention", 0)
+
+
+def _is_plain(query: Tensor) -> bool:
+    """Whether nothing watches operations, so that the dispatcher (10 us with lists of tensors) can be left out."""
+    return (
+        type(query) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def store_pages(
     key_states: Tensor,
     value_states: Tensor,
@@ -262,7 +275,8 @@ def attention(
         key = restore_keys(key_qdata, key_metadata, key_tail)
         value = restore_values(value_qdata, value_metadata, value_tail)
         return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
-    output: Tensor = torch.ops.quantcache.attention(
+    run: Any = _run_attention if _is_plain(query) else torch.ops.quantcache.attention
+    output: Tensor = run(
         query,
         key_qdata,
         key_metadata,
