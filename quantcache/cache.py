@@ -144,9 +144,15 @@ class QuantizedInt8Cache(Cache):
                 f"QuantizedInt8Cache.update: layer_idx must be from 0 to {known - 1}, got {layer_idx}. "
                 "Is the config that of another model?"
             )
+        states: tuple[Tensor, Tensor]
+        if layer_idx < known and not self.offloading:
+            states = self.layers[layer_idx].update(  # type: ignore[union-attr]
+                key_states, value_states, *args, **kwargs
+            )
+            return states
         if layer_idx >= known:
             check_states(key_states, value_states)  # before the host appends layers for it
-        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return states
 
     def crop(self, tokens_to_remove: int) -> None:

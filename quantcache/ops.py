@@ -171,9 +171,6 @@ for _name, _states_argument, _fake in (
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
-_run_attention: Final = _dispatched("attention", 0)
-
-
 def _is_plain(query: Tensor) -> bool:
     """Whether nothing watches operations, so that the dispatcher (10 us with lists of tensors) can be left out."""
     return (
@@ -241,6 +238,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention over pages and tail in one softmax; ``reference.attend`` over the restored states is its specification.
 
@@ -258,6 +256,7 @@ def attention(
         window: hide keys ``window`` or more positions older than the query.
         softcap: bound of the logits by ``softcap * tanh(logits / softcap)``.
         sinks: (num_q_heads,), one more logit per head that takes probability and returns nothing.
+        backend: what ``backend_for(query)`` named, if it was asked already.
 
     Returns:
         (batch, query_len, num_q_heads, v_head_dim), contiguous, in the dtype of ``query``.
@@ -275,7 +274,9 @@ def attention(
         key = restore_keys(key_qdata, key_metadata, key_tail)
         value = restore_values(value_qdata, value_metadata, value_tail)
         return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
-    run: Any = _run_attention if _is_plain(query) else torch.ops.quantcache.attention
+    run: Any = torch.ops.quantcache.attention
+    if _is_plain(query):
+        run = BACKENDS[backend or backend_for(query)[0]].attention
     output: Tensor = run(
         query,
         key_qdata,

@@ -134,6 +134,7 @@ class PagesView:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        backend: str | None = None,
     ) -> Tensor:
         """``ops.attention`` over this view."""
         return ops.attention(
@@ -148,6 +149,7 @@ class PagesView:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            backend=backend,
         )
 
 
@@ -230,11 +232,13 @@ class Int8Pages:
             key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
             value_states: (batch, num_kv_heads, query_len, v_head_dim).
         """
-        key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
         total = self._tail_len + key_states.shape[2]
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
+        is_empty = self.seq_len == 0
 
-        if self.seq_len == 0:
+        if is_empty:
             key_tail, value_tail = key_states, value_states
             key_buffer, value_buffer = key_states, value_states
         else:
@@ -244,7 +248,7 @@ class Int8Pages:
         view = self._view_with(key_tail, value_tail)
 
         new_segment = self._close(key_tail, value_tail, closing) if closing else None
-        if closing or self.seq_len == 0:
+        if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
             key_buffer = _extended(key_tail[:, :, :0], 0, key_tail[:, :, start:])
@@ -350,8 +354,12 @@ def _extended(buffer: Tensor, used: int, states: Tensor) -> Tensor:
         grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
         grown[:, :, :used] = buffer[:, :, :used]
         buffer = grown
-    with _write_access(buffer):
-        buffer.narrow(2, used, states.shape[2]).copy_(states)
+    target = buffer.narrow(2, used, states.shape[2])
+    if buffer.is_inference():
+        with _write_access(buffer):
+            target.copy_(states)
+    else:
+        target.copy_(states)
     return buffer
 
 

@@ -116,7 +116,7 @@ def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any
         read_log.fell_back(reason, backend)
     else:
         read_log.ran(backend)
-    return pages_view.attention(query, **options)
+    return pages_view.attention(query, backend=backend, **options)
 
 
 def _int8_sdpa(

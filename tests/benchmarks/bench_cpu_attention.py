@@ -28,6 +28,8 @@ from quantcache.pages import Int8Pages
 
 Row = dict[str, Any]
 
+COPIED_BYTES = 256 << 20
+
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each candidate."""
@@ -111,23 +113,34 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
 
 
 def append_row() -> Row:
-    """One token behind 8192; the median leaves out the one call in 64 that closes a page."""
+    """One token behind 8192, in blocks; a block's median leaves out the one call in 64 that closes a page.
+
+    This is all Python, whose speed on a shared processor changes by half from second to second: hence the quiet block.
+    """
     pages, _, _ = filled(1, 8, 8192, 128, torch.bfloat16)
     token = torch.randn(1, 1, 8, 128).bfloat16().transpose(1, 2)
-    times = []
-    for _ in range(600):
-        start = time.perf_counter()
-        pages.append(token, token)
-        times.append(1e6 * (time.perf_counter() - start))
+    blocks = []
+    for _ in range(20):
+        times = []
+        for _ in range(100):
+            start = time.perf_counter()
+            pages.append(token, token)
+            times.append(1e6 * (time.perf_counter() - start))
+        blocks.append(statistics.median(times))
+        time.sleep(0.1)
     return {
         "row": "append of one token, 8 KV heads, head_dim 128",
-        "median_us": round(statistics.median(times), 2),
+        "median_us": round(statistics.median(blocks), 2),
+        "quiet_block_us": round(min(blocks), 2),
         "target": 15,
     }
 
 
 def store_row(dtype: torch.dtype, transposed: bool) -> Row:
-    """Quantising a prompt of 4096 tokens, against copying as many bytes (half read, half written)."""
+    """Quantising a prompt of 4096 tokens, in bytes read and written a second, against those of a copy.
+
+    The copy is large enough to leave the caches, so that it is memory's speed and not that of a shared L3.
+    """
     made = [torch.randn(1, 4096, 8, 128).to(dtype).transpose(1, 2) for _ in range(2)]
     key, value = made if transposed else (states.contiguous() for states in made)
     pages = [
@@ -138,19 +151,21 @@ def store_row(dtype: torch.dtype, transposed: bool) -> Row:
     cpu.store_pages(key, value, *pages)
     assert all(torch.equal(have, want) for have, want in zip(pages, expected, strict=True))
     nbytes = key.nbytes + value.nbytes + sum(t.nbytes for t in pages)
-    source = torch.ones(nbytes // 2, dtype=torch.uint8)
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     times = interleaved(
         {"store_pages": lambda: cpu.store_pages(key, value, *pages), "copy": lambda: target.copy_(source)}, 25
     )
+    rate, copy_rate = nbytes / times["store_pages"] / 1e6, 2 * COPIED_BYTES / times["copy"] / 1e6
     slow = interleaved({"torch backend": lambda: torch_backend.store_pages(key, value, *pages)}, 1)
     name = str(dtype).removeprefix("torch.")
     return {
         "row": f"quantise 4096 tokens, 8 KV heads, head_dim 128, {name}, "
         f"{'transposed view' if transposed else 'contiguous'}",
         "median_ms": times | slow,
-        "gb_per_s": round(nbytes / times["store_pages"] / 1e6, 1),
-        "share_of_copy_bandwidth": round(times["copy"] / times["store_pages"], 2),
+        "gb_per_s": round(rate, 1),
+        "copy_gb_per_s": round(copy_rate, 1),
+        "share_of_copy_bandwidth": round(rate / copy_rate, 2),
         "ratio_to_torch_backend": round(slow["torch backend"] / times["store_pages"], 1),
         "target": 0.3,
     }
@@ -236,7 +251,7 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder with SmolLM2-135M as GGUF; without it its rows are left out")
-    parser.add_argument("--rows", nargs="*", default=["attention", "append", "store", "smollm2", "one-billion"])
+    parser.add_argument("--rows", nargs="*", default=["append", "attention", "store", "smollm2", "one-billion"])
     parser.add_argument("--out", default="docs/benchmarks/cpu-attention.json")
     parser.add_argument("--threads", type=int, help="instead of torch's own choice")
     options = parser.parse_args()
@@ -251,14 +266,14 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
+    if "append" in options.rows:
+        add(append_row())
     if "attention" in options.rows:
         add(attention_row(1, 8, 4, 8192, 128, 2.0))
         add(attention_row(1, 8, 4, 32768, 128, 2.0))
         add(attention_row(8, 8, 4, 2048, 128, 1.5))
         add(attention_row(1, 3, 3, 8192, 64, None))
         add(attention_row(1, 8, 4, 256, 128, None))
-    if "append" in options.rows:
-        add(append_row())
     if "store" in options.rows:
         for dtype in (torch.bfloat16, torch.float32):
             for transposed in (False, True):
@@ -266,11 +281,11 @@ def main() -> None:
     if "smollm2" in options.rows and options.model:
         model = smollm2(options.model)
         add(generate_row("SmolLM2-135M", model, 8192, 1.15, 16, 5))
-        add(generate_row("SmolLM2-135M", model, 256, 0.97, 32, 7))
+        add(generate_row("SmolLM2-135M", model, 256, 0.97, 32, 21))
     if "one-billion" in options.rows:
         model = one_billion()
         add(generate_row("1B geometry, random weights", model, 8192, 1.15, 6, 3))
-        add(generate_row("1B geometry, random weights", model, 256, 0.97, 6, 3))
+        add(generate_row("1B geometry, random weights", model, 256, 0.97, 6, 7))
 
     import transformers
 
