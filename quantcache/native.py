@@ -4,7 +4,6 @@ The shared library lies in the user's cache directory under a name made of every
 or compiler makes a new one and nothing has to be invalidated.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import logging
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from quantcache.folders import cache_folder
+from quantcache import folders
 
 COMPILER_VARIABLE: Final = "CXX"
 
@@ -68,14 +67,7 @@ def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
     """
     compiler = find_compiler()
     prefix = library_prefix(compiler, extra_flags)
-    for path in sorted(cache_folder().glob(f"{prefix}-*.so")):
-        # A file cut short by a full disk would not fail to load but kill the process when its pages are touched.
-        if path.name == _name_of(prefix, path.read_bytes()):
-            return _loaded(path)
-        logger.warning("quantcache: %s is damaged and is built again.", path)
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return _loaded(build(compiler, prefix, extra_flags))
+    return _loaded(folders.find_kept(prefix, ".so") or build(compiler, prefix, extra_flags))
 
 
 def find_compiler() -> list[str]:
@@ -129,15 +121,15 @@ def build(compiler: Sequence[str], prefix: str, extra_flags: Sequence[str] = ())
     with tempfile.TemporaryDirectory(prefix="quantcache-") as scratch:
         library = Path(scratch) / f"{prefix}.so"
         _compile(compiler, library, extra_flags)
-        path = cache_folder() / _name_of(prefix, library.read_bytes())
+        content = library.read_bytes()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _place(library, path)
+            path = folders.keep(prefix, ".so", content)
         except OSError as error:
             directory = Path(tempfile.mkdtemp(prefix="quantcache-"))
-            logger.warning("quantcache: %s cannot be written (%s); using %s.", path.parent, error.strerror, directory)
-            path = directory / path.name
-            _place(library, path)
+            logger.warning(
+                "quantcache: %s cannot be written (%s); using %s.", folders.cache_folder(), error.strerror, directory
+            )
+            path = folders.keep(prefix, ".so", content, directory)
     logger.info("quantcache: built the CPU kernels in %.1f s: %s", time.perf_counter() - started, path)
     return path
 
@@ -198,28 +190,11 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
 
 
-def _name_of(prefix: str, content: bytes) -> str:
-    return f"{prefix}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-
-
 def _loaded(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the CPU kernels were built but cannot be loaded: {error}") from error
-
-
-def _place(library: Path, path: Path) -> None:
-    """Copy ``library`` beside ``path``, then rename: only a rename within a directory is atomic."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        shutil.copyfile(library, temporary)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def _source_files() -> list[Path]:

@@ -7,7 +7,7 @@ their arguments and call it. P pages of page_size = 64 tokens come as lists of s
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantcache import reference
 from quantcache.backends import cpu as cpu_backend
+from quantcache.backends import cuda as cuda_backend
 from quantcache.backends import torch as torch_backend
 from quantcache.errors import FallbackWarning
 from quantcache.scheme import PAGE_SIZE
@@ -35,6 +36,11 @@ class Backend(Protocol):
         value_metadata: Tensor,
     ) -> None:
         """Quantise whole pages."""
+
+    def append_tail(
+        self, key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int
+    ) -> None:
+        """Write new tokens into the tail."""
 
     def restore_keys(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
         """Dense keys."""
@@ -64,7 +70,20 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend}
+BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
+
+
+class Parts(list[Tensor]):
+    """One part of the pages, a tensor a segment, with what backends have found out about it.
+
+    The tensors must not be exchanged once an operation has seen the list.
+    """
+
+    __slots__ = ("memo",)
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        super().__init__(tensors)
+        self.memo: dict[object, Any] = {}
 
 
 def choose_backend(device: torch.device) -> str:
@@ -78,18 +97,22 @@ def choose_backend(device: torch.device) -> str:
     """
     forced = os.environ.get(BACKEND_VARIABLE)
     if not forced:
-        return "cpu" if device.type == "cpu" and _cpu_is_available() else "torch"
+        if device.type == "cpu":
+            return "cpu" if _cpu_is_available() else "torch"
+        return "cuda" if device.type == "cuda" and _cuda_is_available(device) else "torch"
     if forced not in BACKENDS:
         raise ValueError(
             f"{BACKEND_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {forced!r}. "
             "Unset it to let quantcache choose."
         )
-    if forced == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"{BACKEND_VARIABLE}: cpu runs on CPU tensors, got tensors on {device}. Unset it.")
-        reason = cpu_backend.unavailable()
+    if forced != "torch":
+        if device.type != forced:
+            raise ValueError(
+                f"{BACKEND_VARIABLE}: {forced} runs on {forced.upper()} tensors, got tensors on {device}. Unset it."
+            )
+        reason = cpu_backend.unavailable() if forced == "cpu" else cuda_backend.unavailable(device)
         if reason is not None:
-            raise ValueError(f"{BACKEND_VARIABLE}: cpu cannot run here: {reason}. Unset it, or set it to torch.")
+            raise ValueError(f"{BACKEND_VARIABLE}: {forced} cannot run here: {reason}. Unset it, or set it to torch.")
     return forced
 
 
@@ -107,17 +130,41 @@ def _cpu_is_available() -> bool:
     return reason is None
 
 
+@functools.cache
+def _cuda_is_available(device: torch.device) -> bool:
+    """Whether the kernels run on ``device``; if not, says why in one warning for the device."""
+    reason = cuda_backend.unavailable(device)
+    if reason is not None:
+        warnings.warn(
+            f"quantcache: int8 attention on {device} runs in plain torch, which is slower, because {reason}. "
+            f"Set {BACKEND_VARIABLE}=torch to say that this is meant.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
 def why_torch(device: torch.device) -> str:
     """Why ``choose_backend`` picks the torch backend for ``device`` where nothing is forced."""
     if device.type == "cpu":
         return cpu_backend.unavailable() or "nothing is against the CPU kernels"
+    if device.type == "cuda":
+        return cuda_backend.unavailable(device) or "nothing is against the CUDA kernels"
     return f"this version has no kernels for {device.type} devices"
 
 
-def backend_for(states: Tensor) -> tuple[str, str | None]:
-    """Which backend takes operations on ``states``, and why it is not the chosen one, or None if it is."""
-    name = choose_backend(states.device)
-    reason = cpu_backend.unsupported(states) if name == "cpu" else None
+def backend_for(*states: Tensor) -> tuple[str, str | None]:
+    """Which backend takes operations on ``states``, and why it is not the chosen one, or None if it is.
+
+    Args:
+        states: query, keys or values, as many as the operation has; they are on one device.
+    """
+    name = choose_backend(states[0].device)
+    reason = None
+    if name == "cpu":
+        reason = cpu_backend.unsupported(*states)
+    elif name == "cuda":
+        reason = cuda_backend.unsupported(*states)
     return ("torch", reason) if reason else (name, None)
 
 
@@ -125,6 +172,10 @@ _library = torch.library.Library("quantcache", "DEF")
 _library.define(
     "store_pages(Tensor key_states, Tensor value_states, Tensor(a!) key_qdata, Tensor(b!) key_metadata, "
     "Tensor(c!) value_qdata, Tensor(d!) value_metadata) -> ()"
+)
+_library.define(
+    "append_tail(Tensor key_states, Tensor value_states, Tensor(a!) key_tail, Tensor(b!) value_tail, "
+    "int position) -> ()"
 )
 _library.define("restore_keys(Tensor[] qdata, Tensor[] metadata, Tensor tail) -> Tensor")
 _library.define("restore_values(Tensor[] qdata, Tensor[] metadata, Tensor tail) -> Tensor")
@@ -135,18 +186,18 @@ _library.define(
 )
 
 
-def _dispatched(name: str, states_argument: int) -> Callable[..., Tensor | None]:
-    """The operation ``name`` on the backend for its ``states_argument``-th argument."""
+def _dispatched(name: str, states_arguments: tuple[int, ...]) -> Callable[..., Tensor | None]:
+    """The operation ``name`` on the backend for those of its arguments that are states."""
 
     def run(*args: Any) -> Tensor | None:
-        backend, _ = backend_for(args[states_argument])
+        backend, _ = backend_for(*(args[index] for index in states_arguments))
         result: Tensor | None = getattr(BACKENDS[backend], name)(*args)
         return result
 
     return run
 
 
-def _fake_store_pages(*_: Tensor) -> None:
+def _fake_nothing(*_: Any) -> None:
     return None
 
 
@@ -161,13 +212,14 @@ def _fake_attention(query: Tensor, *args: Any) -> Tensor:
     return query.new_empty(batch, query_len, num_q_heads, value_tail.shape[-1])
 
 
-for _name, _states_argument, _fake in (
-    ("store_pages", 0, _fake_store_pages),
-    ("restore_keys", 2, _fake_restore),
-    ("restore_values", 2, _fake_restore),
-    ("attention", 0, _fake_attention),
+for _name, _states_arguments, _fake in (
+    ("store_pages", (0, 1), _fake_nothing),
+    ("append_tail", (0, 1), _fake_nothing),
+    ("restore_keys", (2,), _fake_restore),
+    ("restore_values", (2,), _fake_restore),
+    ("attention", (0, 6), _fake_attention),
 ):
-    _library.impl(_name, _dispatched(_name, _states_argument), "CompositeExplicitAutograd")
+    _library.impl(_name, _dispatched(_name, _states_arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
@@ -200,6 +252,31 @@ def store_pages(
         value_metadata: written; int16 (P, batch, num_kv_heads, page_size, 2).
     """
     torch.ops.quantcache.store_pages(key_states, value_states, key_qdata, key_metadata, value_qdata, value_metadata)
+
+
+def append_tail(
+    key_states: Tensor,
+    value_states: Tensor,
+    key_tail: Tensor,
+    value_tail: Tensor,
+    position: int,
+    backend: str | None = None,
+) -> None:
+    """Write new tokens into memory of the tail that is already there.
+
+    Args:
+        key_states: (batch, num_kv_heads, query_len, head_dim), any strides.
+        value_states: (batch, num_kv_heads, query_len, v_head_dim).
+        key_tail: written from ``position`` on; (batch, num_kv_heads, capacity, head_dim) in the dtype of the states.
+        value_tail: written likewise.
+        position: token of the tail that is written first.
+        backend: what ``backend_for`` the states named, if it was asked already.
+    """
+    if _is_plain(key_states):
+        chosen = BACKENDS[backend or backend_for(key_states, value_states)[0]]
+        chosen.append_tail(key_states, value_states, key_tail, value_tail, position)
+    else:
+        torch.ops.quantcache.append_tail(key_states, value_states, key_tail, value_tail, position)
 
 
 def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
@@ -256,7 +333,7 @@ def attention(
         window: hide keys ``window`` or more positions older than the query.
         softcap: bound of the logits by ``softcap * tanh(logits / softcap)``.
         sinks: (num_q_heads,), one more logit per head that takes probability and returns nothing.
-        backend: what ``backend_for(query)`` named, if it was asked already.
+        backend: what ``backend_for(query, value_tail)`` named, if it was asked already.
 
     Returns:
         (batch, query_len, num_q_heads, v_head_dim), contiguous, in the dtype of ``query``.
@@ -265,8 +342,7 @@ def attention(
         ValueError: shapes or numbers that do not fit together.
         TypeError: a query whose dtype is not the tail's.
     """
-    kv_len = sum(qdata.shape[0] for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
-    _check_attention(query, key_tail, value_tail, kv_len, attn_mask, window, softcap, sinks)
+    _check_attention(query, key_qdata, key_tail, value_tail, attn_mask, window, softcap, sinks)
     if softmax_scale is None:
         softmax_scale = float(query.shape[-1]) ** -0.5
     if torch.is_grad_enabled() and query.requires_grad:
@@ -276,7 +352,7 @@ def attention(
         return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
     run: Any = torch.ops.quantcache.attention
     if _is_plain(query):
-        run = BACKENDS[backend or backend_for(query)[0]].attention
+        run = BACKENDS[backend or backend_for(query, value_tail)[0]].attention
     output: Tensor = run(
         query,
         key_qdata,
@@ -297,9 +373,9 @@ def attention(
 
 def _check_attention(
     query: Tensor,
+    key_qdata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
-    kv_len: int,
     attn_mask: Tensor | None,
     window: int | None,
     softcap: float | None,
@@ -317,6 +393,7 @@ def _check_attention(
             f"{key_tail.dtype} and {value_tail.dtype}, got {query.dtype}."
         )
     if attn_mask is not None:
+        kv_len = sum(qdata.shape[0] for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
         full = (batch, query.shape[1], query.shape[2], kv_len)
         aligned = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
         if len(aligned) != 4 or any(have not in (1, want) for have, want in zip(aligned, full, strict=True)):

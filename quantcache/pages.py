@@ -80,17 +80,17 @@ class ClosedPages:
         return sum(segment.capacity for segment in self.segments)
 
     @cached_property
-    def key_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+    def key_parts(self) -> tuple[ops.Parts, ops.Parts]:
         """Codes and metadata of the keys, a tensor a segment."""
-        return [s.key_qdata for s in self.segments], [s.key_metadata for s in self.segments]
+        return ops.Parts(s.key_qdata for s in self.segments), ops.Parts(s.key_metadata for s in self.segments)
 
     @cached_property
-    def value_parts(self) -> tuple[list[Tensor], list[Tensor]]:
+    def value_parts(self) -> tuple[ops.Parts, ops.Parts]:
         """Codes and metadata of the values, a tensor a segment."""
-        return [s.value_qdata for s in self.segments], [s.value_metadata for s in self.segments]
+        return ops.Parts(s.value_qdata for s in self.segments), ops.Parts(s.value_metadata for s in self.segments)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PagesView:
     """What one attention call reads: closed pages, then the tail.
 
@@ -100,6 +100,8 @@ class PagesView:
     closed: ClosedPages
     key_tail: Tensor
     value_tail: Tensor
+    backend: tuple[str, str | None] | None = None
+    """What ``ops.backend_for`` says of it, where it has been asked."""
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -134,7 +136,6 @@ class PagesView:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        backend: str | None = None,
     ) -> Tensor:
         """``ops.attention`` over this view."""
         return ops.attention(
@@ -149,7 +150,6 @@ class PagesView:
             window=window,
             softcap=softcap,
             sinks=sinks,
-            backend=backend,
         )
 
 
@@ -177,6 +177,15 @@ class Int8Pages:
         self._tail_len = 0
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
+        # What ops.backend_for says; asked once, since asking takes as long as a launch.
+        self._backend: tuple[str, str | None] | None = None
+
+    @property
+    def backend(self) -> tuple[str, str | None]:
+        """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
+        if self._backend is None:
+            self._backend = ops.backend_for(self._key_tail, self._value_tail)
+        return self._backend
 
     @property
     def seq_len(self) -> int:
@@ -242,8 +251,9 @@ class Int8Pages:
             key_tail, value_tail = key_states, value_states
             key_buffer, value_buffer = key_states, value_states
         else:
-            key_buffer = _extended(self._key_tail, self._tail_len, key_states)
-            value_buffer = _extended(self._value_tail, self._tail_len, value_states)
+            key_buffer, value_buffer = _extended(
+                self._key_tail, self._value_tail, self._tail_len, key_states, value_states, self._append_backend
+            )
             key_tail, value_tail = key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total)
         view = self._view_with(key_tail, value_tail)
 
@@ -251,8 +261,7 @@ class Int8Pages:
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
-            key_buffer = _extended(key_tail[:, :, :0], 0, key_tail[:, :, start:])
-            value_buffer = _extended(value_tail[:, :, :0], 0, value_tail[:, :, start:])
+            key_buffer, value_buffer = _copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
         # Nothing above changed what is stored, so an append that fails for lack of memory leaves the layer as it was.
         if new_segment is not None:
             self._segments.append(new_segment)
@@ -279,8 +288,7 @@ class Int8Pages:
         # The tail is restored before any page is let go.
         reopened = self._view_pages(pages, pages + 1)
         key_states, value_states = reopened.restore_keys(), reopened.restore_values()
-        self._key_tail = _extended(self._key_tail[:, :, :0], 0, key_states[:, :, :rest])
-        self._value_tail = _extended(self._value_tail[:, :, :0], 0, value_states[:, :, :rest])
+        self._key_tail, self._value_tail = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
         self._tail_len = rest
         self._num_pages, self._closed = pages, None
         while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
@@ -302,16 +310,22 @@ class Int8Pages:
         segments = [Segment(*(p.to(device, non_blocking=non_blocking) for p in s)) for s in self._segments]
         tails = (t.to(device, non_blocking=non_blocking) for t in (self._key_tail, self._value_tail))
         self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
+        self._backend = None
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """Keys and values, dense, in the model's dtype; see ``PagesView``."""
         view = self.view()
         return view.restore_keys(), view.restore_values()
 
+    @property
+    def _append_backend(self) -> str:
+        """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
+        return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
+
     def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
         if self._closed is None:
             self._closed = self._view_pages(0, self._num_pages).closed
-        return PagesView(self._closed, key_tail, value_tail)
+        return PagesView(self._closed, key_tail, value_tail, self.backend if self._closed.segments else None)
 
     def _view_pages(self, start: int, stop: int) -> PagesView:
         """The closed pages ``start`` to ``stop``, with an empty tail."""
@@ -346,21 +360,38 @@ class Int8Pages:
         return new_segment
 
 
-def _extended(buffer: Tensor, used: int, states: Tensor) -> Tensor:
-    """``buffer`` with ``states`` written behind its first ``used`` tokens, in place if it has room."""
-    total = used + states.shape[2]
-    if total > buffer.shape[2]:
-        capacity = -(-total // TAIL_STEP) * TAIL_STEP
-        grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
-        grown[:, :, :used] = buffer[:, :, :used]
-        buffer = grown
-    target = buffer.narrow(2, used, states.shape[2])
-    if buffer.is_inference():
-        with _write_access(buffer):
-            target.copy_(states)
+def _extended(
+    key_buffer: Tensor,
+    value_buffer: Tensor,
+    used: int,
+    key_states: Tensor,
+    value_states: Tensor,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """The buffers with new tokens written behind their first ``used``, in place if they have room."""
+    total = used + key_states.shape[2]
+    if total > key_buffer.shape[2]:
+        old = key_buffer[:, :, :used], value_buffer[:, :, :used]
+        key_buffer, value_buffer = _roomier(key_buffer, total), _roomier(value_buffer, total)
+        if used:
+            ops.append_tail(*old, key_buffer, value_buffer, 0, backend)
+    if key_buffer.is_inference():
+        with _write_access(key_buffer):
+            ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
     else:
-        target.copy_(states)
-    return buffer
+        ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
+    return key_buffer, value_buffer
+
+
+def _copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    """Buffers of their own for some tokens."""
+    return _extended(key_states[:, :, :0], value_states[:, :, :0], 0, key_states, value_states, backend)
+
+
+def _roomier(buffer: Tensor, tokens: int) -> Tensor:
+    """Memory shaped like ``buffer`` for at least ``tokens`` tokens."""
+    capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
+    return buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
 
 
 def _write_access(memory: Tensor) -> AbstractContextManager[None]:

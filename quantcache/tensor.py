@@ -35,7 +35,8 @@ class Int8Tensor(Tensor):
     def __new__(cls, pages_view: PagesView, is_key: bool, read_log: ReadLog) -> "Int8Tensor":
         """The keys or the values of ``pages_view``."""
         tail = pages_view.key_tail if is_key else pages_view.value_tail
-        shape = (*tail.shape[:2], pages_view.seq_len, tail.shape[3])
+        batch, num_kv_heads, _, head_dim = tail.shape
+        shape = (batch, num_kv_heads, pages_view.seq_len, head_dim)
         made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
         made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
         return made
@@ -111,12 +112,21 @@ def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None
 
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
     """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
-    backend, reason = ops.backend_for(query)
+    backend, reason = pages_view.backend or ops.backend_for(query, pages_view.value_tail)
     if reason:
         read_log.fell_back(reason, backend)
     else:
         read_log.ran(backend)
-    return pages_view.attention(query, backend=backend, **options)
+    closed = pages_view.closed
+    return ops.attention(
+        query,
+        *closed.key_parts,
+        *closed.value_parts,
+        pages_view.key_tail,
+        pages_view.value_tail,
+        backend=backend,
+        **options,
+    )
 
 
 def _int8_sdpa(

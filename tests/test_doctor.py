@@ -23,7 +23,7 @@ def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ops.BACKEND_VARIABLE, "tpu")
     finding = doctor.examine()[0]
     assert finding.backend == "none"
-    assert "must be one of torch, cpu, got 'tpu'" in finding.reason
+    assert "must be one of torch, cpu, cuda, got 'tpu'" in finding.reason
 
 
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")

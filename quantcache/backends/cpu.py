@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from quantcache import native
+from quantcache.backends.torch import append_tail
 from quantcache.native import BuildError
 from quantcache.scheme import PAGE_SIZE
+
+__all__ = ["append_tail", "attention", "restore_keys", "restore_values", "store_pages", "unavailable", "unsupported"]
 
 ISA_VARIABLE: Final = "QUANTCACHE_CPU_ISA"
 ISAS: Final = ("avx512", "avx2", "portable")
@@ -182,13 +185,14 @@ def attention(
 _NO_MASK: Final = (0, 0, 0, 0, 0, 0)
 
 
-def unsupported(states: Tensor) -> str | None:
+def unsupported(*states: Tensor) -> str | None:
     """Why the kernels do not cover a call with this query or tail or these states, or None. All options are covered.
 
     No number of queries is too large: at 512 the kernels still take half the time of restoring and torch's attention.
     """
-    if states.dtype not in _DTYPES:
-        return f"the CPU kernels compute in float32, got {states.dtype}"
+    for tensor in states:
+        if tensor.dtype not in _DTYPES:
+            return f"the CPU kernels compute in float32, got {tensor.dtype}"
     return None
 
 

@@ -30,6 +30,12 @@ def store_pages(
         metadata.copy_(new_metadata)
 
 
+def append_tail(key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int) -> None:
+    """See ``ops.append_tail``."""
+    key_tail.narrow(2, position, key_states.shape[2]).copy_(key_states)
+    value_tail.narrow(2, position, value_states.shape[2]).copy_(value_states)
+
+
 def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
     """See ``ops.restore_keys``."""
     restored = [reference.restore_key_pages(q, m, tail.dtype) for q, m in zip(qdata, metadata, strict=True)]
@@ -65,7 +71,7 @@ def attention(
 
     batch, num_q_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    mask = _combined_mask(query, kv_len, attn_mask, is_causal, window)
+    mask = combined_mask(query, kv_len, attn_mask, is_causal, window)
     # The query heads of one KV head become query rows, so that torch never copies keys for them.
     group = num_q_heads // num_kv_heads
     if group > 1:
@@ -73,13 +79,17 @@ def attention(
         mask = None if mask is None else _packed_mask(mask, num_kv_heads, group, query_len, kv_len)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
     if mask is not None:
-        # Some of torch's kernels give a query that sees nothing the mean of all values.
-        sees = mask if mask.dtype == torch.bool else mask != -torch.inf
-        output = output.masked_fill(~sees.any(dim=-1, keepdim=True), 0)
+        output = zero_where_blind(output, mask)
     return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
 
 
-def _combined_mask(
+def zero_where_blind(output: Tensor, mask: Tensor) -> Tensor:
+    """``output`` with zeros for a query that sees nothing; some of torch's kernels give it the mean of all values."""
+    sees = mask if mask.dtype == torch.bool else mask != -torch.inf
+    return output.masked_fill(~sees.any(dim=-1, keepdim=True), 0)
+
+
+def combined_mask(
     query: Tensor, kv_len: int, attn_mask: Tensor | None, is_causal: bool, window: int | None
 ) -> Tensor | None:
     """One mask of at least 4 axes for the position rules and ``attn_mask`` together, or None."""

@@ -1,0 +1,346 @@
+// Quantising pages, restoring them and writing the tail. Bit for bit what reference.py says.
+//
+// Macros: DK, DV (head_dims), DTYPE (of the states).
+
+constexpr int kStoreThreads = DK * 2 > 256 ? DK * 2 : 256;
+constexpr int kThreads = 256;
+constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
+
+// scheme.py explains the numbers.
+constexpr float kQMin = -128.0f, kMaxSteps = 254.0f, kMaxAbsSteps = 32512.0f, kMinScale = 0x1p-120f;
+constexpr u32 kNanPair = 0x7FC0;  // scale NaN, zero_point 0
+constexpr u32 kInfinityBits = 0x7F800000u;
+
+struct StoreArgs {
+  const void* states[2];  // keys and values, (batch, num_kv_heads, pages * 64, DK or DV)
+  i8* qdata[2];           // (pages, batch, num_kv_heads, 64, DK or DV)
+  u32* metadata[2];       // (pages, batch, num_kv_heads, DK or 64)
+  i64 stride[2][3];       // of the states: batch, head, token
+  int num_kv_heads;
+};
+
+struct RestoreArgs {
+  const Segment* segments;  // num_segments + 1
+  const void* tail;         // (batch, num_kv_heads, tail_len, D)
+  void* output;             // (heads, tokens, D) for the heads from first_head on, heads counted over the batch
+  i64 tail_stride[3];
+  int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
+};
+
+struct AppendArgs {
+  const void* states[2];  // (batch, num_kv_heads, tokens, DK or DV)
+  void* tail[2];          // room for more behind `position`
+  i64 stride[2][3], tail_stride[2][3];
+  const int* lengths;     // pages and tail_len in device memory, or null for position
+  int num_kv_heads, batch, tokens, position;
+};
+
+DEVICE float nearest_step(float x, float scale) {
+  float half = 0.5f * scale, quarter = 0.25f * scale;
+  float steps = rintf(__fdiv_rn(x, scale));
+  float remainder = 0.5f * x - steps * half;
+  return steps + (remainder > quarter ? 1.0f : 0.0f) - (remainder < -quarter ? 1.0f : 0.0f);
+}
+
+struct Range {
+  float low, high;  // NaN if an element is
+};
+// Minimum and maximum that keep a NaN.
+DEVICE float lower(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+DEVICE float higher(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// Range of a warp's elements. Floats in the order of integers can be reduced in one instruction; a NaN made canonical is
+// the largest, so that the maximum shows it.
+DEVICE Range warp_range(const Range& range) {
+  auto ordered = [](float x) {
+    const int bits = __float_as_int(x);
+    return bits ^ (bits >> 31 & 0x7FFFFFFF);
+  };
+  const int low = __reduce_min_sync(~0u, ordered(range.low)), high = __reduce_max_sync(~0u, ordered(range.high));
+  return {__int_as_float(low ^ (low >> 31 & 0x7FFFFFFF)), __int_as_float(high ^ (high >> 31 & 0x7FFFFFFF))};
+}
+
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+
+// The affine map of a group; a scale of 0 stands for a group that is not finite.
+struct Affine {
+  float scale, zero_point, inverse;
+
+  static DEVICE Affine of(const Range& range, u32& metadata) {
+    Affine map;
+    const float largest = higher(fabsf(range.low), fabsf(range.high));
+    const bool is_finite = __float_as_uint(largest) < kInfinityBits;
+    // Divided before they are subtracted: the range of a float32 group can exceed float32.
+    float spread = __fsub_rn(__fdiv_rn(range.high, kMaxSteps), __fdiv_rn(range.low, kMaxSteps));
+    float wanted = fmaxf(fmaxf(spread, __fdiv_rn(largest, kMaxAbsSteps)), kMinScale);
+    float scale = is_finite ? __uint_as_float((__float_as_uint(wanted) + 0xFFFFu) & 0xFFFF0000u) : 1.0f;
+    map.zero_point = is_finite ? kQMin - nearest_step(range.low, scale) : 0.0f;
+    map.inverse = __fdiv_rn(1.0f, scale);
+    map.scale = is_finite ? scale : 0.0f;
+    metadata = is_finite ? (__float_as_uint(scale) >> 16) | (static_cast<u32>(static_cast<int>(map.zero_point)) << 16)
+                         : kNanPair;
+    return map;
+  }
+  // The product with the inverse finds the nearest multiple or its neighbour; the remainder, which is exact, tells
+  // which, and a tie goes to the even one, as the division of the reference has it. The code is the lowest byte.
+  DEVICE u32 code(float x) const {
+    float rounded = fmaf(x, inverse, kRounder);
+    const float remainder = fmaf(kRounder - rounded, scale, x), excess = fabsf(remainder) - 0.5f * scale;
+    if (excess >= 0.0f && (excess > 0.0f || (__float_as_uint(rounded) & 1))) rounded += copysignf(1.0f, remainder);
+    return scale == 0.0f ? 0u : __float_as_uint(rounded + zero_point);
+  }
+};
+
+DEVICE u32 pack_codes(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
+
+// Four consecutive elements as they are stored.
+#if DTYPE == 0
+using Four = float4;
+DEVICE void to_floats(const Four& v, float (&x)[4]) { x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w; }
+DEVICE Four lower(const Four& a, const Four& b) {
+  return make_float4(lower(a.x, b.x), lower(a.y, b.y), lower(a.z, b.z), lower(a.w, b.w));
+}
+DEVICE Four higher(const Four& a, const Four& b) {
+  return make_float4(higher(a.x, b.x), higher(a.y, b.y), higher(a.z, b.z), higher(a.w, b.w));
+}
+#else
+using Four = uint2;
+DEVICE void to_floats(const Four& v, float (&x)[4]) {
+  x[0] = DTYPE == kBFloat16 ? bfloat_low(v.x) : half_low(v.x), x[1] = DTYPE == kBFloat16 ? bfloat_high(v.x) : half_high(v.x);
+  x[2] = DTYPE == kBFloat16 ? bfloat_low(v.y) : half_low(v.y), x[3] = DTYPE == kBFloat16 ? bfloat_high(v.y) : half_high(v.y);
+}
+#if DTYPE == 1
+#define PAIR "bf16x2"
+#else
+#define PAIR "f16x2"
+#endif
+DEVICE u32 lower_pair(u32 a, u32 b) {
+  u32 r;
+  asm("min.NaN." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+DEVICE u32 higher_pair(u32 a, u32 b) {
+  u32 r;
+  asm("max.NaN." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+DEVICE Four lower(const Four& a, const Four& b) { return make_uint2(lower_pair(a.x, b.x), lower_pair(a.y, b.y)); }
+DEVICE Four higher(const Four& a, const Four& b) { return make_uint2(higher_pair(a.x, b.x), higher_pair(a.y, b.y)); }
+#endif
+DEVICE u32 codes_of(const Four& v, const Affine (&map)[4]) {
+  float x[4];
+  to_floats(v, x);
+  return pack_codes(map[0].code(x[0]), map[1].code(x[1]), map[2].code(x[2]), map[3].code(x[3]));
+}
+
+// One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
+// thread for each channel makes its map.
+DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
+  constexpr int groups = DK / 4;
+  __shared__ float4 low[kTokenGroups][groups], high[kTokenGroups][groups];
+  __shared__ float4 scale[groups], zero_point[groups], inverse[groups];
+  const int channels = threadIdx.x % groups, token_group = threadIdx.x / groups;
+  const bool works = token_group < kTokenGroups;
+  Four states[kTokensPerThread];
+  if (works) {
+    const Four* source = static_cast<const Four*>(args.states[0]) + (start + token_group * args.stride[0][2]) / 4 + channels;
+    const i64 step = kTokenGroups * args.stride[0][2] / 4;
+#pragma unroll
+    for (int i = 0; i < kTokensPerThread; i++) states[i] = source[i * step];
+    Four lowest = states[0], highest = states[0];
+#pragma unroll
+    for (int i = 1; i < kTokensPerThread; i++) lowest = lower(lowest, states[i]), highest = higher(highest, states[i]);
+    float x[4];
+    to_floats(lowest, x);
+    low[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
+    to_floats(highest, x);
+    high[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < DK; d += kStoreThreads) {
+    Range range = {reinterpret_cast<const float*>(low[0])[d], reinterpret_cast<const float*>(high[0])[d]};
+#pragma unroll
+    for (int i = 1; i < kTokenGroups; i++) {
+      range.low = lower(range.low, reinterpret_cast<const float*>(low[i])[d]);
+      range.high = higher(range.high, reinterpret_cast<const float*>(high[i])[d]);
+    }
+    u32 metadata;
+    const Affine map = Affine::of(range, metadata);
+    args.metadata[0][place * DK + d] = metadata;
+    reinterpret_cast<float*>(scale)[d] = map.scale;
+    reinterpret_cast<float*>(zero_point)[d] = map.zero_point;
+    reinterpret_cast<float*>(inverse)[d] = map.inverse;
+  }
+  __syncthreads();
+  if (!works) return;
+  const float4 s = scale[channels], z = zero_point[channels], n = inverse[channels];
+  const Affine map[4] = {{s.x, z.x, n.x}, {s.y, z.y, n.y}, {s.z, z.z, n.z}, {s.w, z.w, n.w}};
+  u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * DK) + channels;
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; i++) target[i * kTokenGroups * groups] = codes_of(states[i], map);
+}
+
+// One page of one head: a warp takes every warps-th token, a lane every 32nd group of four channels. The maps of a
+// warp's tokens are made side by side, a lane each.
+DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
+  constexpr int groups = DV / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
+  constexpr int tokens = (kPageSize + warps - 1) / warps;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Four* source = static_cast<const Four*>(args.states[1]) + start / 4;
+  Four states[tokens][rounds];
+#pragma unroll
+  for (int k = 0; k < tokens; k++)
+#pragma unroll
+    for (int r = 0; r < rounds; r++) {
+      // A lane or a token too many reads the last one again, which changes no range.
+      const int token = min(warp + k * warps, kPageSize - 1), group = min(r * 32 + lane, groups - 1);
+      states[k][r] = source[token * (args.stride[1][2] / 4) + group];
+    }
+  Range own = {0.0f, 0.0f};
+#pragma unroll
+  for (int k = 0; k < tokens; k++) {
+    Four lowest = states[k][0], highest = states[k][0];
+#pragma unroll
+    for (int r = 1; r < rounds; r++) lowest = lower(lowest, states[k][r]), highest = higher(highest, states[k][r]);
+    float x[4], y[4];
+    to_floats(lowest, x);
+    to_floats(highest, y);
+    const Range range = warp_range({lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
+    if (lane == k) own = range;
+  }
+  u32 metadata;
+  const Affine mine = Affine::of(own, metadata);
+  if (lane < tokens && warp + lane * warps < kPageSize)
+    args.metadata[1][place * kPageSize + warp + lane * warps] = metadata;
+#pragma unroll
+  for (int k = 0; k < tokens; k++) {
+    const Affine one = {__shfl_sync(~0u, mine.scale, k), __shfl_sync(~0u, mine.zero_point, k),
+                        __shfl_sync(~0u, mine.inverse, k)};
+    const Affine map[4] = {one, one, one, one};
+    const int token = warp + k * warps;
+    if (token < kPageSize)
+#pragma unroll
+      for (int r = 0; r < rounds; r++)
+        if (r * 32 + lane < groups)
+          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * DV)[r * 32 + lane] = codes_of(states[k][r], map);
+  }
+}
+
+// Grid: pages, batch * num_kv_heads, 2 (keys, values).
+extern "C" __global__ void __launch_bounds__(kStoreThreads, DTYPE != 0 && kStoreThreads == 256 ? 5 : 1) store_pages(const __grid_constant__ StoreArgs args) {
+  const int head = blockIdx.y, which = blockIdx.z;
+  const i64 place = static_cast<i64>(blockIdx.x) * gridDim.y + head;
+  const i64 start = head / args.num_kv_heads * args.stride[which][0] + head % args.num_kv_heads * args.stride[which][1] +
+                    static_cast<i64>(blockIdx.x) * kPageSize * args.stride[which][2];
+  if (which == 0)
+    store_keys(args, place, start);
+  else
+    store_values(args, place, start);
+}
+
+// Not fminf and fmaxf, which would lose a NaN.
+DEVICE float saturated(float x) {
+  constexpr float limit = DTYPE == kFloat32 ? 3.4028234663852886e38f : DTYPE == kBFloat16 ? 3.3895313892515355e38f : 65504.0f;
+  return x > limit ? limit : x < -limit ? -limit : x;
+}
+template <int D>
+DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
+  const int head = args.first_head + blockIdx.y, lane = threadIdx.x & 31;
+  int index = -1;
+  for (int first = 0; first < args.num_segments; first += 32)
+    index += __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
+  const Segment segment = args.segments[index];
+  const i64 place = (page - segment.first) * args.heads_in_all + head;
+  const uint2* qdata = reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) +
+                                                      place * kPageSize * D);
+  const u32* metadata = args.is_key ? segment.key_metadata + place * D : segment.value_metadata + place * kPageSize;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kPageSize * D / 8; i += kThreads) {
+    const uint2 codes = qdata[i];
+    const int token = i / (D / 8), channel = i % (D / 8) * 8;
+    u32 words[8];
+    if (args.is_key) {
+      const uint4 a = *reinterpret_cast<const uint4*>(metadata + channel);
+      const uint4 b = *reinterpret_cast<const uint4*>(metadata + channel + 4);
+      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+      words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+    } else {
+      const u32 word = metadata[token];
+      for (int j = 0; j < 8; j++) words[j] = word;
+    }
+    float x[2][4];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      // 2^23 + 128 + code as a float: no conversion, which is slow.
+      const float q = __uint_as_float(prmt((j < 4 ? codes.x : codes.y) ^ 0x80808080u, 0x4B000000u, 0x7440 | j % 4)) - 8388736.0f;
+      x[j / 4][j % 4] = saturated((q - zero_point_of(words[j])) * scale_of(words[j]));
+    }
+#if DTYPE == 0
+    float4* output = reinterpret_cast<float4*>(static_cast<float*>(args.output) + target + static_cast<i64>(token) * D + channel);
+    output[0] = make_float4(x[0][0], x[0][1], x[0][2], x[0][3]);
+    output[1] = make_float4(x[1][0], x[1][1], x[1][2], x[1][3]);
+#else
+    uint4 v;
+    v.x = DTYPE == kBFloat16 ? pack_bfloat2(x[0][0], x[0][1]) : pack_half2(x[0][0], x[0][1]);
+    v.y = DTYPE == kBFloat16 ? pack_bfloat2(x[0][2], x[0][3]) : pack_half2(x[0][2], x[0][3]);
+    v.z = DTYPE == kBFloat16 ? pack_bfloat2(x[1][0], x[1][1]) : pack_half2(x[1][0], x[1][1]);
+    v.w = DTYPE == kBFloat16 ? pack_bfloat2(x[1][2], x[1][3]) : pack_half2(x[1][2], x[1][3]);
+    *reinterpret_cast<uint4*>(static_cast<u16*>(args.output) + target + static_cast<i64>(token) * D + channel) = v;
+#endif
+  }
+}
+
+// Grid: pages from first_page on and one for the tail if there is one, heads.
+template <int D>
+DEVICE void restore_block(const RestoreArgs& args) {
+  const int head = args.first_head + blockIdx.y, pages = args.num_pages - args.first_page;
+  const i64 tokens = static_cast<i64>(pages) * kPageSize + args.tail_len;
+  const i64 target = (blockIdx.y * tokens + static_cast<i64>(blockIdx.x) * kPageSize) * D;
+  if (static_cast<int>(blockIdx.x) < pages) {
+    restore_page<D>(args, args.first_page + blockIdx.x, target);
+    return;
+  }
+  const i64 start = head / args.num_kv_heads * args.tail_stride[0] + head % args.num_kv_heads * args.tail_stride[1];
+  for (int i = threadIdx.x; i < args.tail_len * (D / 4); i += kThreads) {
+    const int token = i / (D / 4), channel = i % (D / 4) * 4;
+    static_cast<Four*>(args.output)[(target + static_cast<i64>(token) * D + channel) / 4] =
+        static_cast<const Four*>(args.tail)[(start + token * args.tail_stride[2] + channel) / 4];
+  }
+}
+extern "C" __global__ void __launch_bounds__(kThreads) restore(const __grid_constant__ RestoreArgs args) {
+  if (args.is_key)
+    restore_block<DK>(args);
+  else
+    restore_block<DV>(args);
+}
+
+// New tokens behind `position` of the tail, words of four elements. Grid: words over threads, 1, 2 (keys, values).
+template <int D>
+DEVICE void append_states(const AppendArgs& args, int which) {
+  const i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
+  const int channel = i % (D / 4) * 4;
+  const i64 row = i / (D / 4);
+  const int token = row % args.tokens;
+  const i64 head = row / args.tokens;
+  if (head >= static_cast<i64>(args.batch) * args.num_kv_heads) return;
+  const int batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  const int position = args.lengths ? args.lengths[1] : args.position;
+  const i64 from = batch * args.stride[which][0] + kv_head * args.stride[which][1] + token * args.stride[which][2] + channel;
+  const i64 to = batch * args.tail_stride[which][0] + kv_head * args.tail_stride[which][1] +
+                 (position + token) * args.tail_stride[which][2] + channel;
+  static_cast<Four*>(args.tail[which])[to / 4] = static_cast<const Four*>(args.states[which])[from / 4];
+}
+extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ AppendArgs args) {
+  if (blockIdx.z == 0)
+    append_states<DK>(args, 0);
+  else
+    append_states<DV>(args, 1);
+}

@@ -1,0 +1,393 @@
+"""The CUDA kernels against torch, in one run.
+
+    python tests/benchmarks/bench_attention.py [--rows WORD ...] [--out FILE]
+
+Every row first checks its result against float64, then times its candidates in turn behind a flush of the L2 cache;
+medians and their ratios are written as JSON. Times are the GPU's, between events, unless a row says otherwise.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from quantcache import QuantizedInt8Cache, reference
+from quantcache.backends import cuda
+from quantcache.pages import Int8Pages, PagesView
+
+Row = dict[str, Any]
+
+SHAPES = [  # batch, q heads, kv heads, tokens, head_dim, query_len, target
+    (32, 32, 32, 4096, 128, 1, 1.75),
+    (1, 32, 32, 32768, 128, 1, 1.75),
+    (32, 28, 4, 8192, 128, 1, 1.80),
+    (32, 32, 8, 8192, 128, 1, 1.80),
+    (1, 28, 4, 131072, 128, 1, 1.65),
+    (8, 32, 8, 32768, 64, 1, 1.65),
+    (16, 8, 1, 16384, 256, 1, 1.60),
+    (1, 32, 8, 4096, 128, 1, 1.15),
+    (1, 32, 8, 32768, 128, 8, 1.40),
+]
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], repeats: int = 30) -> dict[str, float]:
+    """Median microseconds of each candidate on the GPU, the L2 cache flushed before each call.
+
+    The flush reads, since lines that it had written would be written back during the call. It takes longer than the
+    host needs to queue what follows, so that no launch is waited for.
+    """
+    flush, total = torch.zeros(192 << 20, device="cuda"), torch.zeros((), device="cuda")
+    events = {
+        name: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)] for name in candidates
+    }
+    for call in candidates.values():
+        for _ in range(3):
+            call()
+    for index in range(repeats):
+        for name, call in candidates.items():
+            start, stop = events[name][index]
+            torch.sum(flush, dim=0, out=total)
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize()
+    return {
+        name: round(1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs), 2) for name, pairs in events.items()
+    }
+
+
+def filled(batch: int, num_kv_heads: int, tokens: int, head_dim: int) -> tuple[PagesView, Tensor, Tensor]:
+    shape = (batch, tokens, num_kv_heads, head_dim)
+    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    pages = Int8Pages(key, value)
+    pages.append(key, value)
+    return pages.view(), key.contiguous(), value.contiguous()
+
+
+def check(view: PagesView, query: Tensor, output: Tensor, attn_mask: Tensor | None = None) -> float:
+    """Relative error of the first and the last row of the batch."""
+    errors = []
+    group = query.shape[1] // view.key_tail.shape[1]
+    for row in {0, query.shape[0] - 1}:
+        for head in {0, view.key_tail.shape[1] - 1}:
+            part = [
+                torch.cat([restore(getattr(s, f"{kind}_qdata")[:, row : row + 1, head : head + 1],
+                                   getattr(s, f"{kind}_metadata")[:, row : row + 1, head : head + 1], torch.float32)
+                           for s in view.segments] + [tail[row : row + 1, head : head + 1].float()], dim=2)
+                for kind, restore, tail in (
+                    ("key", reference.restore_key_pages, view.key_tail),
+                    ("value", reference.restore_value_pages, view.value_tail),
+                )
+            ]  # fmt: skip
+            heads = slice(head * group, (head + 1) * group)
+            expected = reference.attend(
+                query[row : row + 1, heads].double(), *part, None if attn_mask is None else attn_mask[row : row + 1],
+                True, query.shape[-1] ** -0.5, None, None, None,
+            )  # fmt: skip
+            got = output[row : row + 1, :, heads].double()
+            errors.append(float((got - expected).norm() / expected.norm()))
+    return max(errors)
+
+
+def baselines(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> dict[str, Callable[[], object]]:
+    batch, num_q_heads, query_len, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    made: dict[str, Callable[[], object]] = {
+        "sdpa gqa": lambda: scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    }
+    if query_len == 1 and num_q_heads > num_kv_heads:
+        packed = query.reshape(batch, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+        made["sdpa packed"] = lambda: scaled_dot_product_attention(packed, key, value, attn_mask=mask)
+    return made
+
+
+def attention_row(
+    batch: int, num_q_heads: int, num_kv_heads: int, tokens: int, head_dim: int, query_len: int, target: float
+) -> Row:
+    view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
+    query = torch.randn(batch, query_len, num_q_heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    error = check(view, query, view.attention(query, is_causal=True))
+    mask = causal_lower_right(query_len, tokens) if query_len > 1 else None
+    candidates = {"int8": lambda: view.attention(query, is_causal=True)} | baselines(query, key, value, mask)
+    times = interleaved(candidates)
+    best = min(t for name, t in times.items() if name != "int8")
+    nbytes = sum(part.nbytes for segment in view.segments for part in segment)
+    nbytes += view.key_tail.nbytes + view.value_tail.nbytes
+    return {
+        "row": f"attention, batch {batch}, {num_q_heads}/{num_kv_heads} heads, {tokens} tokens, head_dim {head_dim}, "
+        f"query_len {query_len}",
+        "median_us": times,
+        "tb_per_s": round(nbytes / times["int8"] / 1e6, 2),
+        "relative_error": error,
+        "ratio": round(best / times["int8"], 3),
+        "target": target,
+    }
+
+
+def chunk_row() -> Row:
+    """512 new tokens behind 32768."""
+    batch, num_q_heads, num_kv_heads, tokens, new, head_dim = 1, 32, 8, 32768, 512, 128
+    view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
+    query = torch.randn(batch, num_q_heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
+    error = check(view, query, view.attention(query, is_causal=True))
+    mask = causal_lower_right(new, tokens)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    view.attention(query, is_causal=True)
+    extra = torch.cuda.max_memory_allocated() - before
+    times = interleaved({"int8": lambda: view.attention(query, is_causal=True)} | baselines(query, key, value, mask))
+    return {
+        "row": "512 new tokens over 32768, 32/8 heads, head_dim 128",
+        "median_us": times,
+        "relative_error": error,
+        "extra_bytes": extra,
+        "bound_bytes": cuda.SCRATCH_BYTES,
+        "ratio": round(min(t for name, t in times.items() if name != "int8") / times["int8"], 3),
+        "target": 0.87,
+    }
+
+
+def padding_row() -> Row:
+    """A boolean mask of left padding, an eighth of the tokens on average."""
+    batch, num_q_heads, num_kv_heads, tokens, head_dim = 32, 32, 8, 8192, 128
+    view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
+    query = torch.randn(batch, num_q_heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.arange(batch, device="cuda") * 3
+    mask = (torch.arange(tokens, device="cuda") >= hidden[:, None])[:, None, None]
+    error = check(view, query, view.attention(query, attn_mask=mask), mask)
+    times = interleaved(
+        {
+            "int8": lambda: view.attention(query, is_causal=True),
+            "int8 with mask": lambda: view.attention(query, attn_mask=mask),
+        }
+        | baselines(query, key, value)
+        | {f"{name} with mask": call for name, call in baselines(query, key, value, mask).items()}
+    )
+    return {
+        "row": "left padding, batch 32, 32/8 heads, 8192 tokens, head_dim 128",
+        "median_us": times,
+        "relative_error": error,
+        "cost": round(times["int8 with mask"] / times["int8"] - 1, 3),
+        "target": 0.10,
+    }
+
+
+def append_row() -> Row:
+    key, value = (torch.randn(32, 1, 32, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
+    tails = [torch.zeros(32, 32, 96, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    times = interleaved({"append": lambda: cuda.append_tail(key, value, *tails, 40)})
+    return {"row": "append of one token, batch 32, 32 heads, head_dim 128", "median_us": times, "target_us": 6}
+
+
+def store_row() -> Row:
+    """Quantising 8192 tokens, in bytes read and written a second, against those of a copy of the same size."""
+    key, value = (torch.randn(1, 8192, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
+    pages = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
+    written = [torch.empty_like(t) for t in pages]
+    cuda.store_pages(key, value, *written)
+    assert all(torch.equal(have, want) for have, want in zip(written, pages, strict=True))
+    nbytes = key.nbytes + value.nbytes + sum(t.nbytes for t in pages)
+    rows = {}
+    sources = {"copy of as many bytes": nbytes // 2, "copy of 1 GiB": 1 << 30}
+    candidates: dict[str, Callable[[], object]] = {"store_pages": lambda: cuda.store_pages(key, value, *written)}
+    for name, size in sources.items():
+        source, target = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+        candidates[name] = lambda target=target, source=source: target.copy_(source)
+    times = interleaved(candidates)
+    rates = {name: round(2 * size / times[name] / 1e6, 2) for name, size in sources.items()}
+    rows["tb_per_s"] = {"store_pages": round(nbytes / times["store_pages"] / 1e6, 2)} | rates
+    share = {name: round(rows["tb_per_s"]["store_pages"] / rate, 3) for name, rate in rates.items()}
+    return {
+        "row": "quantise 8192 tokens, 8 heads, head_dim 128",
+        "median_us": times,
+        "share_of_copy_bandwidth": share,
+        "target": 0.6,
+    } | rows
+
+
+FIRST_USE = """
+import time, torch
+from quantcache.pages import Int8Pages
+torch.zeros(1, device="cuda"); torch.cuda.synchronize()
+key, value = (torch.randn(1, 300, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
+query = torch.randn(1, 32, 1, 128, device="cuda").bfloat16()
+start = time.perf_counter()
+pages = Int8Pages(key, value)
+pages.append(key, value)
+view = pages.append(key[:, :, :1], value[:, :, :1])
+view.attention(query)
+mask = torch.ones(1, 1, 1, 301, dtype=torch.bool, device="cuda")
+view.attention(query, attn_mask=mask)
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def first_use_row() -> Row:
+    """Seconds from the first append to a masked and an unmasked read, in a fresh process."""
+    folder = tempfile.mkdtemp()
+    environment = {**os.environ, "QUANTCACHE_CACHE": folder}
+    try:
+        cold, warm = (
+            float(subprocess.run([sys.executable, "-c", FIRST_USE], env=environment, check=True, capture_output=True,
+                                 text=True).stdout)
+            for _ in range(2)
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+    return {"row": "first use of a model's kernels", "seconds": {"cold": cold, "from disk": warm}, "target": [3, 0.05]}
+
+
+def host_row() -> Row:
+    """Microseconds the host spends on one layer of an eager decode step, update and attention, never waiting."""
+    from transformers.cache_utils import DynamicLayer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from quantcache.layers import Int8Layer
+
+    QuantizedInt8Cache()
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    module.eval()
+    key, value = (torch.randn(1, 1024, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
+    query = torch.randn(1, 1, 32, 128, device="cuda").bfloat16().transpose(1, 2)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    times: dict[str, list[float]] = {"int8": [], "DynamicCache": []}
+    with torch.no_grad():
+        for _ in range(12):
+            for name, make in (("int8", Int8Layer), ("DynamicCache", DynamicLayer)):
+                layer = make()
+                layer.update(key, value)
+                steps = []
+                for index in range(260):
+                    start = time.perf_counter()
+                    states = layer.update(key[:, :, :1], value[:, :, :1])
+                    attend(module, query, *states, None, scaling=0.088)
+                    steps.append(1e6 * (time.perf_counter() - start))
+                    if index % 20 == 19:
+                        torch.cuda.synchronize()
+                times[name].append(statistics.mean(steps[4:]))
+    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    return {
+        "row": "host time of one layer's update and attention, mean over 256 steps",
+        "host_us": medians,
+        "ratio": round(medians["DynamicCache"] / medians["int8"], 3),
+        "target": 1.0,
+    }
+
+
+def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
+    """Eager ``generate()`` of Qwen-7B's geometry with random weights behind ``tokens`` of random states."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=65536, dtype=torch.bfloat16, eos_token_id=None,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = MODELS.setdefault("7B", None) or LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    MODELS["7B"] = model
+    shape = (batch, tokens - 1, 32, 128)
+    states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)]
+    prompt = torch.randint(0, 1000, (batch, tokens), device="cuda")
+    new_tokens = 24
+
+    def timed(cache: Any) -> float:
+        for layer in range(config.num_hidden_layers):
+            cache.update(*states, layer)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / new_tokens
+
+    times: dict[str, list[float]] = {"int8": [], "DynamicCache": []}
+    timed(QuantizedInt8Cache())
+    for _ in range(5):
+        times["int8"].append(timed(QuantizedInt8Cache()))
+        times["DynamicCache"].append(timed(DynamicCache()))
+    medians = {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()}
+    return {
+        "row": f"eager generate(), Qwen-7B geometry, batch {batch}, {tokens} tokens",
+        "ms_per_token": medians,
+        "ratio": round(medians["DynamicCache"] / medians["int8"], 3),
+        "target": target,
+    }
+
+
+MODELS: dict[str, Any] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="*", default=["attention", "chunk", "padding", "append", "store", "first", "host", "generate"]
+    )
+    parser.add_argument("--out", default="docs/benchmarks/cuda-attention.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        torch.cuda.empty_cache()
+
+    if "attention" in options.rows:
+        for shape in SHAPES:
+            add(attention_row(*shape))
+    for name, make in (
+        ("chunk", chunk_row),
+        ("padding", padding_row),
+        ("append", append_row),
+        ("store", store_row),
+        ("first", first_use_row),
+        ("host", host_row),
+    ):
+        if name in options.rows:
+            add(make())
+    if "generate" in options.rows:
+        add(generate_row(256, 0.97))
+        add(generate_row(8192, 1.0))
+        add(generate_row(8192, 1.0, batch=8))
+
+    import transformers
+
+    properties = torch.cuda.get_device_properties(0)
+    report = {
+        "command": "python tests/benchmarks/bench_attention.py",
+        "hardware": {"gpu": properties.name, "processors": properties.multi_processor_count},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "transformers": transformers.__version__,
+        },
+        "rows": rows,
+    }
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Do the CUDA kernels compute what the reference says, in every shape, mask and option, and nothing else?"""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache import ops, reference
+from quantcache.backends import cuda
+from quantcache.pages import Int8Pages
+from quantcache.scheme import PAGE_SIZE
+from tests.attention_cases import Case, Stored, build
+from tests.conftest import skip_without_gpu
+from tests.strategies import make_states
+
+pytestmark = [pytest.mark.cuda, skip_without_gpu]
+
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-3}
+"""Largest ||output - expected|| / ||expected||."""
+
+HEAD_DIMS = [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128)]
+
+
+def on_gpu(stored: Stored) -> Stored:
+    """The same numbers on the GPU; segments as parts of larger memory, as a cache has them."""
+
+    def move(tensor: Tensor) -> Tensor:
+        whole = tensor._base if tensor._base is not None and tensor._base.dim() == tensor.dim() else tensor
+        moved = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="cuda").copy_(whole)
+        return moved[: tensor.shape[0]] if whole is not tensor and whole.shape[0] != tensor.shape[0] else moved
+
+    return Stored(
+        *(ops.Parts(map(move, value)) if isinstance(value, list) else move_states(value) for value in stored.arguments)
+    )
+
+
+def move_states(states: Tensor) -> Tensor:
+    """To the GPU with the same strides."""
+    return torch.empty_strided(states.shape, states.stride(), dtype=states.dtype, device="cuda").copy_(states)
+
+
+def check(stored: Stored, tolerance: float | None = None, **options: Any) -> Tensor:
+    """The kernel's output, compared with the specification in float64 over the restored states."""
+    key, value = stored.exact()
+    if stored.query.shape[1] // key.shape[1] * stored.query.shape[2] > cuda.MAX_FUSED_ROWS:
+        # Such a layer is restored in its own dtype, which is the backend's contract; what follows is torch's attention.
+        key, value = key.to(stored.query.dtype).double(), value.to(stored.query.dtype).double()
+    scale = options.pop("softmax_scale", stored.query.shape[-1] ** -0.5)
+    names = ("attn_mask", "is_causal", "window", "softcap", "sinks")
+    arguments = {name: options.get(name) for name in names} | {"is_causal": options.get("is_causal", False)}
+    expected = reference.attend(
+        stored.query.double(),
+        key.to(stored.query.device),
+        value.to(stored.query.device),
+        softmax_scale=scale,
+        **arguments,
+    )
+    output = ops.attention(*stored.arguments, softmax_scale=scale, **options)
+    assert output.dtype == stored.query.dtype
+    assert output.is_contiguous()
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error <= (tolerance or TOLERANCE[stored.query.dtype]), f"relative error {error:.2e}"
+    return output
+
+
+def masks(case: Case) -> dict[str, Tensor]:
+    """Masks of every kind that transformers makes, and some it does not."""
+    generator = torch.Generator().manual_seed(3)
+    batch, heads, query_len, kv_len = case.batch, case.num_q_heads, case.query_len, case.kv_len
+    left = torch.arange(kv_len) >= torch.tensor([[(row * 97 + 70) % (kv_len - 1)] for row in range(batch)])
+    random = torch.rand(batch, heads, query_len, kv_len, generator=generator) > 0.3
+    causal = reference.visible(query_len, kv_len, is_causal=True, window=None, device=torch.device("cpu"))
+    made = {
+        "left padding": left[:, None, None],
+        "left padding, causal": (left[:, None, None] & causal).expand(batch, 1, query_len, kv_len),
+        "random": random,
+        "by head": random[:, :, :1],
+        "one row, one value": random[:1, :1, :1, :1].new_ones(1, 1, 1, 1),
+        "additive": torch.randn(batch, 1, query_len, kv_len, generator=generator),
+        "additive, lowest": torch.where(left[:, None, None], 0.0, torch.finfo(torch.float32).min),
+        "additive bfloat16": torch.where(random, 0.0, -torch.inf).bfloat16(),
+    }
+    return {name: mask.cuda() for name, mask in made.items()}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("group", "query_len"), [(1, 1), (4, 1), (7, 1), (4, 4), (7, 3), (8, 8)])
+def test_every_head_dim_dtype_and_number_of_rows(
+    head_dims: tuple[int, int], group: int, query_len: int, dtype: torch.dtype
+) -> None:
+    case = Case(2, 2, group, query_len, (3, 1, 2), 37 + query_len, *head_dims, dtype=dtype)
+    check(on_gpu(build(case)), is_causal=True)
+
+
+@pytest.mark.parametrize("name", masks(Case()) if torch.cuda.is_available() else [])
+@pytest.mark.parametrize("query_len", [1, 5])
+@pytest.mark.parametrize("segments", [(1,), (40, 35, 70)])
+def test_every_mask(name: str, query_len: int, segments: tuple[int, ...]) -> None:
+    case = Case(3, 2, 4, query_len, segments, 21, 128, 128, torch.bfloat16, transposed=True)
+    check(on_gpu(build(case)), attn_mask=masks(case)[name])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 70},
+        {"window": 300, "is_causal": True},
+        {"softcap": 2.0},
+        {"softcap": 30.0, "is_causal": True, "window": 100},
+        {"sinks": True},
+        {"sinks": True, "softcap": 5.0, "is_causal": True, "window": 128},
+        {"softmax_scale": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("query_len", [1, 6])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_option(options: dict[str, Any], query_len: int, dtype: torch.dtype) -> None:
+    case = Case(2, 2, 4, query_len, (2, 5), 40, 64, 64, dtype)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-2, 6, case.num_q_heads, device="cuda")
+    check(on_gpu(build(case)), **options)
+
+
+@pytest.mark.parametrize("tail_len", [0, 1, 15, 16, 17, 95, 160])
+@pytest.mark.parametrize("segments", [(), (1,), (1, 1, 1), (33,), tuple([1] * 70)])
+def test_every_length(tail_len: int, segments: tuple[int, ...]) -> None:
+    case = Case(1, 2, 2, 1, segments, tail_len, 128, 128, torch.float16)
+    if case.kv_len:
+        check(on_gpu(build(case)), is_causal=True)
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (2, 2), (3, 4), (16, 16), (64, 65)])
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_splitting_changes_nothing(splits: tuple[int, int], rows: int) -> None:
+    """Any number of splits gives the reference's numbers, empty ones included."""
+    case = Case(1, 2, rows, 1, (9, 21), 50, 128, 128, torch.float16)
+    stored = on_gpu(build(case))
+    whole = check(stored, is_causal=True)
+    table = cuda.segment_table(*stored.arguments[1:5])
+    output = cuda.fused_attention(
+        stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, splits=splits
+    )
+    torch.testing.assert_close(output, whole, rtol=2e-3, atol=2e-3)
+
+
+def test_a_query_that_sees_nothing_reads_zeros() -> None:
+    case = Case(2, 2, 2, 2, (3,), 20, 128, 128, torch.bfloat16)
+    mask = torch.ones(2, 1, 2, case.kv_len, dtype=torch.bool, device="cuda")
+    mask[1, :, 0] = False
+    output = check(on_gpu(build(case)), attn_mask=mask)
+    assert (output[1, 0] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_results_are_the_same_from_run_to_run(head_dim: int) -> None:
+    stored = on_gpu(build(Case(1, 2, 4, 1, (150, 90), 60, head_dim, head_dim, torch.bfloat16)))
+    first = ops.attention(*stored.arguments)
+    for _ in range(20):
+        assert torch.equal(ops.attention(*stored.arguments), first)
+
+
+def test_flat_attention_over_131072_tokens_loses_no_accuracy() -> None:
+    """Every key is equally likely, so the output is the mean of all values, which cancel almost entirely."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    value = torch.randn(1, 1, 131072, 128, device="cuda", generator=generator).half()
+    key = torch.zeros_like(value)
+    pages = Int8Pages(key, value, residual_length=0)
+    pages.append(key, value)
+    query = torch.randn(1, 1, 1, 128, device="cuda", generator=generator).half()
+    exact = pages.restore()[1].double().mean(dim=2).flatten()
+    output = pages.view().attention(query).double().flatten()
+    assert (output - exact).norm() / exact.norm() <= 1e-3
+
+
+@pytest.mark.parametrize("query_len", [17, 64, 200])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": 90, "is_causal": True}, {"mask": True}], ids=str)
+def test_long_chunks_read_a_layer_restored_in_bounded_memory(
+    query_len: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(3, 4, 4, query_len, (6, 3), query_len + 20, 128, 128, torch.bfloat16)
+    stored = on_gpu(build(case))
+    options = dict(options)
+    if options.pop("mask", False):
+        options["attn_mask"] = masks(case)["left padding, causal"]
+    a_head = case.kv_len * 256 * 2
+    for bound in (a_head // 2, a_head, 3 * a_head, 9 * a_head, 256 << 20):
+        monkeypatch.setattr(cuda, "SCRATCH_BYTES", bound)
+        check(stored, **options)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 20.0}, {"sinks": True}], ids=str)
+def test_long_chunks_with_options_that_torch_lacks(options: dict[str, Any]) -> None:
+    case = Case(1, 2, 4, 100, (6, 3), 130, 128, 128, torch.bfloat16)
+    if options.get("sinks"):
+        options = {"sinks": torch.linspace(-1, 2, case.num_q_heads, device="cuda")}
+    check(on_gpu(build(case)), is_causal=True, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "constant", "huge_channel", "grid", "any_bits", "offset", "top"])
+def test_pages_and_restored_states_equal_the_reference(
+    kind: str, head_dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Bit for bit, from the transposed views that models hand over."""
+    key = make_states(kind, (2, 192, 3, head_dims[0]), dtype, seed=5).cuda().transpose(1, 2)
+    value = make_states(kind, (2, 3, 192, head_dims[1]), dtype, seed=6).cuda()
+    expected = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
+    pages = [torch.empty_like(t) for t in expected]
+    cuda.store_pages(key, value, *pages)
+    for ours, theirs in zip(pages, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    tails = key[:, :, :7], value[:, :, 3:10]
+    restored = [
+        cuda.restore_keys([pages[0][:1], pages[0][1:]], [pages[1][:1], pages[1][1:]], tails[0]),
+        cuda.restore_values([pages[2][:2], pages[2][2:]], [pages[3][:2], pages[3][2:]], tails[1]),
+    ]
+    wanted = [
+        torch.cat([reference.restore_key_pages(*expected[:2], dtype), tails[0]], dim=2),
+        torch.cat([reference.restore_value_pages(*expected[2:], dtype), tails[1]], dim=2),
+    ]
+    for ours, theirs in zip(restored, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_appending_writes_the_new_tokens_and_nothing_else(dtype: torch.dtype) -> None:
+    key = torch.randn(2, 5, 3, 64, device="cuda").to(dtype).transpose(1, 2)
+    value = torch.randn(2, 3, 5, 128, device="cuda").to(dtype)
+    for position in (0, 4, torch.tensor([9, 4], dtype=torch.int32, device="cuda")):
+        tails = [torch.full((2, 3, 16, width), 7.0, dtype=dtype, device="cuda") for width in (64, 128)]
+        wanted = [tail.clone() for tail in tails]
+        start = position if isinstance(position, int) else 4
+        for tail, states in zip(wanted, (key, value), strict=True):
+            tail[:, :, start : start + 5] = states
+        cuda.append_tail(key, value, *tails, position)
+        for ours, theirs in zip(tails, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_lengths_are_read_by_a_captured_graph_when_it_runs() -> None:
+    """One captured step, replayed behind other lengths, gives what a fresh call gives."""
+    case = Case(2, 2, 4, 1, (40,), 95, 128, 128, torch.bfloat16)
+    stored = on_gpu(build(case))
+    table = cuda.segment_table(*stored.arguments[1:5])
+    lengths = torch.tensor([40, 95], dtype=torch.int32, device="cuda")
+
+    def step() -> Tensor:
+        return cuda.fused_attention(
+            stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, lengths=lengths
+        )
+
+    step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = step()
+    for pages, tail in itertools.product((0, 1, 17, 40), (1, 50, 95)):
+        lengths.copy_(torch.tensor([pages, tail], dtype=torch.int32))
+        graph.replay()
+        live = replace(
+            stored,
+            **{
+                name: [t[:pages] for t in getattr(stored, name)]
+                for name in stored.__dataclass_fields__
+                if "data" in name
+            },
+            key_tail=stored.key_tail[:, :, :tail],
+            value_tail=stored.value_tail[:, :, :tail],
+        )
+        key, value = live.exact()
+        expected = reference.attend(live.query.double(), key, value, None, True, 128**-0.5, None, None, None)
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[case.dtype]
+
+
+def test_what_lies_behind_the_pages_in_use_is_not_read() -> None:
+    """NaN in unused pages and behind the tail changes no bit."""
+    case = Case(1, 2, 4, 1, (8,), 95, 128, 128, torch.bfloat16)
+    stored = on_gpu(build(case))
+    lengths = torch.tensor([5, 30], dtype=torch.int32, device="cuda")
+
+    def run() -> Tensor:
+        table = cuda.segment_table(*(list(part) for part in stored.arguments[1:5]))
+        return cuda.fused_attention(
+            stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, lengths=lengths
+        )
+
+    clean = run()
+    for metadata in (*stored.key_metadata, *stored.value_metadata):
+        metadata[5:] = 0x7FC0
+    stored.key_tail[:, :, 30:] = torch.nan
+    stored.value_tail[:, :, 30:] = torch.nan
+    assert torch.equal(run(), clean)
+
+
+def test_a_token_that_is_not_finite_reaches_the_result() -> None:
+    """NaN is not swallowed by a maximum or a comparison."""
+    key = torch.randn(1, 1, 2 * PAGE_SIZE, 64, device="cuda").half()
+    value = torch.randn_like(key)
+    query = torch.randn(1, 1, 1, 64, device="cuda").half()
+    for states in (key, value):
+        whole = states.clone()
+        states[0, 0, 5, 7] = torch.nan
+        pages = Int8Pages(key, value, residual_length=0)
+        pages.append(key, value)
+        assert pages.view().attention(query).isnan().all()
+        states.copy_(whole)
+
+
+def test_streams_do_not_share_their_partial_results() -> None:
+    stored = on_gpu(build(Case(1, 1, 4, 1, (300,), 60, 128, 128, torch.bfloat16)))
+    expected = ops.attention(*stored.arguments)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    outputs = []
+    for _ in range(25):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(ops.attention(*stored.arguments))
+    torch.cuda.synchronize()
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+def test_a_cache_reads_with_the_kernels_and_says_so() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quantcache import QuantizedInt8Cache
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    cache = QuantizedInt8Cache(strict=True)
+    ids = torch.randint(0, 64, (3, 200), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :90] = 0
+    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=70, do_sample=False, pad_token_id=0)
+    assert cache.report().backend == "cuda"
+
+
+def test_a_head_dim_without_a_kernel_falls_back_with_its_reason() -> None:
+    states = torch.randn(1, 1, 200, 72, device="cuda").half()
+    assert ops.backend_for(states, states) == (
+        "torch",
+        "the CUDA kernels take head_dims up to 256 in steps of 16, got 72",
+    )
+    pages = Int8Pages(states, states)
+    pages.append(states, states)
+    assert pages.view().attention(states[:, :, :1]).isfinite().all()
