@@ -19,8 +19,10 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 ROUTED: Final = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Implementations whose arguments are known here. Others still work: they see an ``Int8Tensor``."""
 
-_DENSE_OPTIONS: Final = ("dropout", "output_attentions", "position_bias")
+_DENSE_OPTIONS: Final = frozenset({"dropout", "output_attentions", "position_bias"})
 """Options of the original functions that need restored states."""
+
+_DENSE_SDPA_OPTIONS: Final = _DENSE_OPTIONS | {"softcap"}
 
 _lock = threading.Lock()
 _wrapped: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}
@@ -92,11 +94,11 @@ def _options(
         reason: what int8 attention does not cover, None if it covers the call.
         options: the keyword arguments, empty with a reason.
     """
-    is_flash = name.startswith("flash")
+    is_flash = name != "sdpa" and name.startswith("flash")
     if not is_flash and name != "sdpa":
         return "it reads dense states", {}
-    for option in _DENSE_OPTIONS if is_flash else (*_DENSE_OPTIONS, "softcap"):
-        value = kwargs.get(option)
+    for option in kwargs.keys() & (_DENSE_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS):
+        value = kwargs[option]
         if isinstance(value, Tensor) or value:
             return f"the option {option}", {}
 

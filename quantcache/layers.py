@@ -142,23 +142,24 @@ class Int8Layer(CacheLayerMixin):
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
         self._check(key_states, value_states)
-        if self.get_seq_length() == 0:
+        pages = self.pages
+        if pages is None or pages.seq_len == 0:
             self.lazy_initialization(key_states, value_states)
             assert self.pages is not None
             self.pages.append(key_states, value_states)
             self.read_log.ran("exact")
             return key_states, value_states
-        assert self.pages is not None
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if self.pages.num_pages == 0:
+        if pages.num_pages == 0:
             self.read_log.ran("exact")
         elif wants_gradient:
             self.read_log.fell_back("gradients are enabled; use torch.no_grad() where none are needed")
-        self.prefetch()
-        view = self.pages.append(key_states, value_states)
+        if pages.device != self.device:
+            self.prefetch()
+        view = pages.append(key_states, value_states)
         if wants_gradient:
             return _with_newest(view.restore_keys(), key_states), _with_newest(view.restore_values(), value_states)
-        if not view.segments:
+        if not view.closed.segments:
             return view.key_tail, view.value_tail
         return Int8Tensor.pair(view, self.read_log)
 

@@ -116,7 +116,7 @@ class PagesView:
     @property
     def seq_len(self) -> int:
         """Tokens in the view."""
-        return self.num_pages * PAGE_SIZE + self.key_tail.shape[2]
+        return self.closed.num_pages * PAGE_SIZE + self.key_tail.shape[2]
 
     def restore_keys(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
@@ -169,6 +169,7 @@ class Int8Pages:
         self, key_states: Tensor, value_states: Tensor, residual_length: int = DEFAULT_RESIDUAL_LENGTH
     ) -> None:
         self.residual_length = residual_length
+        self._closes_at = PAGE_SIZE + residual_length
         self._segments: list[Segment] = []
         self._num_pages = 0
         # Buffers of the tail; the first _tail_len tokens count.
@@ -244,6 +245,20 @@ class Int8Pages:
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         total = self._tail_len + key_states.shape[2]
+        closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
+        if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
+            # Nothing but the tail grows: what a decode step does, in a few calls.
+            if key_buffer.is_inference():
+                with _write_access(key_buffer):
+                    ops.append_tail(
+                        key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
+                    )
+            else:
+                ops.append_tail(
+                    key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
+                )
+            self._tail_len = total
+            return PagesView(closed, key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total), self._backend)
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
         is_empty = self.seq_len == 0
 

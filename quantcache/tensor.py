@@ -116,7 +116,7 @@ def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any
     if reason:
         read_log.fell_back(reason, backend)
     else:
-        read_log.ran(backend)
+        read_log.kernel, read_log.reason = backend, None
     closed = pages_view.closed
     return ops.attention(
         query,

@@ -233,8 +233,8 @@ def attention(
     longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
     """
     table = segment_table(key_qdata, key_metadata, value_qdata, value_metadata)
-    group_rows = query.shape[1] // key_tail.shape[1] * query.shape[2]
-    if group_rows > MAX_FUSED_ROWS and softcap is None and sinks is None:
+    _, num_q_heads, query_len, _ = query.shape
+    if query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1] and softcap is None and sinks is None:
         return _attention_of_restored(
             query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, SCRATCH_BYTES
         )

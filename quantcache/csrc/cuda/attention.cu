@@ -26,7 +26,8 @@ constexpr int kQueryPitch = (DK + (kKeyChunks % 2 == 0 ? 16 : 0)) * kQuerySize;
 constexpr int kQueryBytes = kRows * kQueryPitch;
 constexpr int kWindowPages = 32;           // pages whose masks are looked at together
 constexpr float kLowest = -1e30f;          // below every logit, and still a number
-[[maybe_unused]] constexpr float kLowestMask = -6e29f;      // additive masks are not lower, so that a row of nothing but them is uniform
+// Additive masks count as no lower than this, so that a row of nothing but the lowest is uniform.
+[[maybe_unused]] constexpr float kLowestMask = -6e29f;
 
 constexpr u32 kMagic = 0x64646464u;        // the high byte of 1024..1279 as 16-bit floats
 constexpr u32 kBias = 0x64806480u;         // 1152 = 1024 + 128, a pair
@@ -245,7 +246,7 @@ DEVICE void mma_exact(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     mma_bfloat(d, a, b0, b1);
 }
 
-// Brings the rows of the tail that a part reads first nearer, a lane 128 bytes.
+// Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
 template <int D>
 DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, int first_key) {
   constexpr int lines = (D * kQuerySize + 127) / 128;
@@ -300,7 +301,8 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
         u32 k0[4], k1[4], q0[2], q1[2];
         for (int j = 0; j < 2; j++) {
           for (int h = 0; h < 2; h++)
-            split_pair(__uint_as_float(word[h][2 * j]), __uint_as_float(word[h][2 * j + 1]), k0[2 * j + h], k1[2 * j + h]);
+            split_pair(__uint_as_float(word[h][2 * j]), __uint_as_float(word[h][2 * j + 1]), k0[2 * j + h],
+                       k1[2 * j + h]);
           split_pair(__uint_as_float(quad.word[2 * j]), __uint_as_float(quad.word[2 * j + 1]), q0[j], q1[j]);
         }
         mma_bfloat(scores[0][i], k0, q0[0], q0[1]);
@@ -416,7 +418,8 @@ DEVICE void scale_query(const Args& args, PageQuery& scaled, u32 query, u32 meta
 }
 
 // KSTEP keys of a page that lie in shared memory.
-DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const PageQuery& scaled, u32 stage, int first_key, bool hides) {
+DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const PageQuery& scaled, u32 stage,
+                        int first_key, bool hides) {
   const int lane = threadIdx.x & 31, g = lane >> 2;
   const u32 values = stage + KSTEP * DK, value_metadata = values + KSTEP * DV + 4 * DK;
   const int tile_row = lane & 15, half = lane >> 4;
@@ -546,14 +549,14 @@ struct PageCopier {
 #pragma unroll
     for (int first = 0; first < KSTEP * kKeyChunks; first += 32) {
       int i = first + lane;
-      if (KSTEP * kKeyChunks % (32) == 0 || i < KSTEP * kKeyChunks)
+      if (KSTEP * kKeyChunks % 32 == 0 || i < KSTEP * kKeyChunks)
         copy_async(stage + tile_offset<kKeyChunks>(i / kKeyChunks, i % kKeyChunks), keys + 16 * i);
     }
     stage += KSTEP * DK;
 #pragma unroll
     for (int first = 0; first < KSTEP * kValueChunks; first += 32) {
       int i = first + lane;
-      if (KSTEP * kValueChunks % (32) == 0 || i < KSTEP * kValueChunks)
+      if (KSTEP * kValueChunks % 32 == 0 || i < KSTEP * kValueChunks)
         copy_async(stage + tile_offset<kValueChunks>(i / kValueChunks, i % kValueChunks), values + 16 * i);
     }
     stage += KSTEP * DV;
@@ -584,7 +587,8 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
       for (int i = 0; i < at_once; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          index[i][h] = start + ((page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h) * args.mask_stride[3];
+          index[i][h] = start + ((page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h) *
+                                    args.mask_stride[3];
       if (args.mask_dtype == kBool) {
         u8 x[at_once][2];
 #pragma unroll
@@ -738,7 +742,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
       __syncwarp();
       if (copied.left) {
         int next = stage + STAGES - 1;
-        copier.copy(stages + (next < STAGES ? next : next - STAGES) * kStageBytes, copied.page, copied.step, heads, head);
+        copier.copy(stages + (next < STAGES ? next : next - STAGES) * kStageBytes, copied.page, copied.step, heads,
+                    head);
         copied.advance();
       }
       commit_copies();
@@ -764,7 +769,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
     for (int s = 0; s < STAGES - 1; s++) {
       int next = stage + s;
       if (copied.left) {
-        copier.copy(stages + (next < STAGES ? next : next - STAGES) * kStageBytes, copied.page, copied.step, heads, head);
+        copier.copy(stages + (next < STAGES ? next : next - STAGES) * kStageBytes, copied.page, copied.step, heads,
+                    head);
         copied.advance();
       }
       commit_copies();
@@ -774,8 +780,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
   __syncthreads();
 
   // Each warp's output and sums meet in shared memory, where the query and the stages were.
-  float* outputs = reinterpret_cast<float*>(memory);       // (WARPS, kRows, DV)
-  float* sums = outputs + WARPS * kRows * DV;                 // (WARPS, kRows, 2)
+  float* outputs = reinterpret_cast<float*>(memory);  // (WARPS, kRows, DV)
+  float* sums = outputs + WARPS * kRows * DV;         // (WARPS, kRows, 2)
 #pragma unroll
   for (int i = 0; i < NT; i++)
 #pragma unroll
@@ -827,7 +833,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
       const float weight = exp2_approx(sums[2 * (w * kRows + row)] - highest);
       const float4 y = *reinterpret_cast<const float4*>(outputs + (w * kRows + row) * DV + d);
       sum = fmaf(weight, sums[2 * (w * kRows + row) + 1], sum);
-      x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+      x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y);
+      x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
     }
     if (args.num_splits == 1) {
       write(row, d, x, sum);
@@ -844,7 +851,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
   if (threadIdx.x == 0) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(before) : "l"(args.counters + head * row_tiles + row_tile), "r"(args.num_splits - 1u) : "memory");
+                 : "=r"(before)
+                 : "l"(args.counters + head * row_tiles + row_tile), "r"(args.num_splits - 1u)
+                 : "memory");
     is_last = before == args.num_splits - 1u;
   }
   __syncthreads();
@@ -890,7 +899,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
     for (int s = group; s < args.num_splits; s += num_groups) {
       const float4 y = __ldcg(reinterpret_cast<const float4*>(source + static_cast<i64>(s) * kRows * DV));
       const float weight = weights[s * kRows + row];
-      x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+      x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y);
+      x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
     }
     if (num_groups == 1)
       write(row, d, x, totals[row]);

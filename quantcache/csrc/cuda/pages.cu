@@ -114,8 +114,10 @@ DEVICE Four higher(const Four& a, const Four& b) {
 #else
 using Four = uint2;
 DEVICE void to_floats(const Four& v, float (&x)[4]) {
-  x[0] = DTYPE == kBFloat16 ? bfloat_low(v.x) : half_low(v.x), x[1] = DTYPE == kBFloat16 ? bfloat_high(v.x) : half_high(v.x);
-  x[2] = DTYPE == kBFloat16 ? bfloat_low(v.y) : half_low(v.y), x[3] = DTYPE == kBFloat16 ? bfloat_high(v.y) : half_high(v.y);
+  x[0] = DTYPE == kBFloat16 ? bfloat_low(v.x) : half_low(v.x);
+  x[1] = DTYPE == kBFloat16 ? bfloat_high(v.x) : half_high(v.x);
+  x[2] = DTYPE == kBFloat16 ? bfloat_low(v.y) : half_low(v.y);
+  x[3] = DTYPE == kBFloat16 ? bfloat_high(v.y) : half_high(v.y);
 }
 #if DTYPE == 1
 #define PAIR "bf16x2"
@@ -151,7 +153,8 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   const bool works = token_group < kTokenGroups;
   Four states[kTokensPerThread];
   if (works) {
-    const Four* source = static_cast<const Four*>(args.states[0]) + (start + token_group * args.stride[0][2]) / 4 + channels;
+    const Four* source =
+        static_cast<const Four*>(args.states[0]) + (start + token_group * args.stride[0][2]) / 4 + channels;
     const i64 step = kTokenGroups * args.stride[0][2] / 4;
 #pragma unroll
     for (int i = 0; i < kTokensPerThread; i++) states[i] = source[i * step];
@@ -213,7 +216,8 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
     float x[4], y[4];
     to_floats(lowest, x);
     to_floats(highest, y);
-    const Range range = warp_range({lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
+    const Range range = warp_range(
+        {lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
     if (lane == k) own = range;
   }
   u32 metadata;
@@ -230,12 +234,16 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
 #pragma unroll
       for (int r = 0; r < rounds; r++)
         if (r * 32 + lane < groups)
-          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * DV)[r * 32 + lane] = codes_of(states[k][r], map);
+          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * DV)[r * 32 + lane] =
+              codes_of(states[k][r], map);
   }
 }
 
 // Grid: pages, batch * num_kv_heads, 2 (keys, values).
-extern "C" __global__ void __launch_bounds__(kStoreThreads, DTYPE != 0 && kStoreThreads == 256 ? 5 : 1) store_pages(const __grid_constant__ StoreArgs args) {
+// Five CTAs a processor hide the latency of memory, where the registers of one allow it.
+constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 5 : 1;
+extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
+    store_pages(const __grid_constant__ StoreArgs args) {
   const int head = blockIdx.y, which = blockIdx.z;
   const i64 place = static_cast<i64>(blockIdx.x) * gridDim.y + head;
   const i64 start = head / args.num_kv_heads * args.stride[which][0] + head % args.num_kv_heads * args.stride[which][1] +
@@ -248,7 +256,9 @@ extern "C" __global__ void __launch_bounds__(kStoreThreads, DTYPE != 0 && kStore
 
 // Not fminf and fmaxf, which would lose a NaN.
 DEVICE float saturated(float x) {
-  constexpr float limit = DTYPE == kFloat32 ? 3.4028234663852886e38f : DTYPE == kBFloat16 ? 3.3895313892515355e38f : 65504.0f;
+  constexpr float limit = DTYPE == kFloat32    ? 3.4028234663852886e38f
+                          : DTYPE == kBFloat16 ? 3.3895313892515355e38f
+                                               : 65504.0f;
   return x > limit ? limit : x < -limit ? -limit : x;
 }
 template <int D>
@@ -280,11 +290,13 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       // 2^23 + 128 + code as a float: no conversion, which is slow.
-      const float q = __uint_as_float(prmt((j < 4 ? codes.x : codes.y) ^ 0x80808080u, 0x4B000000u, 0x7440 | j % 4)) - 8388736.0f;
+      const u32 four = (j < 4 ? codes.x : codes.y) ^ 0x80808080u;
+      const float q = __uint_as_float(prmt(four, 0x4B000000u, 0x7440 | j % 4)) - 8388736.0f;
       x[j / 4][j % 4] = saturated((q - zero_point_of(words[j])) * scale_of(words[j]));
     }
 #if DTYPE == 0
-    float4* output = reinterpret_cast<float4*>(static_cast<float*>(args.output) + target + static_cast<i64>(token) * D + channel);
+    float4* output =
+        reinterpret_cast<float4*>(static_cast<float*>(args.output) + target + static_cast<i64>(token) * D + channel);
     output[0] = make_float4(x[0][0], x[0][1], x[0][2], x[0][3]);
     output[1] = make_float4(x[1][0], x[1][1], x[1][2], x[1][3]);
 #else
@@ -333,7 +345,8 @@ DEVICE void append_states(const AppendArgs& args, int which) {
   if (head >= static_cast<i64>(args.batch) * args.num_kv_heads) return;
   const int batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
   const int position = args.lengths ? args.lengths[1] : args.position;
-  const i64 from = batch * args.stride[which][0] + kv_head * args.stride[which][1] + token * args.stride[which][2] + channel;
+  const i64 from =
+      batch * args.stride[which][0] + kv_head * args.stride[which][1] + token * args.stride[which][2] + channel;
   const i64 to = batch * args.tail_stride[which][0] + kv_head * args.tail_stride[which][1] +
                  (position + token) * args.tail_stride[which][2] + channel;
   static_cast<Four*>(args.tail[which])[to / 4] = static_cast<const Four*>(args.states[which])[from / 4];
