@@ -1,5 +1,6 @@
 """``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -105,6 +106,69 @@ class QuantizedInt8Cache(Cache):
                 )
             cache.update(*states, layer_idx)
         return cache
+
+    @classmethod
+    def from_dynamic(
+        cls,
+        cache: DynamicCache,
+        config: PreTrainedConfig | None = None,
+        *,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+    ) -> "QuantizedInt8Cache":
+        """A cache with the contents of a ``DynamicCache``, which stays as it is and shares no memory with the new one.
+
+        Its full-attention layers are quantised; layers of every other kind are copied.
+
+        Args:
+            cache: what to convert.
+            config: as for the constructor, as are the other arguments. Needed for hybrid models.
+            residual_length: see the constructor.
+            strict: see the constructor.
+
+        Raises:
+            TypeError: ``cache`` is not a ``DynamicCache``.
+            ValueError: the config has another number of layers.
+        """
+        if not isinstance(cache, DynamicCache):
+            raise TypeError(
+                f"QuantizedInt8Cache.from_dynamic: cache must be a DynamicCache, got {type(cache).__name__}."
+            )
+        made = cls(config, residual_length=residual_length, strict=strict)
+        if config is not None and len(cache.layers) not in (0, len(made.layers)):
+            raise ValueError(
+                "QuantizedInt8Cache.from_dynamic: cache must have the layers of the config, "
+                f"{len(made.layers)}, got {len(cache.layers)}. Is the config that of another model?"
+            )
+        for layer_idx, layer in enumerate(cache.layers):
+            if layer_idx == len(made.layers):
+                assert made.layer_class_to_replicate is not None
+                made.layers.append(made.layer_class_to_replicate())
+            if type(layer) is not DynamicLayer:
+                made.layers[layer_idx] = copy.deepcopy(layer)
+            elif layer.keys is not None and layer.values is not None and layer.get_seq_length():
+                made.update(layer.keys, layer.values, layer_idx)
+        return made
+
+    def to_dynamic(self) -> DynamicCache:
+        """A ``DynamicCache`` with the restored keys and values, which shares no memory with this one.
+
+        It takes about twice the memory. What was quantised stays rounded; tokens of the tails are exact.
+        """
+        made = DynamicCache()
+        for layer in self.layers:
+            if not isinstance(layer, Int8Layer):
+                made.layers.append(copy.deepcopy(layer))
+                continue
+            dense = DynamicLayer()
+            if layer.get_seq_length():
+                assert layer.pages is not None
+                layer.prefetch()
+                key_states, value_states = (states.clone() for states in layer.pages.restore())
+                dense.lazy_initialization(key_states, value_states)
+                dense.keys, dense.values = key_states, value_states
+            made.layers.append(dense)
+        return made
 
     @property
     def nbytes(self) -> int:
