@@ -1,0 +1,108 @@
+"""The tuples of Qwen v1's original code, to and from ``QuantizedInt8Cache``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcache.cache import QuantizedInt8Cache
+
+_PLACE = "legacy.from_legacy"
+
+
+def quantize_cache_v(fdata: Tensor, bits: int = 8, qmax: int = 255, qmin: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The original's rule, for comparisons: one range per (batch, head) over all tokens of the call, truncation.
+
+    A constant block gives scale 0 and NaN, as it did there.
+
+    Args:
+        fdata: (batch, num_kv_heads, seq_len, head_dim), floating point; arithmetic is done in its dtype.
+        bits: ignored, as it was.
+        qmax: highest code.
+        qmin: lowest code.
+
+    Returns:
+        Codes uint8 of ``fdata``'s shape; scale and zero point (batch, num_kv_heads, seq_len, 1) in its dtype.
+    """
+    highest = fdata.amax((-2, -1), keepdim=True)
+    lowest = fdata.amin((-2, -1), keepdim=True)
+    scale = (highest - lowest) / (qmax - qmin)
+    zero_point = qmin - lowest / scale
+    codes = torch.clamp(fdata / scale + zero_point, qmin, qmax).to(torch.uint8)
+    per_token = (*fdata.shape[:3], 1)
+    return codes, scale.expand(per_token).contiguous(), zero_point.expand(per_token).contiguous()
+
+
+def dequantize_cache_torch(qdata: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """``scale * (qdata - zero_point)`` in the dtype of ``scale``; shapes as ``quantize_cache_v`` returns them."""
+    return scale * (qdata - zero_point)
+
+
+def _restore_legacy(states: Any, name: str, layer_idx: int) -> Tensor:
+    """One key or value entry as (batch, num_kv_heads, seq_len, head_dim), or the error that says what is wrong."""
+    place = f"{_PLACE}: layer {layer_idx}: {name}"
+    if isinstance(states, Tensor):
+        if states.dim() != 4 or not states.is_floating_point():
+            raise ValueError(
+                f"{place} must be floating point (batch, seq_len, num_heads, head_dim), "
+                f"got {states.dtype} {tuple(states.shape)}."
+            )
+        return states.transpose(1, 2)
+    if not isinstance(states, (tuple, list)) or len(states) != 3 or not all(isinstance(x, Tensor) for x in states):
+        raise TypeError(f"{place} must be a tensor or (uint8, scale, zero_point), got {type(states).__name__}.")
+    qdata, scale, zero_point = states
+    if qdata.dtype != torch.uint8 or qdata.dim() != 4:
+        raise ValueError(
+            f"{place} must be uint8 (batch, num_heads, seq_len, head_dim), got {qdata.dtype} {tuple(qdata.shape)}."
+        )
+    for word, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tuple(tensor.shape) != (*qdata.shape[:3], 1) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{place} {word} must be floating point {(*qdata.shape[:3], 1)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}."
+            )
+    return dequantize_cache_torch(qdata, scale, zero_point)
+
+
+def from_legacy(past_key_values: Sequence[Any], **kwargs: Any) -> QuantizedInt8Cache:
+    """A cache filled from the original's ``past_key_values``, float or quantised; each entry says which it is.
+
+    Args:
+        past_key_values: a layer's ``(key, value)``: float (batch, seq_len, num_heads, head_dim), or for each of the
+            two ``(qdata, scale, zero_point)`` with uint8 (batch, num_heads, seq_len, head_dim) and (..., 1).
+        kwargs: for ``QuantizedInt8Cache``.
+
+    Raises:
+        TypeError, ValueError: an entry has neither form; the layer, the rule and the value are named.
+    """
+    if not isinstance(past_key_values, (tuple, list)) or not past_key_values:
+        raise TypeError(f"{_PLACE}: past_key_values must be a tuple of layers, got {type(past_key_values).__name__}.")
+    pairs = []
+    for layer_idx, layer in enumerate(past_key_values):
+        if not isinstance(layer, (tuple, list)) or len(layer) != 2:
+            raise TypeError(f"{_PLACE}: layer {layer_idx} must be a pair (key, value), got {type(layer).__name__}.")
+        key = _restore_legacy(layer[0], "key", layer_idx)
+        pairs.append((key, _restore_legacy(layer[1], "value", layer_idx)))
+    return QuantizedInt8Cache.from_legacy_cache(pairs, **kwargs)
+
+
+def to_legacy(cache: Any, quantized: bool = False) -> tuple[Any, ...]:
+    """The original's ``past_key_values`` from a cache whose layers have ``keys`` and ``values``.
+
+    Args:
+        cache: a ``QuantizedInt8Cache`` or any transformers cache of full-attention layers.
+        quantized: give ``((uint8, scale, zero_point), ...)`` with ``quantize_cache_v`` over each layer's tokens,
+            instead of float (batch, seq_len, num_heads, head_dim).
+
+    Raises:
+        ValueError: a layer is empty.
+    """
+    layers = []
+    for layer_idx, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is None:
+            raise ValueError(f"legacy.to_legacy: every layer must hold tokens, got none in layer {layer_idx}.")
+        # Adding zero reads an Int8Tensor's restored values as a plain tensor and copies a plain one.
+        dense = [states + 0 for states in (layer.keys, layer.values)]
+        layers.append(tuple(quantize_cache_v(x) if quantized else x.transpose(1, 2).contiguous() for x in dense))
+    return tuple(layers)

@@ -1,0 +1,31 @@
+"""Qwen-1.8B, 7B, 14B and 72B of the first generation (``model_type`` "qwen") without remote code.
+
+    import quantcache.adapters.qwen
+
+Importing this package registers the config, model and tokenizer with transformers' Auto classes; from then on
+``from_pretrained`` takes them instead of the checkpoint's own code, with or without ``trust_remote_code=True``.
+``import quantcache`` alone registers nothing.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import tokenization_auto
+
+from quantcache.adapters.qwen.chat import decode_tokens, get_stop_words_ids, make_context
+from quantcache.adapters.qwen.configuration import QWenConfig
+from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
+from quantcache.adapters.qwen.tokenization import QWenTokenizer
+
+__all__ = [
+    "QWenConfig",
+    "QWenLMHeadModel",
+    "QWenModel",
+    "QWenTokenizer",
+    "decode_tokens",
+    "get_stop_words_ids",
+    "make_context",
+]
+
+AutoConfig.register("qwen", QWenConfig, exist_ok=True)
+AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
+# AutoTokenizer.register would still run the checkpoint's own tokenizer under trust_remote_code=True; this does not.
+tokenization_auto.REGISTERED_TOKENIZER_CLASSES["QWenTokenizer"] = QWenTokenizer

@@ -1,0 +1,343 @@
+"""The Qwen v1 decoder with the released parameter names, over transformers' Cache API."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward, rotate_half
+
+from quantcache.adapters import legacy
+from quantcache.adapters.qwen.chat import ChatMixin, StopWordsLogitsProcessor
+from quantcache.adapters.qwen.configuration import QWenConfig
+from quantcache.cache import QuantizedInt8Cache
+
+_PROMPT_LEN = "qwen_prompt_len"
+_ANNOUNCED_LEN = "qwen_announced_len"
+
+
+def ntk_alpha(seq_len: Tensor, seq_length: int) -> Tensor:
+    """Dynamic NTK's factor for a prompt of ``seq_len`` tokens: 1 up to ``seq_length``, 3 up to twice that, then 7."""
+    return (2 ** torch.ceil(torch.log2(seq_len.float() / seq_length) + 1) - 1).clamp(min=1)
+
+
+def rotary_embedding(positions: Tensor, alpha: Tensor, config: QWenConfig) -> tuple[Tensor, Tensor]:
+    """Cos and sin in float32, each (rows, 1, query_len, rotary_dim).
+
+    Args:
+        positions: (query_len,), counted from 0, padding included.
+        alpha: (rows,), 1 without NTK scaling; rows is the batch or 1.
+        config: gives rotary_dim and the base.
+    """
+    dim = int(config.kv_channels * config.rotary_pct)
+    base = config.rotary_emb_base * alpha.float() ** (dim / (dim - 2))
+    exponent = torch.arange(0, dim, 2, device=positions.device).float() / dim
+    inv_freq = 1.0 / (base[:, None] ** exponent)
+    angles = positions.float()[None, :, None] * inv_freq[:, None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first rotary_dim channels of ``states`` (batch, heads, query_len, head_dim) in float32."""
+    dim = cos.shape[-1]
+    rotated = states[..., :dim].float()
+    rotated = rotated * cos + rotate_half(rotated) * sin
+    return torch.cat((rotated.to(states.dtype), states[..., dim:]), dim=-1)
+
+
+class QWenAttention(nn.Module):
+    """Attention with the fused ``c_attn``; keys are rotated before they are cached."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.kv_channels
+        self.is_causal = True
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.num_key_value_groups = 1
+        width = config.kv_channels * config.num_attention_heads
+        self.c_attn = nn.Linear(config.hidden_size, 3 * width)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        logn: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, query_len, hidden_size) to the same; the weights where the attention function gives them."""
+        batch, query_len, _ = hidden_states.shape
+        query, key, value = (
+            states.view(batch, query_len, -1, self.head_dim).transpose(1, 2)
+            for states in self.c_attn(hidden_states).chunk(3, dim=-1)
+        )
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if logn is not None:
+            query = query * logn.to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attn_dropout_prob if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.c_proj(output.reshape(batch, query_len, -1)), weights
+
+
+class QWenMLP(nn.Module):
+    """``c_proj(w1(x) * silu(w2(x)))``."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, query_len, hidden_size) to the same."""
+        projected: Tensor = self.c_proj(self.w1(hidden_states) * functional.silu(self.w2(hidden_states)))
+        return projected
+
+
+class QWenBlock(nn.Module):
+    """A pre-norm decoder layer."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See ``QWenAttention.forward``."""
+        attended, weights = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """What transformers must know of the family."""
+
+    config: QWenConfig
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    _no_split_modules = ["QWenBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        if config.seq_length is None:
+            raise ValueError("QWenModel: config.seq_length must be the training length in tokens, got None.")
+        self.seq_length: int = config.seq_length
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.ln_f = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """``wte``."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace ``wte``."""
+        self.wte = value  # type: ignore[assignment]
+
+    def _alpha(self, attention_mask: Tensor | None, prompt_len: int, device: torch.device) -> Tensor:
+        """NTK factor, (batch,) under a padding mask, else (1,); a row's own length is the prompt's less its padding.
+
+        The mask follows its rows through beams and batch operations, so that one number in the cache is state enough.
+        """
+        seq_length = self.seq_length
+        if not self.config.use_dynamic_ntk or prompt_len <= seq_length:
+            return torch.ones(1, device=device)
+        real = torch.tensor([prompt_len], device=device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = prompt_len - (attention_mask[:, :prompt_len] == 0).sum(-1)
+        return ntk_alpha(real, seq_length)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (batch, query_len), or ``inputs_embeds`` (batch, query_len, hidden_size).
+            attention_mask: (batch, kv_len), 1 for real tokens; left padding is the convention.
+            past_key_values: a Cache or a legacy tuple, which is converted.
+            inputs_embeds: see ``input_ids``.
+            use_cache: the config's by default.
+            output_hidden_states: return every layer's input and the last output.
+            output_attentions: return attention weights, where the attention function gives them.
+            kwargs: ``position_ids``, ``token_type_ids``, ``head_mask`` and the like are accepted and unused.
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("QWenModel.forward: exactly one of input_ids and inputs_embeds must be given.")
+        hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if isinstance(past_key_values, (tuple, list)):
+            past_key_values = legacy.from_legacy(past_key_values)
+        if past_key_values is None and use_cache:
+            past_key_values = new_cache(self.config)
+        past_len = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        kv_len = past_len + hidden_states.shape[1]
+        # Keys in the cache are rotated with the prompt's factor, so decoding keeps it.
+        prompt_len = kv_len
+        if past_key_values is not None:
+            if past_len == 0:
+                # What generate announced, without the drafts that may follow it; once, as the cache may be reset.
+                prompt_len = past_key_values.__dict__.pop(_ANNOUNCED_LEN, kv_len)
+            else:
+                prompt_len = getattr(past_key_values, _PROMPT_LEN, past_len)
+            setattr(past_key_values, _PROMPT_LEN, prompt_len)
+        device = hidden_states.device
+        positions = torch.arange(past_len, kv_len, device=device)
+        rotary = rotary_embedding(positions, self._alpha(attention_mask, prompt_len, device), self.config)
+        logn = None
+        if self.config.use_logn_attn and not self.training and kv_len > self.seq_length:
+            logn = (torch.log(positions + 1.0) / math.log(self.seq_length)).clamp(min=1)[None, None, :, None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=positions[None],
+        )
+        hidden_states = self.drop(hidden_states)
+        states: list[Tensor] = [hidden_states]
+        weights: list[Tensor | None] = []
+        for block in self.h:
+            hidden_states, layer_weights = block(
+                hidden_states, rotary=rotary, logn=logn, attention_mask=mask, past_key_values=past_key_values
+            )
+            if output_hidden_states:
+                states.append(hidden_states)
+            weights.append(layer_weights)
+        hidden_states = self.ln_f(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
+        )
+
+
+def new_cache(config: QWenConfig) -> Cache:
+    """The cache that ``config`` asks for."""
+    return QuantizedInt8Cache(config) if config.use_cache_quantization else DynamicCache(config=config)
+
+
+class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Qwen v1 with its language-model head, ``generate`` and ``chat``."""
+
+    loss_type = "ForCausalLM"
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """``lm_head``."""
+        head: nn.Module = self.lm_head
+        return head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """``QWenModel.forward``, then logits (batch, query_len, vocab_size), and the loss where ``labels`` are given.
+
+        Args:
+            input_ids: see ``QWenModel.forward``, as for the other arguments not named here.
+            attention_mask: see there.
+            past_key_values: see there.
+            labels: (batch, query_len), -100 where there is none.
+            logits_to_keep: compute only the newest so many positions, or those of an index tensor; 0 computes all.
+            kwargs: see there.
+        """
+        kwargs.pop("return_dict", None)
+        outputs = self.transformer(input_ids, attention_mask, past_key_values, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, *, stop_words_ids: Iterable[Iterable[int]] | None = None, **kwargs: Any
+    ) -> Any:
+        """The host's ``generate``, with Qwen's stop words, the config's cache and legacy tuples converted.
+
+        Args:
+            inputs: (batch, prompt_len) token ids.
+            stop_words_ids: token sequences after which a row ends; by default the generation config's.
+            kwargs: see ``GenerationMixin.generate``.
+        """
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        words = stop_words_ids
+        if words is None:
+            words = getattr(generation_config, "stop_words_ids", None)
+        if words:
+            eos = kwargs.get("eos_token_id", generation_config.eos_token_id)
+            processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+            processors.append(StopWordsLogitsProcessor(words, eos))
+            kwargs["logits_processor"] = processors
+        past = kwargs.get("past_key_values")
+        implementation = kwargs.get("cache_implementation", generation_config.cache_implementation)
+        if isinstance(past, (tuple, list)):
+            kwargs["past_key_values"] = legacy.from_legacy(past)
+        elif past is None and kwargs.get("use_cache", True) and generation_config.use_cache is not False:
+            if implementation is None:
+                cache = new_cache(self.config)
+                ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+                if ids is not None:
+                    setattr(cache, _ANNOUNCED_LEN, ids.shape[1])  # a prompt fed in chunks is one prompt
+                kwargs["past_key_values"] = cache
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
