@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_cpu_attention.py [--model FOLDER_WITH_GGUF] [--rows WORD ...] [--out FILE]
 
 Every row first checks its result, then times its candidates in turn, so that what slows one slows all; medians and
-their ratios are written as JSON. Bytes are those the candidate must read and write.
+their ratios are written as JSON. Bytes are those the candidate must read and write. Each kind of row runs in a process
+of its own, so that the memory one leaves behind does not shape the next.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -248,6 +250,21 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def run_each(options: argparse.Namespace) -> None:
+    """Every kind of row in its own process; their rows in one file."""
+    out = Path(options.out)
+    rows: list[Row] = []
+    report: Row = {}
+    for kind in options.rows:
+        command = [sys.executable, __file__, "--rows", kind, "--out", str(out)]
+        command += ["--model", options.model] if options.model else []
+        command += ["--threads", str(options.threads)] if options.threads else []
+        subprocess.run(command, check=True)
+        report = json.loads(out.read_text())
+        rows += report["rows"]
+    out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder with SmolLM2-135M as GGUF; without it its rows are left out")
@@ -255,6 +272,8 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/cpu-attention.json")
     parser.add_argument("--threads", type=int, help="instead of torch's own choice")
     options = parser.parse_args()
+    if len(options.rows) > 1:
+        return run_each(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -137,17 +137,31 @@ static void store_value_tokens(const float* tile, int64_t width, int64_t head_di
   }
 }
 
+// Where the states of one page of one head begin.
+static const char* page_states(const StoreArgs& args, int64_t page, int64_t head) {
+  int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  int64_t start = batch * args.stride[0] + kv_head * args.stride[1] + page * kPageSize * args.stride[2];
+  return static_cast<const char*>(args.states) + start * element_size(static_cast<Dtype>(args.dtype));
+}
+
 static void store_page(const StoreArgs& args, int64_t page, int64_t head, float* tile) {
   Dtype dtype = static_cast<Dtype>(args.dtype);
   int64_t width = round_up(args.head_dim, kWidthStep);
-  int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
-  int64_t start = batch * args.stride[0] + kv_head * args.stride[1] + page * kPageSize * args.stride[2];
-  const char* states = static_cast<const char*>(args.states) + start * element_size(dtype);
+  const char* states = page_states(args, page, head);
   int64_t step = args.stride[2] * element_size(dtype), row_size = args.head_dim * element_size(dtype);
+  // Tokens of a transposed view lie far apart, where the hardware does not guess ahead: a page's first tokens are
+  // fetched while the page before it is worked on, its later ones and the lines it writes while it is read.
+  int64_t heads = args.batch * args.num_kv_heads, task = page * heads + head + 1;
+  const char* next = task < args.num_pages * heads ? page_states(args, task / heads, task % heads) : nullptr;
+  auto fetch_next = [&](int64_t token, int64_t count) {
+    for (int64_t end = token + count; next && token < end && token < kPageSize; ++token)
+      for (int64_t i = 0; i < row_size; i += 64) __builtin_prefetch(next + token * step + i);
+  };
+  int8_t* written = args.qdata + (page * heads + head) * kPageSize * args.head_dim;
   for (int64_t token = 0; token < kPageSize; ++token) {
-    // Tokens of a transposed view lie far apart, where the hardware does not guess ahead.
     for (int64_t i = 0; i < row_size && token + kTokensAhead < kPageSize; i += 64)
       __builtin_prefetch(states + (token + kTokensAhead) * step + i);
+    for (int64_t i = 0; i < args.head_dim; i += 64) __builtin_prefetch(written + token * args.head_dim + i, 1);
     float* row = tile + token * width;
     read_any_row(dtype, states + token * step, args.head_dim, row, width);
     for (int64_t d = args.head_dim; d < width; ++d) row[d] = row[0];
@@ -156,13 +170,17 @@ static void store_page(const StoreArgs& args, int64_t page, int64_t head, float*
   int8_t* qdata = args.qdata + index * kPageSize * args.head_dim;
   if (args.is_key) {
     uint32_t* metadata = args.metadata + index * args.head_dim;
-    for (int64_t d = 0; d < args.head_dim; d += kLanes)
+    for (int64_t d = 0, each = kPageSize * kLanes / width; d < args.head_dim; d += kLanes) {
+      fetch_next(d / kLanes * each, each);
       store_key_channels(tile + d, width, args.head_dim, args.head_dim - d < kLanes ? args.head_dim - d : kLanes,
                          qdata + d, metadata + d);
+    }
   } else {
     uint32_t* metadata = args.metadata + index * kPageSize;
-    for (int64_t token = 0; token < kPageSize; token += kLanes)
+    for (int64_t token = 0; token < kPageSize; token += kLanes) {
+      fetch_next(token, kLanes);
       store_value_tokens(tile + token * width, width, args.head_dim, qdata + token * args.head_dim, metadata + token);
+    }
   }
 }
 
