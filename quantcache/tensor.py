@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quantcache import ops
-from quantcache.pages import PagesView
 from quantcache.report import ReadLog
+from quantcache.segments import PagesView
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
