@@ -1,7 +1,8 @@
 """``Int8Tensor``: what the cache hands to attention in place of keys or values."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ class Int8Tensor(Tensor):
         """``restore``, noted as a fallback with its ``reason``; raises ``FallbackError`` in a strict cache."""
         self.read_log.fell_back(reason)
         return self.restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Tensor":
+        copied = Int8Tensor(copy.deepcopy(self.pages_view, memo), self.is_key, copy.deepcopy(self.read_log, memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return Int8Tensor, (self.pages_view, self.is_key, self.read_log)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
