@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantcache import static_tensor
+from quantcache.static_tensor import StaticInt8Tensor
 from quantcache.tensor import Int8Tensor, read, shared_view
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -66,6 +68,10 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, StaticInt8Tensor):
+            uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
+            if uncovered is None and query.dtype == key.dtype:
+                return static_tensor.read(key, query, **options), None
         if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
@@ -97,8 +103,8 @@ def _options(
     is_flash = name != "sdpa" and name.startswith("flash")
     if not is_flash and name != "sdpa":
         return "it reads dense states", {}
-    for option in kwargs.keys() & (_DENSE_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS):
-        value = kwargs[option]
+    for option in _DENSE_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS:
+        value = kwargs.get(option)
         if isinstance(value, Tensor) or value:
             return f"the option {option}", {}
 

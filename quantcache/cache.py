@@ -51,6 +51,8 @@ class QuantizedInt8Cache(DynamicCache):
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
             warning once.
+        max_cache_len: allocate memory for so many tokens at once, so that ``generate()`` compiles the decoding step, as
+            it does with a ``StaticCache``. Needs ``config``. See ``for_generate``, which finds the number.
         offloading: keep closed pages in host memory and bring those of the next layer to the GPU while one is at work.
             Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
         offload_only_non_sliding: leave sliding-window layers where they are.
@@ -66,6 +68,7 @@ class QuantizedInt8Cache(DynamicCache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ) -> None:
@@ -75,7 +78,13 @@ class QuantizedInt8Cache(DynamicCache):
                 "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
                 f"got {type(config).__name__}.{convert}"
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict))
+        if max_cache_len is not None and (config is None or offloading):
+            raise ValueError(
+                "QuantizedInt8Cache: max_cache_len needs the model's config and cannot be combined with offloading, "
+                f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
+                "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
+            )
+        make = LayerFactory(residual_length, FallbackPolicy(strict), max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]

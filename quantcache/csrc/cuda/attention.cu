@@ -846,16 +846,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
   }
   if (args.num_splits == 1) return;
 
-  // The last CTA of a head's splits to arrive merges them; the counter wraps to zero by itself.
+  // The last CTA of a head's splits to arrive merges them.
   __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(args.counters + head * row_tiles + row_tile), "r"(args.num_splits - 1u)
-                 : "memory");
-    is_last = before == args.num_splits - 1u;
-  }
+  if (threadIdx.x == 0) is_last = arrives_last(args.counters + head * row_tiles + row_tile, args.num_splits);
   __syncthreads();
   if (!is_last) return;
 
