@@ -1,11 +1,11 @@
 """``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache import attention, conversion
@@ -13,6 +13,7 @@ from quantcache.layers import Int8Layer, check_states
 from quantcache.layout import LayerFactory, layers_for
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.sizing import tokens_of_generate
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -122,6 +123,45 @@ class QuantizedInt8Cache(DynamicCache):
         if quantize_cross_attention:
             return EncoderDecoderCache(own, cls(config, residual_length=residual_length, strict=strict))
         return EncoderDecoderCache(own, DynamicCache(config=config))
+
+    @classmethod
+    def for_generate(
+        cls,
+        model: Any,
+        inputs: Tensor | Mapping[str, Any],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        **options: Any,
+    ) -> "QuantizedInt8Cache":
+        """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
+
+            cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+
+        Args:
+            model: what will generate.
+            inputs: token ids (batch, seq_len), or the keyword arguments of ``generate()`` with ``input_ids``.
+            generation_config: as for ``generate()``.
+            max_cache_len: more tokens than this call needs, for ``reset()`` and later calls without a new compilation.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            options: other keyword arguments of ``generate()``; ``max_new_tokens`` and ``max_length`` count.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit into ``max_cache_len``, or the length has no limit.
+        """
+        prompt_len, new_tokens = tokens_of_generate(model, inputs, generation_config, options)
+        needed = prompt_len + new_tokens
+        if max_cache_len is not None and max_cache_len < needed:
+            raise ValueError(
+                "QuantizedInt8Cache.for_generate: max_cache_len must be at least the prompt and the new tokens, "
+                f"{prompt_len} + {new_tokens} = {needed}, got {max_cache_len}."
+            )
+        config = model.config.get_text_config(decoder=True)
+        return cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len or needed)
 
     @classmethod
     def from_legacy_cache(

@@ -66,6 +66,10 @@ class StaticInt8Layer(Int8Layer):
         """What the report calls it."""
         return "int8 static"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._mark_addresses()
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the whole layer for states like these; nothing is stored of them."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -74,10 +78,14 @@ class StaticInt8Layer(Int8Layer):
         self._compiled_kernel = f"{self.pages.backend}, compiled"
         if self.device not in self._scratch:
             self._scratch[self.device] = static_ops.make_scratch(key_states, value_states)
-        if not torch.compiler.is_compiling():
+        self._mark_addresses()
+        self.is_initialized = True
+
+    def _mark_addresses(self) -> None:
+        """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
+        if self.pages is not None and not torch.compiler.is_compiling():
             for tensor in (*self.pages.store, self._scratch[self.device]):
                 torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values that their queries attend to; see ``Int8Layer.update``.
