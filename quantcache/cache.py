@@ -85,7 +85,7 @@ class QuantizedInt8Cache(DynamicCache):
                 f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
                 "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict), max_cache_len)
+        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -347,6 +347,12 @@ class QuantizedInt8Cache(DynamicCache):
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
+
+
+def _reads_dense(config: PreTrainedConfig | None) -> bool:
+    """Whether the model's attention is eager, which is to restore the states, so that nothing is left to warn of."""
+    decoder = None if config is None else config.get_text_config(decoder=True)
+    return getattr(decoder, "_attn_implementation", None) == "eager"
 
 
 def layer_nbytes(layer: Any) -> int:

@@ -10,7 +10,7 @@ from quantcache.offloading import copy_stream
 from quantcache.pages import Int8Pages
 from quantcache.report import FallbackPolicy, LayerReport, ReadLog
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.tensor import Int8Tensor
+from quantcache.tensor import Int8Tensor, autocast_to
 
 
 def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | None" = None) -> None:
@@ -95,6 +95,7 @@ class Int8Layer(CacheLayerMixin):
         self.pages: Int8Pages | None = None
         self.is_initialized = False
         self._accepted: tuple[object, ...] = ()
+        self._cut_gradients = False
 
     def __repr__(self) -> str:
         return f"Int8Layer(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
@@ -147,19 +148,29 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
-        self._check(key_states, value_states)
         pages = self.pages
+        if isinstance(key_states, Tensor) and isinstance(value_states, Tensor):
+            if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+                # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
+                held = torch.get_autocast_dtype(key_states.device.type) if pages is None else pages.key_tail.dtype
+                key_states, value_states = autocast_to(held, key_states), autocast_to(held, value_states)
+        self._check(key_states, value_states)
         if pages is None or pages.is_empty:
             self.lazy_initialization(key_states, value_states)
+            self._cut_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
             assert self.pages is not None
             self.pages.append(key_states, value_states)
             self.read_log.ran("exact")
             return key_states, value_states
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if pages.num_pages == 0:
+        if wants_gradient and (pages.num_pages or self._cut_gradients):
+            self.read_log.fell_back(
+                "gradients are enabled and stop at tokens of earlier calls; use torch.no_grad() where none are needed",
+                "restored" if pages.num_pages else "exact",
+            )
+        elif pages.num_pages == 0:
             self.read_log.ran("exact")
-        elif wants_gradient:
-            self.read_log.fell_back("gradients are enabled; use torch.no_grad() where none are needed")
+        self._cut_gradients |= wants_gradient
         view = pages.append(key_states, value_states)
         if wants_gradient:
             return _with_newest(view.restore_keys(), key_states), _with_newest(view.restore_values(), value_states)

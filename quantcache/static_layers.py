@@ -128,10 +128,12 @@ class StaticInt8Layer(Int8Layer):
         return self._pair(self.pages.append_compiled(key_states, value_states))
 
     def _pair(self, store: Store) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
-        scratch, is_strict = self._scratch[self.device], self.read_log.policy.strict
+        policy = self.read_log.policy
+        on_restore = "raise" if policy.strict else "quiet" if policy.warned else "warn"
+        parts = (*store, self._scratch[self.device], self.max_cache_len)
         return (
-            StaticInt8Tensor(*store, scratch, self.max_cache_len, True, is_strict),
-            StaticInt8Tensor(*store, scratch, self.max_cache_len, False, is_strict),
+            StaticInt8Tensor(*parts, is_key=True, on_restore=on_restore),
+            StaticInt8Tensor(*parts, is_key=False, on_restore=on_restore),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ class StaticInt8Tensor(Tensor):
         scratch: see ``static_ops.make_scratch``.
         capacity: tokens that its shape shows.
         is_key: keys if True, values if False.
-        is_strict: raise instead of restoring.
+        on_restore: what happens where it has to be restored: "raise", "warn" or "quiet".
         view_of_host: where the host knows the length, the same as a view; else None.
         read_log: where reads are then noted.
     """
@@ -35,7 +35,7 @@ class StaticInt8Tensor(Tensor):
 
     capacity: int
     is_key: bool
-    is_strict: bool
+    on_restore: str
     view_of_host: PagesView | None = None
     read_log: ReadLog | None = None
 
@@ -52,7 +52,7 @@ class StaticInt8Tensor(Tensor):
         scratch: Tensor,
         capacity: int,
         is_key: bool,
-        is_strict: bool,
+        on_restore: str,
     ) -> "StaticInt8Tensor":
         """The keys or the values of a ``Store``."""
         tail = key_tail if is_key else value_tail
@@ -62,17 +62,17 @@ class StaticInt8Tensor(Tensor):
         parts = (key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail, lengths, scratch)
         for name, part in zip(cls._PARTS, parts, strict=True):
             setattr(made, name, part)
-        made.capacity, made.is_key, made.is_strict = capacity, is_key, is_strict
+        made.capacity, made.is_key, made.on_restore = capacity, is_key, on_restore
         return made
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool, bool]]:
-        return list(self._PARTS), (self.capacity, self.is_key, self.is_strict)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool, str]]:
+        return list(self._PARTS), (self.capacity, self.is_key, self.on_restore)
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, Tensor], meta: tuple[int, bool, bool], outer_size: Any, outer_stride: Any
+        parts: dict[str, Tensor], meta: tuple[int, bool, str], outer_size: Any, outer_stride: Any
     ) -> "StaticInt8Tensor":
-        return StaticInt8Tensor(**parts, capacity=meta[0], is_key=meta[1], is_strict=meta[2])
+        return StaticInt8Tensor(**parts, capacity=meta[0], is_key=meta[1], on_restore=meta[2])
 
     def store(self) -> Store:
         """What is read."""
@@ -109,16 +109,18 @@ class StaticInt8Tensor(Tensor):
                 states.read_log.fell_back(f"{func} on cached states")
                 return states.restore()
             reason = f"{func} on cached states in a compiled step"
-            if states.is_strict:
+            if states.on_restore == "raise":
                 raise FallbackError(
                     f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}."
                 )
-            warnings.warn(
-                f"QuantizedInt8Cache: the cache is read by restoring it to full precision ({reason}), which is correct "
-                "but slower and needs memory for one layer of the whole capacity. strict=True raises instead.",
-                FallbackWarning,
-                stacklevel=2,
-            )
+            if states.on_restore == "warn":
+                warnings.warn(
+                    f"QuantizedInt8Cache: the cache is read by restoring it to full precision ({reason}), which is "
+                    "correct but slower and needs memory for one layer of the whole capacity. strict=True raises "
+                    "instead.",
+                    FallbackWarning,
+                    stacklevel=2,
+                )
             return states.restore()
 
         args, kwargs = tree_map_only(StaticInt8Tensor, restored, (args, kwargs or {}))

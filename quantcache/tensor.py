@@ -119,6 +119,13 @@ def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None
     return None
 
 
+def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
+    """``states`` in ``dtype`` where autocast is at work, which lets a model mix dtypes; else as they are."""
+    if states.dtype != dtype and torch.is_autocast_enabled(states.device.type):
+        return states.to(dtype)
+    return states
+
+
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
     """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
     backend, reason = pages_view.backend or ops.backend_for(query, pages_view.value_tail)
@@ -150,6 +157,7 @@ def _int8_sdpa(
 ) -> Tensor | None:
     """Read torch's scaled_dot_product_attention from an ``Int8Tensor`` pair, None for a form int8 attention lacks."""
     found = shared_view(key, value)
+    query = autocast_to(key.dtype, query)
     if found is None or dropout_p or isinstance(query, Int8Tensor) or query.dim() != 4 or query.dtype != key.dtype:
         return None
     if (query.shape[1] != key.shape[1] and not enable_gqa) or (is_causal and attn_mask is not None):

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_compiled.py [--rows WORD ...] [--out FILE]
 
-``generate()`` itself runs, with random bf16 weights, behind random states already in the cache. Times are the GPU's from
-one token to the next, medians of the steady state; a profile of the same steps says where they go. Memory is what torch
-has allocated and reserved at its peak.
+``generate()`` itself runs, with random bf16 weights, behind random states already in the cache. Times are the
+GPU's from one token to the next, medians of the steady state; a profile of the same steps says where they go. Memory is
+what torch has allocated and reserved at its peak.
 """
 
 import argparse
