@@ -86,9 +86,9 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         if found is not None:
             view, log = found
             reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
-            query = autocast_to(view.key_tail.dtype, query)
-            if reason is None and query.dtype != view.key_tail.dtype:
-                reason = f"query in {query.dtype} and cache in {view.key_tail.dtype}"
+            query = autocast_to(view.dtype, query)
+            if reason is None and query.dtype != view.dtype:
+                reason = f"query in {query.dtype} and cache in {view.dtype}"
             if reason is None:
                 return read(view, log, query, **options), None
         key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))

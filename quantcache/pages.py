@@ -58,6 +58,8 @@ class Int8Pages:
         self._key_tail = key_states[:, :, :0].detach().clone()
         self._value_tail = value_states[:, :, :0].detach().clone()
         self._tail_len = 0
+        # The view whose newest tokens may not be in the buffers yet.
+        self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
@@ -83,6 +85,7 @@ class Int8Pages:
             "_segments": [Segment(*(part.clone() for part in segment)) for segment in used],
             "_key_tail": self.key_tail.clone(),
             "_value_tail": self.value_tail.clone(),
+            "_newest": None,
             "_closed": None,
             "_backend": None,
             "_host": None,
@@ -129,11 +132,13 @@ class Int8Pages:
     @property
     def key_tail(self) -> Tensor:
         """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self._write_pending()
         return self._key_tail[:, :, : self._tail_len]
 
     @property
     def value_tail(self) -> Tensor:
         """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self._write_pending()
         return self._value_tail[:, :, : self._tail_len]
 
     @property
@@ -178,6 +183,12 @@ class Int8Pages:
         closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
         if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
             # Nothing but the tail grows: what a decode step does, in a few calls.
+            if self._reads_unwritten:
+                self._write_pending()
+                pending = key_states, value_states
+                self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
+                self._tail_len = total
+                return self._newest
             if key_buffer.is_inference():
                 with write_access(key_buffer):
                     ops.append_tail(
@@ -188,7 +199,8 @@ class Int8Pages:
                     key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
                 )
             self._tail_len = total
-            return PagesView(closed, key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total), self._backend)
+            return PagesView(closed, key_buffer, value_buffer, self._backend, total)
+        self._write_pending()
         self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
         is_empty = self.is_empty
@@ -230,6 +242,7 @@ class Int8Pages:
         Args:
             tokens_to_remove: from 0 to the number of tokens held.
         """
+        self._write_pending()
         seq_len = self._num_pages * PAGE_SIZE + self._tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
         if pages >= self._num_pages:
@@ -263,6 +276,7 @@ class Int8Pages:
 
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+        self._write_pending()
         self._arrive()
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
@@ -298,6 +312,17 @@ class Int8Pages:
     def _append_backend(self) -> str:
         """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
         return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
+
+    @property
+    def _reads_unwritten(self) -> bool:
+        """Whether attention writes the newest tokens on its way."""
+        return self._backend is not None and self._backend[0] in ops.WRITE_ON_READ
+
+    def _write_pending(self) -> None:
+        """Have the newest tokens in the buffers of the tail."""
+        if self._newest is not None:
+            self._newest.write_pending()
+            self._newest = None
 
     def _arrive(self) -> None:
         """Have the pages on the device, in the order of the current stream."""

@@ -96,7 +96,7 @@ class StaticInt8Layer(Int8Layer):
         """
         if torch.compiler.is_compiling():
             return self._update_compiled(key_states, value_states)
-        self._check(key_states, value_states)
+        key_states, value_states = self._checked(key_states, value_states)
         if self.pages is None:
             check_room(self.max_cache_len, key_states.shape[2])
             self.lazy_initialization(key_states, value_states)

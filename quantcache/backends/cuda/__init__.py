@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from quantcache import nvrtc
-from quantcache.backends.cuda.attention import MAX_FUSED_ROWS, SCRATCH_BYTES, attention, fused_attention, make_scratch
+from quantcache.backends.cuda.attention import (
+    MAX_FUSED_ROWS,
+    SCRATCH_BYTES,
+    attention,
+    fused_attention,
+    make_scratch,
+    write_and_attend,
+)
 from quantcache.backends.cuda.launch import DTYPES
 from quantcache.backends.cuda.pages import append_tail, restore_keys, restore_values, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
@@ -33,6 +40,7 @@ __all__ = [
     "store_pages",
     "unavailable",
     "unsupported",
+    "write_and_attend",
 ]
 
 MIN_CAPABILITY: Final = (8, 0)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache.backends import torch as torch_backend
 from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
-from quantcache.backends.cuda.pages import SegmentTable, restore, segment_table
+from quantcache.backends.cuda.pages import SegmentTable, append_tail, restore, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
 from quantcache.scheme import PAGE_SIZE
 
@@ -21,7 +21,7 @@ SCRATCH_BYTES: Final = 256 << 20
 """Bound of the memory a layer is restored to, unless keys and values of a single head take more."""
 
 _MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
-_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq")
+_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i")
 
 
 def attention(
@@ -45,13 +45,52 @@ def attention(
     longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
     """
     table = segment_table(key_qdata, key_metadata, value_qdata, value_metadata)
-    _, num_q_heads, query_len, _ = query.shape
-    if query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1] and softcap is None and sinks is None:
+    if _is_restored(query, key_tail, softcap, sinks):
         return _attention_of_restored(
             query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, SCRATCH_BYTES
         )
     return fused_attention(
         query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+    )
+
+
+def _is_restored(query: Tensor, key_tail: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
+    _, num_q_heads, query_len, _ = query.shape
+    return query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1] and softcap is None and sinks is None
+
+
+def write_and_attend(
+    query: Tensor,
+    new_states: tuple[Tensor, Tensor],
+    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    tails: tuple[Tensor, Tensor],
+    tail_len: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See ``ops.write_and_attend``."""
+    if _is_restored(query, tails[0], softcap, sinks):
+        append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
+        key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
+        return attention(
+            query, *parts, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+        )
+    return fused_attention(
+        query,
+        segment_table(*parts),
+        *tails,
+        attn_mask,
+        is_causal,
+        softmax_scale,
+        window,
+        softcap,
+        sinks,
+        tail_len,
+        new_states,
     )
 
 
@@ -66,6 +105,8 @@ def fused_attention(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    tail_len: int | None = None,
+    new_states: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     scratch: Tensor | None = None,
     shape: Shape | None = None,
@@ -84,13 +125,17 @@ def fused_attention(
         window: see ``ops.attention``.
         softcap: see ``ops.attention``.
         sinks: see ``ops.attention``.
+        tail_len: tokens of ``key_tail`` that count, all if None.
+        new_states: keys and values of the newest of them, which are to be written into ``key_tail`` and ``value_tail``.
         lengths: int32 (2 or more,) on the device, pages and tail_len in use, read when the kernel runs.
         scratch: see ``make_scratch``; instead of the current stream's, for a call that is recorded in a graph.
         shape: instead of the one chosen for the call.
         splits: instead of those chosen: splits of the pages, splits in all.
     """
     batch, num_q_heads, query_len, head_dim = query.shape
-    _, num_kv_heads, tail_len, v_head_dim = value_tail.shape
+    _, num_kv_heads, room, v_head_dim = value_tail.shape
+    if tail_len is None:
+        tail_len = room
     index = query.device.index
     query, query_address, query0, query1, query2 = readable(query)
     key_tail, key_address, key0, key1, key2 = readable(key_tail)
@@ -124,6 +169,11 @@ def fused_attention(
         counters = workspace.data_ptr()
         partial = counters + 4 * NUM_COUNTERS
         sums = partial + 4 * plan.partial_rows * v_head_dim
+    new = _NO_NEW_STATES
+    if new_states is not None:
+        new_key, new_key_address, *new_key_strides = readable(new_states[0])
+        _new_value, new_value_address, *new_value_strides = readable(new_states[1])
+        new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,
@@ -147,10 +197,12 @@ def fused_attention(
         softcap or 0.0,
         *table.first,
         0,
+        *new,
     )
     return output
 
 
+_NO_NEW_STATES: Final[tuple[int, ...]] = (0,) * 9
 _NO_MASK: Final[tuple[int, tuple[int, ...], int]] = (0, (0, 0, 0, 0), 0)
 
 
