@@ -163,12 +163,18 @@ class Int8Pages:
         key_states: (batch, num_kv_heads, any, head_dim); fixes shapes, dtype and device, nothing is stored of it.
         value_states: (batch, num_kv_heads, any, v_head_dim).
         residual_length: newer tokens a page waits for, at least 0.
+        reader: the backend of ``ops`` that attention takes; None for the best there is.
     """
 
     def __init__(
-        self, key_states: Tensor, value_states: Tensor, residual_length: int = DEFAULT_RESIDUAL_LENGTH
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        reader: str | None = None,
     ) -> None:
         self.residual_length = residual_length
+        self.reader = reader
         self._closes_at = PAGE_SIZE + residual_length
         self._segments: list[Segment] = []
         self._num_pages = 0
@@ -185,7 +191,8 @@ class Int8Pages:
     def backend(self) -> tuple[str, str | None]:
         """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
         if self._backend is None:
-            self._backend = ops.backend_for(self._key_tail, self._value_tail)
+            best = ops.backend_for(self._key_tail, self._value_tail) if self.reader is None else (self.reader, None)
+            self._backend = best
         return self._backend
 
     @property

@@ -167,7 +167,7 @@ def test_a_stream_ends_with_the_whole_answer(folder: Path, long_model: QWenLMHea
     output = long_model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), stop_words_ids=words, **options
     )
-    answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True, errors="ignore")
     assert len(answer) > 3
     assert pieces[-1] == answer
 

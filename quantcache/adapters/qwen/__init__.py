@@ -10,9 +10,10 @@ Importing this package registers the config, model and tokenizer with transforme
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import tokenization_auto
 
-from quantcache.adapters.qwen.chat import decode_tokens, get_stop_words_ids, make_context
+from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
 from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
+from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids, make_context
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "make_context",
 ]
 
+gptq.register()
+parallel.register()
 AutoConfig.register("qwen", QWenConfig, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
 # AutoTokenizer.register would still run the checkpoint's own tokenizer under trust_remote_code=True; this does not.
