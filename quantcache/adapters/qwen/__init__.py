@@ -12,11 +12,13 @@ from transformers.models.auto import tokenization_auto
 
 from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
+from quantcache.adapters.qwen.memory import MemoryReport, memory_report
 from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
 from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids, make_context
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
 
 __all__ = [
+    "MemoryReport",
     "QWenConfig",
     "QWenLMHeadModel",
     "QWenModel",
@@ -24,6 +26,7 @@ __all__ = [
     "decode_tokens",
     "get_stop_words_ids",
     "make_context",
+    "memory_report",
 ]
 
 gptq.register()
