@@ -52,10 +52,9 @@ def memory_report(model: nn.Module, past_key_values: Any = None) -> MemoryReport
     packed = others = 0
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen:
+            if id(tensor) in seen:
                 continue  # tied
-            seen.add(storage.data_ptr())
+            seen.add(id(tensor))
             if isinstance(module, GPTQLinear):
                 packed += tensor.nbytes
             else:
