@@ -13,8 +13,8 @@ How a row is measured ("measured_by"):
   generate  A real generate() of as many tokens; the rows of it show that the chunks' figure is the higher one.
 
 Units are GiB (2**30 bytes), as in the original's tables, whose smallest figure, 15.0, is below the 15.44e9 bytes of the
-bfloat16 weights alone. "limit" is the original's figure with its quantised cache, less what the weights here are smaller
-than bfloat16 ones.
+bfloat16 weights alone. "limit" is the original's figure with its quantised cache, less what the weights here are
+smaller than bfloat16 ones.
 """
 
 import argparse
@@ -41,7 +41,7 @@ QWEN_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_channels": 32,
         "intermediate_size": 128, "vocab_size": 512, "seq_length": 8192}  # fmt: skip
 BATCH_TOKENS = 1024
-# The figures of the original's README, one A100: batch or tokens, without and with its quantised cache; None: no memory.
+# The figures of the original's README (one A100): batch or tokens, without and with its quantised cache; None: OOM.
 BATCH_ROWS = [(1, 16.3, 15.5), (4, 24.1, 17.2), (16, 31.7, 22.3), (32, 48.7, 30.2), (64, None, 48.2), (100, None, 72.4)]
 LENGTH_ROWS = [(512, 15.2, 15.0), (1024, 16.3, 15.5), (2048, 17.6, 15.8), (4096, 19.5, 16.6), (8192, 23.2, 17.6)]
 INT4_TARGET = {2048: 7.5}

@@ -128,7 +128,7 @@ class QWenTokenizer(PreTrainedTokenizerFast):
             extra = read_ranks(extra_vocab_file) if extra_vocab_file is not None else None
             kwargs["tokenizer_object"] = build_tokenizer(read_ranks(vocab_file), extra)
         kwargs.setdefault("clean_up_tokenization_spaces", False)
-        self.errors = errors
+        self.errors, self.vocab_file = errors, vocab_file
         self._restricted: dict[frozenset[str], Tokenizer] = {}
         super().__init__(tokenizer_file=tokenizer_file, errors=errors, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -171,6 +171,17 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.mergeable_ranks.items()]
         path.write_bytes(b"".join(lines))
         return (str(path),)
+
+    def _save_pretrained(
+        self,
+        save_directory: Any,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Both forms: ``tokenizer.json``, which loads faster, and ``qwen.tiktoken`` for other readers of Qwen v1."""
+        saved = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return *saved, *self.save_vocabulary(save_directory, filename_prefix)
 
     def _encode_plus(
         self,
