@@ -42,3 +42,19 @@ def attention_bound(
     delta = 0.5 * (softmax_scale * query.double().abs() * largest).sum(-1).amax()
     change = torch.expm1(2 * delta) * value.double().abs().amax() + 0.5 * value_scale.double().amax()
     return float(change)
+
+
+def truncation_bound(states: Tensor, scale: Tensor) -> Tensor:
+    """Largest ``|restored - states|`` by Qwen v1's rule: a step for truncation, and its arithmetic in ``states.dtype``.
+
+    With unit roundoff u, a quotient of magnitude ``|states| / scale`` is rounded, then a sum of at most 255, which may
+    truncate to the next code; restoring rounds a difference and a product of at most ``|states| / scale`` + 1 steps.
+    The rounding of the zero point cancels, as both ways use the rounded one.
+
+    Args:
+        states: (batch, num_heads, seq_len, head_dim), what was quantised.
+        scale: (batch, num_heads, seq_len, 1), finite.
+    """
+    u = 0.5 * torch.finfo(states.dtype).eps
+    steps = states.double().abs() / scale.double()
+    return scale.double() * (1 + u * (steps + 255) + 2 * u * (steps + 1) * (1 + u) + 4 * u * (steps + 1))

@@ -1,6 +1,6 @@
 """The Qwen v1 decoder with the released parameter names, over transformers' Cache API."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ class QWenModel(QWenPreTrainedModel):
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if isinstance(past_key_values, (tuple, list)):
-            past_key_values = legacy.from_legacy(past_key_values)
+            past_key_values = cache_from_legacy(self.config, past_key_values)
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.config)
         past_len = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -216,9 +216,27 @@ class QWenModel(QWenPreTrainedModel):
         )
 
 
-def new_cache(config: QWenConfig) -> Cache:
-    """The cache that ``config`` asks for, read by plain torch where ``use_cache_kernel`` is False."""
-    if not config.use_cache_quantization:
+def cache_from_legacy(config: QWenConfig, past_key_values: Sequence[Any]) -> Cache:
+    """The original's tuples in the cache that ``config`` asks for; quantised ones always in the int8 cache.
+
+    Raises:
+        TypeError, ValueError: see ``legacy.from_legacy``.
+    """
+    layers = legacy.restored_layers(past_key_values, config)
+    cache = new_cache(config, quantized=config.use_cache_quantization or legacy.is_quantized(past_key_values))
+    for layer_idx, (key_states, value_states) in enumerate(layers):
+        cache.update(key_states, value_states, layer_idx)
+    return cache
+
+
+def new_cache(config: QWenConfig, quantized: bool | None = None) -> Cache:
+    """The cache that ``config`` asks for, read by plain torch where ``use_cache_kernel`` is False.
+
+    Args:
+        config: the model's.
+        quantized: instead of its ``use_cache_quantization``.
+    """
+    if not (config.use_cache_quantization if quantized is None else quantized):
         return DynamicCache(config=config)
     cache = QuantizedInt8Cache(config)
     if config.use_cache_kernel is False:
@@ -299,7 +317,7 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         past = kwargs.get("past_key_values")
         implementation = kwargs.get("cache_implementation", generation_config.cache_implementation)
         if isinstance(past, (tuple, list)):
-            kwargs["past_key_values"] = legacy.from_legacy(past)
+            kwargs["past_key_values"] = cache_from_legacy(self.config, past)
         elif past is None and kwargs.get("use_cache", True) and generation_config.use_cache is not False:
             if implementation is None:
                 cache = new_cache(self.config)
