@@ -1,32 +1,24 @@
 """The Qwen v1 decoder with the released parameter names, over transformers' Cache API."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward
 
-from quantcache.adapters import legacy
 from quantcache.adapters.qwen.batches import BatchMixin
+from quantcache.adapters.qwen.caches import announce_prompt, cache_from_legacy, new_cache, remembered_prompt_len
 from quantcache.adapters.qwen.chat import ChatMixin
 from quantcache.adapters.qwen.configuration import QWenConfig
-from quantcache.adapters.qwen.positions import (
-    announce_prompt,
-    apply_rotary,
-    logn_factors,
-    prompt_alphas,
-    remembered_prompt_len,
-    rotary_embedding,
-)
+from quantcache.adapters.qwen.positions import apply_rotary, logn_factors, prompt_alphas, rotary_embedding
 from quantcache.adapters.qwen.prompts import StopWordsLogitsProcessor
-from quantcache.cache import QuantizedInt8Cache
 
 
 class QWenAttention(nn.Module):
@@ -214,35 +206,6 @@ class QWenModel(QWenPreTrainedModel):
             hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
         )
-
-
-def cache_from_legacy(config: QWenConfig, past_key_values: Sequence[Any]) -> Cache:
-    """The original's tuples in the cache that ``config`` asks for; quantised ones always in the int8 cache.
-
-    Raises:
-        TypeError, ValueError: see ``legacy.from_legacy``.
-    """
-    layers = legacy.restored_layers(past_key_values, config)
-    cache = new_cache(config, quantized=config.use_cache_quantization or legacy.is_quantized(past_key_values))
-    for layer_idx, (key_states, value_states) in enumerate(layers):
-        cache.update(key_states, value_states, layer_idx)
-    return cache
-
-
-def new_cache(config: QWenConfig, quantized: bool | None = None) -> Cache:
-    """The cache that ``config`` asks for, read by plain torch where ``use_cache_kernel`` is False.
-
-    Args:
-        config: the model's.
-        quantized: instead of its ``use_cache_quantization``.
-    """
-    if not (config.use_cache_quantization if quantized is None else quantized):
-        return DynamicCache(config=config)
-    cache = QuantizedInt8Cache(config)
-    if config.use_cache_kernel is False:
-        for layer in cache.layers:
-            layer.reader = "torch"  # type: ignore[union-attr]
-    return cache
 
 
 class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Rotary embedding, dynamic NTK and log-n scaling of Qwen v1, and the prompt length that a cache remembers for them.
+"""Rotary embedding, dynamic NTK and log-n scaling of Qwen v1.
 
 Factors are computed in Python's float64 and rounded once to float32, as the original does, so that logits agree with
 it bit for bit.
@@ -8,41 +8,9 @@ import math
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from quantcache.adapters.qwen.configuration import QWenConfig
-
-_PROMPT_LEN = "qwen_prompt_len"
-_ANNOUNCED_LEN = "qwen_announced_len"
-
-
-def announce_prompt(cache: Cache, prompt_len: int) -> None:
-    """Tell an empty ``cache`` how long its prompt will be, so that one fed in chunks is scaled as one."""
-    setattr(cache, _ANNOUNCED_LEN, prompt_len)
-
-
-def remembered_prompt_len(cache: Cache | None, past_len: int, kv_len: int) -> int:
-    """Length of the prompt whose scaling the keys in ``cache`` have; it is noted there, and follows every copy.
-
-    Keys are cached after rotation, so decoding keeps the prompt's factor even when it passes ``seq_length``. The state
-    is one number: what a row adds to it, its padding, is in the attention mask, which follows the rows through beams
-    and batch operations.
-
-    Args:
-        cache: any cache, None without one.
-        past_len: tokens in it.
-        kv_len: the same with this call's tokens.
-    """
-    if cache is None:
-        return kv_len
-    if past_len == 0:
-        # What generate announced, without the drafts that may follow it; once, as the cache may be reset.
-        prompt_len = int(cache.__dict__.pop(_ANNOUNCED_LEN, kv_len))
-    else:
-        prompt_len = int(getattr(cache, _PROMPT_LEN, past_len))
-    setattr(cache, _PROMPT_LEN, prompt_len)
-    return prompt_len
 
 
 def ntk_alpha(seq_len: int, seq_length: int) -> int:
