@@ -164,6 +164,14 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, int, tuple[Any, An
     return rows
 
 
+def as_table(rows: list[Row]) -> str:
+    """The rows in Markdown, for the documentation."""
+    columns = ("weights", "batch", "tokens", "measured_by", "peak_allocated_gib", "peak_reserved_gib", "limit_gib",
+               "original_with_gib", "original_without_gib", "cache_gib", "weights_gib")  # fmt: skip
+    lines = [columns, ("---",) * len(columns), *(tuple(row[column] for column in columns) for row in rows)]
+    return "\n".join("| " + " | ".join("out of memory" if x is None else str(x) for x in line) + " |" for line in lines)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +214,7 @@ def main() -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
+    print(as_table(rows))
 
 
 if __name__ == "__main__":
