@@ -1,7 +1,6 @@
-"""Qwen v1 without remote code: tiny random checkpoints in the original on-disk format, written here."""
+"""The Qwen v1 model: its maths, its scaling and its caches, on tiny random checkpoints in the released form."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -10,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from quantcache import QuantizedInt8Cache, ops
 from quantcache.adapters import legacy
-from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel
+from quantcache.adapters.qwen import QWenLMHeadModel
 from quantcache.adapters.qwen.positions import logn_factors, prompt_alphas, rotary_embedding
+from quantcache.reference import unpack_metadata
+from tests.bounds import assert_within, attention_bound, head_bound
 from tests.qwen_checkpoint import HEADS, HIDDEN, LAYERS, SEQ_LENGTH, VOCAB, write_checkpoint
 
 
@@ -75,27 +76,6 @@ def test_logits_are_those_of_the_published_maths(folder: Path, model: QWenLMHead
     torch.testing.assert_close(model(ids).logits, expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("trust", [None, False, True])
-def test_the_original_snippet_runs(folder: Path, trust: bool | None) -> None:
-    """The three lines of the original, auto_map notwithstanding, chat from the int8 cache."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        device_map="auto",
-        use_cache_quantization=True,
-        use_cache_kernel=True,
-        use_flash_attn=False,
-        trust_remote_code=trust,
-    ).eval()
-    assert type(model) is QWenLMHeadModel
-    earlier = [("a", "b")]
-    response, history = model.chat(tokenizer, "Hello!", history=earlier)
-    assert earlier == [("a", "b")]
-    assert history == [("a", "b"), ("Hello!", response)]
-    output = model.generate(torch.tensor([[1, 2, 3]]), return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, QuantizedInt8Cache)
-
-
 @torch.no_grad()
 def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHeadModel) -> None:
     """Behind 200 tokens every step reads int8, and predicts what the exact cache predicts.
@@ -123,6 +103,49 @@ def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHea
     wrecked = long_model(output.sequences.roll(1, 0), past_key_values=DynamicCache()).logits[:, 199:-1]
     kl = (exact.exp() * (exact - wrecked.double().log_softmax(-1))).sum(-1)
     assert kl.mean() > 1
+
+
+@torch.no_grad()
+def test_every_step_stays_within_the_bound_of_its_pages(folder: Path, tmp_path: Path) -> None:
+    """Int8 against float logits, left-padded, in one layer with a silent MLP, where the bound can be derived."""
+    weights = {name: w for name, w in load_file(folder / "model.safetensors").items() if ".h.1." not in name}
+    weights["transformer.h.0.mlp.c_proj.weight"].zero_()
+    weights["transformer.wte.weight"] *= 5
+    for part, factor in ((0, 0.005), (2, 0.1)):  # flat attention, small values: or the worst case says nothing
+        rows = slice(part * HIDDEN, (part + 1) * HIDDEN)
+        weights["transformer.h.0.attn.c_attn.weight"][rows] *= factor
+        weights["transformer.h.0.attn.c_attn.bias"][rows] *= factor
+    write_checkpoint(tmp_path, weights, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, seq_length=4096).eval()
+    block = model.transformer.h[0]
+    ids = torch.randint(0, VOCAB, (2, 220))
+    mask = (torch.arange(220) >= torch.tensor([[0], [30]])).long()
+    int8, exact, states = QuantizedInt8Cache(model.config, strict=True), DynamicCache(), []
+    block.ln_2.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    for start, stop in ((0, 200), *((i, i + 1) for i in range(200, 220))):
+        options = {"attention_mask": mask[:, :stop], "logits_to_keep": 1}
+        states.clear()
+        expected = model(ids[:, start:stop], past_key_values=exact, **options).logits[:, -1]
+        hidden = states[-1][:, -1]
+        got = model(ids[:, start:stop], past_key_values=int8, **options).logits[:, -1]
+        if start == 0:
+            assert torch.equal(got, expected)  # the prompt attends at full precision
+            continue
+        query, _, _ = block.attn.c_attn(block.ln_1(model.transformer.wte(ids[:, start:stop]))).chunk(3, -1)
+        # Rotation turns pairs of channels into each other: either is at most the length of the pair.
+        pair = query.view(2, HEADS, 1, 2, -1).norm(dim=-2).repeat(1, 1, 1, 2)
+        pages = int8.layers[0].pages
+        key_scale = torch.cat([unpack_metadata(s.key_metadata)[0] for s in pages.segments])[: pages.num_pages]
+        value_scale = torch.cat([unpack_metadata(s.value_metadata)[0] for s in pages.segments])[: pages.num_pages]
+        values = exact.layers[0].values
+        change = attention_bound(pair, block.attn.scaling, key_scale, value_scale, values)
+        bound = head_bound(
+            hidden, change, block.attn.c_proj.weight, model.transformer.ln_f.weight, model.lm_head.weight, 1e-6
+        )
+        slack = 1e-5 * expected.abs().amax()  # float32 arithmetic in another order
+        assert bound.max() < 0.2 * expected.abs().max()
+        assert_within(got, expected, bound + slack, unit=bound)
+        assert (got - expected).abs().max() > slack
 
 
 def test_padding_changes_no_answer(long_model: QWenLMHeadModel) -> None:
@@ -234,90 +257,6 @@ def test_beams_run_on_the_int8_cache(long_model: QWenLMHeadModel) -> None:
     assert (likelihood(beams.sequences) >= likelihood(greedy) - 1e-2).all()
 
 
-def test_saving_writes_the_original_names(folder: Path, model: QWenLMHeadModel, tmp_path: Path) -> None:
-    """A save and a load give back every name and value, and no auto_map."""
-    model.save_pretrained(tmp_path)
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again("hello<|im_end|>")["input_ids"] == tokenizer("hello<|im_end|>")["input_ids"]
-
-
-def test_first_release_names_are_understood(folder: Path, model: QWenLMHeadModel, tmp_path: Path) -> None:
-    """n_embd and its like describe the same model; buffers that old files carry are passed over."""
-    write_checkpoint(tmp_path, {**load_file(folder / "model.safetensors"),
-                                "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
-                                "transformer.h.0.attn.rotary_emb.inv_freq": torch.ones(8)})  # fmt: skip
-    described = json.loads((folder / "config.json").read_text())
-    names = {
-        "hidden_size": "n_embd",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-        "intermediate_size": "ffn_hidden_size",
-    }
-    old = {names.get(key, key): value for key, value in described.items()}
-    old |= {"n_positions": 8192, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "n_inner": None, "apply_residual": False}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
-    assert not loading["unexpected_keys"]
-    assert not loading["missing_keys"]
-    assert (again.config.n_embd, again.config.hidden_size, again.config.max_position_embeddings) == (
-        HIDDEN,
-        HIDDEN,
-        8192,
-    )
-    ids = torch.randint(0, VOCAB, (1, 20))
-    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize("key", ["visual", "audio"])
-@pytest.mark.parametrize("trust", [None, True])
-def test_models_that_see_or_hear_are_refused_by_name(tmp_path: Path, key: str, trust: bool | None) -> None:
-    """They share the model_type; their own code is not run either."""
-    write_checkpoint(tmp_path, **{key: {"width": 16}})
-    with pytest.raises(ValueError, match=rf"QWenConfig: .* got the key '{key}' of Qwen-VL or Qwen-Audio"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
-
-
-def test_dtype_switches_of_the_original_are_understood(folder: Path, tmp_path: Path) -> None:
-    """bf16=True and its like, in the file or as arguments; dtype goes before them, and two of them are refused."""
-
-    def dtype(path: Path, **options: object) -> torch.dtype:
-        return AutoModelForCausalLM.from_pretrained(path, **options).dtype
-
-    assert dtype(folder) == torch.float32
-    assert dtype(folder, bf16=True) == torch.bfloat16
-    assert dtype(folder, fp16=True) == torch.float16
-    assert dtype(folder, bf16=True, dtype=torch.float32) == torch.float32
-    write_checkpoint(tmp_path, bf16=True)
-    assert dtype(tmp_path) == torch.bfloat16
-    assert dtype(tmp_path, fp32=True) == torch.float32
-    with pytest.raises(ValueError, match="only one of bf16, fp16 and fp32 may be true, got bf16 and fp16"):
-        QWenConfig(seq_length=16, bf16=True, fp16=True)
-
-
-@pytest.mark.parametrize("kernel", [True, False, None])
-def test_the_kernel_is_a_choice_that_never_fails(folder: Path, kernel: bool | None) -> None:
-    """False reads with plain torch, True and None with the best there is; nobody is warned of what he asked for."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_cache_quantization=True, use_cache_kernel=kernel
-    ).eval()
-    ids = torch.randint(0, VOCAB, (1, 150))
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3}
-    cache = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
-    best = ops.choose_backend(torch.device("cpu"))
-    assert cache.report().backend == ("torch" if kernel is False else best)
-
-
-def test_a_model_without_a_training_length_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.seq_length must be the training length in tokens, got None"):
-        QWenLMHeadModel(QWenConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16))
-
-
 @pytest.mark.parametrize("quantized", [False, True])
 def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel, quantized: bool) -> None:
     """generate(past_key_values=<tuple>), of either form, continues as the cache it came from."""
@@ -334,6 +273,24 @@ def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel, quantized: bool) 
     assert int(one.logits[0, -1].argmax()) == int(expected[0, 10])
     # What was float stays exact where the config asks for no quantisation.
     assert isinstance(one.past_key_values, QuantizedInt8Cache) == quantized
+
+
+def test_a_static_cache_gives_the_same_tokens(model: QWenLMHeadModel) -> None:
+    ids = torch.randint(0, VOCAB, (2, 20))
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_training_has_a_loss_and_gradients(model: QWenLMHeadModel) -> None:
+    """Labels give the mean of the next tokens' losses; return_dict=False gives a tuple that begins with it."""
+    ids = torch.randint(0, VOCAB, (2, 12))
+    loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in model.parameters())
+    model.zero_grad()
 
 
 def test_rejected_drafts_change_no_token(model: QWenLMHeadModel) -> None:

@@ -169,7 +169,7 @@ def as_table(rows: list[Row]) -> str:
     columns = ("weights", "batch", "tokens", "measured_by", "peak_allocated_gib", "peak_reserved_gib", "limit_gib",
                "original_with_gib", "original_without_gib", "cache_gib", "weights_gib")  # fmt: skip
     lines = [columns, ("---",) * len(columns), *(tuple(row[column] for column in columns) for row in rows)]
-    return "\n".join("| " + " | ".join("out of memory" if x is None else str(x) for x in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join("-" if x is None else str(x) for x in line) + " |" for line in lines)
 
 
 @torch.no_grad()
@@ -195,6 +195,9 @@ def main() -> None:
             rows.append(measure(model, weights, table, batch, tokens, figures, how))
             print(json.dumps(rows[-1]), flush=True)
         del model
+        gc.collect()
+        if device.type == "cuda":  # the next weights must not lie in pieces of what these leave
+            torch.cuda.empty_cache()
     hardware: dict[str, Any] = {"device": str(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

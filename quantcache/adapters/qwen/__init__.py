@@ -7,7 +7,7 @@ Importing this package registers the config, model and tokenizer with transforme
 ``import quantcache`` alone registers nothing.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto import tokenization_auto
 
 from quantcache.adapters.qwen import gptq, parallel
@@ -32,6 +32,7 @@ __all__ = [
 gptq.register()
 parallel.register()
 AutoConfig.register("qwen", QWenConfig, exist_ok=True)
+AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
 # AutoTokenizer.register would still run the checkpoint's own tokenizer under trust_remote_code=True; this does not.
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["QWenTokenizer"] = QWenTokenizer

@@ -19,7 +19,8 @@ class QWenConfig(PreTrainedConfig):
     ``seq_length`` is the training length in tokens and has no default worth relying on: it decides where dynamic NTK
     and log-n scaling begin. ``intermediate_size`` is twice the feed-forward width, as released.
     ``use_cache_quantization`` makes ``generate`` and ``chat`` use ``QuantizedInt8Cache``; ``use_cache_kernel`` says
-    what reads it: False plain torch, True or None the fused kernels, and plain torch where there are none.
+    what reads it: False plain torch, True or None the fused kernels, and plain torch where there are none. The False of
+    a file is the original's written-out default and counts as None.
     ``use_flash_attn`` is accepted with any value and changes nothing. ``bf16``, ``fp16`` and ``fp32`` stand for
     ``dtype`` where that is not given.
 
@@ -102,6 +103,9 @@ class QWenConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the host's; ``bf16=True`` and its like, given as arguments, go before all that the file says of dtypes."""
+        if config_dict.get("use_cache_kernel") is False:
+            # The original writes all its defaults into what it saves; only an argument is a choice.
+            config_dict = {**config_dict, "use_cache_kernel": None}
         given = {switch: kwargs.pop(switch) for switch in DTYPE_SWITCHES if switch in kwargs}
         if any(given.values()):
             unsaid = ("dtype", "torch_dtype", *DTYPE_SWITCHES)

@@ -132,7 +132,8 @@ class GPTQLinear(nn.Module):
         scales = self.scales[:, start:stop].to(compute)
         zeros = self._zeros(start, stop).to(compute) if self._zero_point is None else self._zero_point
         # (words, columns, codes in a word) to (words, codes, columns), which is the order of the inputs.
-        codes = self._unpacked(self.qweight[:, start:stop]).transpose(1, 2).to(compute).flatten(0, 1)
+        codes = self._unpacked(self.qweight[:, start:stop]).transpose(1, 2)
+        codes = codes.to(compute, memory_format=torch.contiguous_format).flatten(0, 1)
         if self._in_order:
             grouped = codes.view(-1, self.group_size, stop - start)
             grouped.sub_(zeros if isinstance(zeros, int) else zeros[:, None]).mul_(scales[:, None])

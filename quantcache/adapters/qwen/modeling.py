@@ -225,6 +225,10 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         head: nn.Module = self.lm_head
         return head
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace ``lm_head``."""
+        self.lm_head = new_embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,8 +236,9 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``QWenModel.forward``, then logits (batch, query_len, vocab_size), and the loss where ``labels`` are given.
 
         Args:
@@ -242,20 +247,21 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
             past_key_values: see there.
             labels: (batch, query_len), -100 where there is none.
             logits_to_keep: compute only the newest so many positions, or those of an index tensor; 0 computes all.
+            return_dict: False returns a tuple of the outputs that there are.
             kwargs: see there.
         """
-        kwargs.pop("return_dict", None)
         outputs = self.transformer(input_ids, attention_mask, past_key_values, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
+        result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
