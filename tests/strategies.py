@@ -80,6 +80,7 @@ SENTENCES = {
     "Korean": "안녕하세요 세계, 한국어 문장입니다.",
     "emoji": "🙂 👩‍👩‍👧‍👦 🇨🇳 ✅️ 🏳️‍🌈",
     "decomposed": "e\u0301a\u0308o\u0302 \u1112\u1161\u11ab \u212b",
+    "marks out of order": "a\u0301\u0323 \u0b15\u0d3c\u0b3c \u05d3\u05bc\u05b7",
     "code": "def f(x):\n    return {'a': x**2}  # café\n\n\tif x != 0x1F:\r\n        pass\n",
     "spaces": "  leading, trailing   \n\n \n  and \u00a0 unusual \u3000 ones  ",
     "symbols": "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋ ≠ √2 ½ Ⅷ ① ﷽ \u200b\ufeff",

@@ -97,7 +97,8 @@ class QWenTokenizer(PreTrainedTokenizerFast):
     """Qwen v1's tokenizer, read from ``qwen.tiktoken`` or from the ``tokenizer.json`` that ``save_pretrained`` writes.
 
     Tokens are byte-level strings, where the original had ``bytes``; ids and texts are the same. Encoding takes the
-    original's ``allowed_special`` and ``disallowed_special``, decoding its ``errors``.
+    original's ``allowed_special`` and ``disallowed_special``, decoding its ``errors``. Text is brought into NFC first,
+    and offsets count in that.
 
     Args:
         vocab_file: a ``qwen.tiktoken`` file.
@@ -212,6 +213,8 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         unknown = sorted((allowed | disallowed) - known)
         if unknown:
             raise ValueError(f"QWenTokenizer: only special tokens of the vocabulary can be named, got {unknown}.")
+        # As the original, with Python's Unicode tables; the backend's know fewer combining marks.
+        text, text_pair = _normalized(text), _normalized(text_pair)
         if disallowed:
             _refuse(disallowed, (text, text_pair))
         if allowed_special is None or allowed == known:
@@ -272,14 +275,20 @@ def _unspelled(token: str) -> bytes:
     return bytes(_BYTES[letter] for letter in token)
 
 
+def _normalized(texts: Any) -> Any:
+    """Nested ``texts`` with every string in NFC."""
+    if isinstance(texts, (list, tuple)):
+        return type(texts)(map(_normalized, texts))
+    return unicodedata.normalize("NFC", texts) if isinstance(texts, str) else texts
+
+
 def _refuse(disallowed: frozenset[str], texts: Any) -> None:
     """Raise if any string in nested ``texts`` contains a disallowed special token."""
     if isinstance(texts, (list, tuple)):
         for text in texts:
             _refuse(disallowed, text)
     elif isinstance(texts, str):
-        normal = unicodedata.normalize("NFC", texts)
-        found = sorted(token for token in disallowed if token in normal)
+        found = sorted(token for token in disallowed if token in texts)
         if found:
             raise ValueError(
                 f"QWenTokenizer: the text must not contain disallowed special tokens, got {', '.join(found)}. "
