@@ -123,7 +123,8 @@ class Int8Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first states; nothing is stored of them."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.pages = Int8Pages(key_states, value_states, self.residual_length, self.reader)
+        self.pages = Int8Pages(key_states, value_states, self.residual_length)
+        self.pages.reader = self.reader
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

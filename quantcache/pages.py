@@ -163,18 +163,12 @@ class Int8Pages:
         key_states: (batch, num_kv_heads, any, head_dim); fixes shapes, dtype and device, nothing is stored of it.
         value_states: (batch, num_kv_heads, any, v_head_dim).
         residual_length: newer tokens a page waits for, at least 0.
-        reader: the backend of ``ops`` that attention takes; None for the best there is.
     """
 
     def __init__(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
-        reader: str | None = None,
+        self, key_states: Tensor, value_states: Tensor, residual_length: int = DEFAULT_RESIDUAL_LENGTH
     ) -> None:
         self.residual_length = residual_length
-        self.reader = reader
         self._closes_at = PAGE_SIZE + residual_length
         self._segments: list[Segment] = []
         self._num_pages = 0
@@ -186,6 +180,9 @@ class Int8Pages:
         self._closed: ClosedPages | None = None
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
         self._backend: tuple[str, str | None] | None = None
+
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
 
     @property
     def backend(self) -> tuple[str, str | None]:

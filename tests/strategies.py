@@ -39,27 +39,6 @@ def make_states(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
     return states.clamp(info.min, info.max).to(dtype)
 
 
-@st.composite
-def kv_states(draw: st.DrawFn) -> Tensor:
-    """Whole pages of states of every kind, dtype and stride."""
-    pages = draw(st.integers(1, 2))
-    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)), pages * PAGE_SIZE, draw(st.sampled_from([1, 8, 96])))
-    dtype, kind, seed = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(_KINDS)), draw(st.integers(0, 2**31))
-    if draw(st.booleans()):  # as a model hands them over: (batch, seq_len, heads, head_dim), transposed
-        batch, heads, seq_len, head_dim = shape
-        return make_states(kind, (batch, seq_len, heads, head_dim), dtype, seed).transpose(1, 2)
-    return make_states(kind, shape, dtype, seed)
-
-
-def random_states(
-    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Keys and values from N(0, 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    key, value = torch.randn(2, *shape, generator=generator).to(device=device, dtype=dtype)
-    return key, value
-
-
 SENTENCES = {
     "English": "It's 3:45 p.m.; I'll pay $1,234.50 for 2 (two) tickets — won't you?",
     "German": "Falsches Üben von Xylophonmusik quält jeden größeren Zwerg, 1987.",
@@ -91,3 +70,24 @@ SENTENCES = {
 def texts() -> st.SearchStrategy[str]:
     """Any letters, numbers, punctuation, symbols and spaces of the Basic Multilingual Plane."""
     return st.text(st.characters(max_codepoint=0xFFFF, categories=("L", "N", "P", "S", "Z")), max_size=60)
+
+
+@st.composite
+def kv_states(draw: st.DrawFn) -> Tensor:
+    """Whole pages of states of every kind, dtype and stride."""
+    pages = draw(st.integers(1, 2))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)), pages * PAGE_SIZE, draw(st.sampled_from([1, 8, 96])))
+    dtype, kind, seed = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(_KINDS)), draw(st.integers(0, 2**31))
+    if draw(st.booleans()):  # as a model hands them over: (batch, seq_len, heads, head_dim), transposed
+        batch, heads, seq_len, head_dim = shape
+        return make_states(kind, (batch, seq_len, heads, head_dim), dtype, seed).transpose(1, 2)
+    return make_states(kind, shape, dtype, seed)
+
+
+def random_states(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Keys and values from N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, *shape, generator=generator).to(device=device, dtype=dtype)
+    return key, value
