@@ -81,6 +81,8 @@ class Int8Layer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     supports_early_init = True
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
 
     def __init__(self, residual_length: int = DEFAULT_RESIDUAL_LENGTH, policy: FallbackPolicy | None = None) -> None:
         # Not super().__init__(): it would assign keys and values, which are views of the pages here.
@@ -129,6 +131,7 @@ class Int8Layer(CacheLayerMixin):
         """Take dtype, device and shapes from the first states; nothing is stored of them."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.pages = Int8Pages(key_states, value_states, self.residual_length)
+        self.pages.reader = self.reader
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

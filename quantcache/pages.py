@@ -102,11 +102,15 @@ class Int8Pages:
         copied.__setstate__(self.__getstate__())
         return copied
 
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+
     @property
     def backend(self) -> tuple[str, str | None]:
         """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
         if self._backend is None:
-            self._backend = ops.backend_for(self._key_tail, self._value_tail)
+            best = ops.backend_for(self._key_tail, self._value_tail) if self.reader is None else (self.reader, None)
+            self._backend = best
         return self._backend
 
     @property
