@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from quantcache import attention
+from quantcache.files import CacheFiles
 from quantcache.layers import Int8Layer, check_states
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
@@ -32,7 +33,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(Cache):
+class QuantizedInt8Cache(CacheFiles, Cache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())

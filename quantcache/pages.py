@@ -181,6 +181,17 @@ class Int8Pages:
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
         self._backend: tuple[str, str | None] | None = None
 
+    @classmethod
+    def of_parts(
+        cls, segments: list[Segment], key_tail: Tensor, value_tail: Tensor, residual_length: int
+    ) -> "Int8Pages":
+        """Pages from what ``view`` gives: full segments, and a tail that is copied."""
+        made = cls(key_tail, value_tail, residual_length)
+        made._segments, made._num_pages = list(segments), sum(segment.capacity for segment in segments)
+        made._key_tail, made._value_tail = _copied(key_tail, value_tail)
+        made._tail_len = key_tail.shape[2]
+        return made
+
     @property
     def backend(self) -> tuple[str, str | None]:
         """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
