@@ -14,7 +14,8 @@ from quantcache import __version__, fingerprint, host_layers
 from quantcache.layers import Int8Layer
 from quantcache.prompts import KnownPrompt, watch_generate
 from quantcache.scheme import PAGE_SIZE
-from quantcache.storage import container, layout
+from quantcache.sliding import Int8SlidingLayer
+from quantcache.storage import container, schema
 from quantcache.storage.container import Container, Progress
 from quantcache.storage.header import DTYPES, arrange
 
@@ -23,7 +24,7 @@ FILE_NAME: Final = "prompt_cache.safetensors"
 
 Made = TypeVar("Made", bound="CacheFiles")
 PathLike = str | os.PathLike[str]
-Stored = list[layout.StoredPages | None]
+Stored = list[schema.StoredPages | None]
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -63,22 +64,20 @@ class CacheFiles(KnownPrompt):
         """
         batch, seq_len = _size_of(self)
         ids = _ids_to_save(self, input_ids, batch, seq_len)
-        specs: layout.Specs = {}
+        specs: schema.Specs = {}
         pieces: dict[str, Callable[[], Any]] = {}
         layers: list[dict[str, Any]] = []
         residual_length = 0
         for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, Int8Layer):
                 residual_length = layer.residual_length
-                held = layer.pages
-                layers.append({"storage": "int8" if held is not None and held.seq_len else "empty"})
-                if held is not None and held.seq_len:
-                    if layer.device.type != "cpu":
-                        torch.accelerator.synchronize(layer.device)  # an offload may still be on its way
-                    specs.update(layout.pages_specs(layer_idx, held))
-                    for part in layout.PARTS:
-                        name = layout.part_name(layer_idx, part)
-                        pieces[name] = functools.partial(layout.pages_pieces, held, part)
+                layers.append(_described(layer))
+                if layer.pages is not None and not layer.pages.is_empty:
+                    view = layer.pages.stored()
+                    specs.update(schema.pages_specs(layer_idx, view))
+                    for part in schema.PARTS:
+                        name = schema.part_name(layer_idx, part)
+                        pieces[name] = functools.partial(schema.pages_pieces, view, part)
                 continue
             try:
                 tensors = host_layers.state_of(layer, seq_len)
@@ -86,14 +85,14 @@ class CacheFiles(KnownPrompt):
                 raise ValueError(f"QuantizedInt8Cache.save: {error} in layer {layer_idx}.") from error
             layers.append({"storage": type(layer).__name__})
             for part, tensor in tensors.items():
-                name = layout.part_name(layer_idx, part)
+                name = schema.part_name(layer_idx, part)
                 specs[name] = (tensor.dtype, tuple(tensor.shape))
-                pieces[name] = functools.partial(layout.staged, tensor)
+                pieces[name] = functools.partial(schema.staged, tensor)
         if ids is not None:
-            specs[layout.INPUT_IDS] = (torch.int64, tuple(ids.shape))
-            pieces[layout.INPUT_IDS] = lambda: [ids]
+            specs[schema.INPUT_IDS] = (torch.int64, tuple(ids.shape))
+            pieces[schema.INPUT_IDS] = lambda: [ids]
         description = {
-            "layout": layout.LAYOUT,
+            "layout": schema.LAYOUT,
             "quantcache": __version__,
             "page_size": PAGE_SIZE,
             "residual_length": residual_length,
@@ -146,7 +145,7 @@ class CacheFiles(KnownPrompt):
         _check_arguments(model, config, where, max_tokens, mmap)
         verify = not mmap if verify is None else verify
         with Container(Path(path)) as file:
-            description = layout.check_description(file)
+            description = schema.check_description(file)
             _check_model(file, description["model"], model, config)
             cache = _empty_cache(cls, file, description, config if model is None else model.config, strict)
             stored = _check_layers(file, description, cache)
@@ -166,17 +165,20 @@ class CacheFiles(KnownPrompt):
                 place = _device_of(model, layer_idx) if where is None else where
                 if isinstance(layer, Int8Layer):
                     if held is not None:
-                        pages = layout.read_pages(held, description["residual_length"], read, place, max_tokens)
-                        layer.lazy_initialization(pages.key_tail, pages.value_tail)
-                        layer.pages = pages
+                        closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
+                        layer.lazy_initialization(key_tail, value_tail)
+                        assert layer.pages is not None
+                        layer.pages.fill(closed, key_tail, value_tail, held.first_page)
+                        if max_tokens is not None:
+                            layer.pages.crop(max(layer.pages.seq_len - max_tokens, 0))
                     continue
-                prefix = layout.part_name(layer_idx, "")
+                prefix = schema.part_name(layer_idx, "")
                 names = [name for name in file.entries if name.startswith(prefix)]
                 # Layers of transformers write their states in place, so a mapped one is copied; they are small.
                 tensors = {name.removeprefix(prefix): read(name).to(place, copy=mmap) for name in names}
                 host_layers.restore_state(layer, tensors, seq_len)
-            if layout.INPUT_IDS in file.entries:
-                cache.input_ids = read(layout.INPUT_IDS)[:, :max_tokens].clone()
+            if schema.INPUT_IDS in file.entries:
+                cache.input_ids = read(schema.INPUT_IDS)[:, :max_tokens].clone()
                 watch_generate()
         return cache
 
@@ -204,13 +206,27 @@ class CacheFiles(KnownPrompt):
 def _size_of(cache: KnownPrompt) -> tuple[int, int]:
     """Sequences and tokens of a cache; every int8 layer that holds any has the same."""
     held = [layer.pages for layer in cache.layers if isinstance(layer, Int8Layer) and layer.pages is not None]
-    sizes = {(pages.batch_size, pages.seq_len) for pages in held if pages.seq_len}
+    sizes = {(pages.batch_size, pages.seq_len) for pages in held if not pages.is_empty}
     if len(sizes) != 1:
         raise ValueError(
             "QuantizedInt8Cache.save: int8 layers must hold the same tokens, at least one, got (batch, seq_len) of "
             f"{sorted(sizes) or 'none'}."
         )
     return sizes.pop()
+
+
+def _described(layer: Int8Layer) -> dict[str, Any]:
+    """What the header says of an int8 layer."""
+    if layer.pages is None or layer.pages.is_empty:
+        described: dict[str, Any] = {"storage": "empty"}
+    else:
+        described = {"storage": "int8"}
+    if isinstance(layer, Int8SlidingLayer):
+        described["sliding_window"] = layer.sliding_window
+        described["first_page"] = 0 if layer.pages is None else layer.pages.first_page
+        if layer.record_past:
+            raise ValueError("QuantizedInt8Cache.save: no layer must wait for crop, got record_past=True.")
+    return described
 
 
 def _ids_to_save(cache: KnownPrompt, input_ids: Tensor | None, batch: int, seq_len: int) -> Tensor | None:
@@ -262,13 +278,14 @@ def _empty_cache(
 ) -> Made:
     """A cache with the layers of the file, all empty."""
     kinds = [layer["storage"] for layer in description["layers"]]
-    native = [kind for kind in kinds if kind not in ("int8", "empty")]
+    windows = [layer for layer in description["layers"] if layer.get("sliding_window") is not None]
+    native = [kind for kind in kinds if kind not in ("int8", "empty")] + ["int8 windows" for _ in windows]
     if native and not description["from_config"]:
-        raise file.refuse("layers of transformers' own must come from a cache made with a config", native[0])
+        raise file.refuse("layers other than plain int8 must come from a cache made with a config", native[0])
     if native and config is None:
         raise ValueError(
-            f"QuantizedInt8Cache.load: {file.path} must be loaded with the model's config, since it holds layers of "
-            f"transformers' own, {', '.join(dict.fromkeys(native))}, got neither model nor config. Pass one of them."
+            f"QuantizedInt8Cache.load: {file.path} must be loaded with the model's config, since it holds other "
+            f"layers than plain int8, {', '.join(dict.fromkeys(native))}, got neither model nor config. Pass one."
         )
     make: Callable[..., Made] = functools.partial(
         cast(Any, cls), residual_length=description["residual_length"], strict=strict
@@ -287,19 +304,26 @@ def _empty_cache(
 def _check_layers(file: Container, description: dict[str, Any], cache: KnownPrompt) -> Stored:
     """Hold every tensor of the file against its layer; None for layers without pages."""
     stored: Stored = []
-    expected, batches = {layout.INPUT_IDS}, set()
+    expected, batches = {schema.INPUT_IDS}, set()
     native: list[tuple[int, Any, dict[str, host_layers.Spec]]] = []
     for layer_idx, (layer, told) in enumerate(zip(cache.layers, description["layers"], strict=True)):
         kind = "int8" if isinstance(layer, Int8Layer) else type(layer).__name__
         if told["storage"] not in (kind, "empty" if kind == "int8" else kind):
             raise file.refuse(f"layer {layer_idx} must be {kind} for this model", told["storage"])
+        window = layer.sliding_window if isinstance(layer, Int8SlidingLayer) else None
+        first_page = told.get("first_page", 0)
+        if told.get("sliding_window") != window or type(first_page) is not int or not 0 <= first_page < 1 << 40:
+            raise file.refuse(f"layer {layer_idx} must have a window of {window} for this model", told)
         stored.append(None)
         if told["storage"] == "int8":
-            stored[-1] = held = layout.check_pages(file, layer_idx, description["residual_length"])
-            expected |= {layout.part_name(layer_idx, part) for part in layout.PARTS}
+            stored[-1] = held = schema.check_pages(file, layer_idx, description["residual_length"], first_page)
+            # What the next query sees must be there.
+            if held.held < min(held.seq_len, window - 1 if window else held.seq_len):
+                raise file.refuse(f"layer {layer_idx} must hold its window of {window}", f"{held.held} tokens")
+            expected |= {schema.part_name(layer_idx, part) for part in schema.PARTS}
             batches.add(held.batch)
         elif kind != "int8":
-            prefix = layout.part_name(layer_idx, "")
+            prefix = schema.part_name(layer_idx, "")
             parts = {
                 name.removeprefix(prefix): (DTYPES[entry.dtype], entry.shape)
                 for name, entry in file.entries.items()
@@ -327,7 +351,7 @@ def _check_length(file: Container, stored: Stored) -> int:
     shapes = {(held.batch, held.seq_len) for held in stored if held is not None}
     if len(shapes) != 1:
         raise file.refuse("int8 layers must hold the same tokens, at least one", sorted(shapes) or "none")
-    entry = file.entries.get(layout.INPUT_IDS)
+    entry = file.entries.get(schema.INPUT_IDS)
     if entry is not None and (entry.dtype != "I64" or entry.shape not in shapes):
         raise file.refuse(f"input_ids must be I64 {next(iter(shapes))}", f"{entry.dtype} {entry.shape}")
     return shapes.pop()[1]
@@ -338,10 +362,10 @@ def _check_prefix(description: dict[str, Any], seq_len: int, max_tokens: int | N
     if max_tokens is None or max_tokens >= seq_len:
         return
     for layer_idx, layer in enumerate(description["layers"]):
-        if layer["storage"] not in ("int8", "empty", "DummyLayer"):
+        if layer["storage"] not in ("int8", "empty", "DummyLayer") or layer.get("first_page"):
             raise ValueError(
-                "QuantizedInt8Cache.load: max_tokens needs layers that are all int8, "
-                f"got {layer['storage']} as layer {layer_idx}, whose state cannot be rolled back. Load all tokens."
+                "QuantizedInt8Cache.load: max_tokens needs layers that hold every token, "
+                f"got {layer['storage']} as layer {layer_idx}, whose first ones are gone. Load all tokens."
             )
 
 

@@ -8,7 +8,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -84,6 +84,10 @@ class Parts(list[Tensor]):
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__(tensors)
         self.memo: dict[object, Any] = {}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """A copy or a pickle is of the tensors alone: the memo holds their addresses."""
+        return Parts, (list(self),)
 
 
 def choose_backend(device: torch.device) -> str:

@@ -1,15 +1,16 @@
 """``Int8Tensor``: what the cache hands to attention in place of keys or values."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quantcache import ops
-from quantcache.pages import PagesView
 from quantcache.report import ReadLog
+from quantcache.segments import PagesView
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -54,6 +55,14 @@ class Int8Tensor(Tensor):
         """``restore``, noted as a fallback with its ``reason``; raises ``FallbackError`` in a strict cache."""
         self.read_log.fell_back(reason)
         return self.restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Tensor":
+        copied = Int8Tensor(copy.deepcopy(self.pages_view, memo), self.is_key, copy.deepcopy(self.read_log, memo))
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return Int8Tensor, (self.pages_view, self.is_key, self.read_log)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
@@ -110,6 +119,13 @@ def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None
     return None
 
 
+def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
+    """``states`` in ``dtype`` where autocast is at work, which lets a model mix dtypes; else as they are."""
+    if states.dtype != dtype and torch.is_autocast_enabled(states.device.type):
+        return states.to(dtype)
+    return states
+
+
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
     """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
     backend, reason = pages_view.backend or ops.backend_for(query, pages_view.value_tail)
@@ -141,6 +157,7 @@ def _int8_sdpa(
 ) -> Tensor | None:
     """Read torch's scaled_dot_product_attention from an ``Int8Tensor`` pair, None for a form int8 attention lacks."""
     found = shared_view(key, value)
+    query = autocast_to(key.dtype, query)
     if found is None or dropout_p or isinstance(query, Int8Tensor) or query.dim() != 4 or query.dtype != key.dtype:
         return None
     if (query.shape[1] != key.shape[1] and not enable_gqa) or (is_causal and attn_mask is not None):

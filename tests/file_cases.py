@@ -103,7 +103,7 @@ def stored_tensors(cache: QuantizedInt8Cache) -> dict[str, Tensor]:
             tensors = host_layers.state_of(layer, cache.get_seq_length())
             found.update({f"{layer_idx}.{name}": tensor for name, tensor in tensors.items()})
         elif layer.pages is not None and layer.pages.seq_len:
-            view = layer.pages.view()
+            view = layer.pages.stored()
             for name in ("key_qdata", "key_metadata", "value_qdata", "value_metadata"):
                 parts = [getattr(segment, name) for segment in view.segments]
                 if parts:

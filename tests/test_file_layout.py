@@ -1,5 +1,6 @@
 """Is layout 1 what docs/prompt-caches.md says, byte for byte, and is every other file refused with the reason?"""
 
+import functools
 import hashlib
 import json
 import random
@@ -15,7 +16,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save as library_save
 
-from quantcache import CacheFileError, QuantizedInt8Cache, files
+from quantcache import CacheFileError, QuantizedInt8Cache, files, layout
 from quantcache.storage import container
 from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, lfm, llama, prompt, read_prompt
 
@@ -155,11 +156,11 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], s
     ),
     "native": (
         lambda table, told: told["layers"][0].update(storage="DynamicSlidingWindowLayer"),
-        "layers of transformers' own must come from a cache made with a config, got DynamicSlidingWindowLayer.",
+        "layers other than plain int8 must come from a cache made with a config, got DynamicSlidingWindowLayer.",
     ),
     "foreign_class": (
         lambda table, told: told["layers"][0].update(storage="os.system"),
-        "layers of transformers' own must come from a cache made with a config, got os.system.",
+        "layers other than plain int8 must come from a cache made with a config, got os.system.",
     ),
     "ids": (
         lambda table, told: table["input_ids"].update(shape=[1, 460]),
@@ -225,11 +226,11 @@ def test_a_flipped_bit_is_named_with_its_place(path: Path) -> None:
 def fuzz_cases() -> list[tuple[bytes, QuantizedInt8Cache, dict[str, Any]]]:
     """Small files of every kind with the caches they hold."""
     cases = []
-    for make in (None, *MODELS.values()):
+    for make in (None, *MODELS.values(), functools.partial(gemma, sliding_window=70)):
         model = None if make is None else make()
         cache = filled_cache(100, batch=1, heads=1, head_dim=2, v_head_dim=2) if model is None else None
         if model is not None:
-            cache = read_prompt(model, prompt(100))
+            cache = read_prompt(model, prompt(300))
         cases.append((cache, model))
     return cases
 
@@ -286,9 +287,10 @@ def run_fuzz(path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:
         return original(nbytes)
 
     monkeypatch.setattr(container, "_roomy_memory", bounded)
+    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 60)  # windows of 70 in int8, of 40 in transformers' own layers
     cases = []
     for cache, model in fuzz_cases():
-        cache.save(path, model=model, input_ids=prompt(100))
+        cache.save(path, model=model, input_ids=prompt(cache.get_seq_length()))
         cases.append((path.read_bytes(), cache, model))
     refused = 0
     for seed in seeds:

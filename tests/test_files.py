@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quantcache import CacheFileError, QuantizedInt8Cache
+from quantcache import CacheFileError, QuantizedInt8Cache, layout
 from quantcache.layers import Int8Layer
 from quantcache.storage import container
 from tests.conftest import devices
@@ -116,9 +116,42 @@ def test_a_prefix_reads_no_more_than_its_pages(path: Path, monkeypatch: pytest.M
 def test_windows_and_states_cannot_be_cut(path: Path) -> None:
     model = gemma()
     read_prompt(model, prompt(150)).save(path, model=model)
-    with pytest.raises(ValueError, match="max_tokens needs layers that are all int8, got DynamicSlidingWindowLayer as"):
+    with pytest.raises(ValueError, match="max_tokens needs layers that hold every token, got DynamicSlidingWi"):
         QuantizedInt8Cache.load(path, model=model, max_tokens=100)
     assert QuantizedInt8Cache.load(path, model=model, max_tokens=150).get_seq_length() == 150
+
+
+def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 16)
+    model = gemma(sliding_window=100)
+    cache = read_prompt(model, prompt(400))
+    assert cache.layers[0].pages.first_page > 0
+    cache.save(path, model=model, input_ids=prompt(400))
+    for mmap in (False, True):
+        loaded = QuantizedInt8Cache.load(path, model=model, mmap=mmap)
+        assert_bit_equal(loaded, cache)
+        assert loaded.layers[0].pages.first_page == cache.layers[0].pages.first_page
+        assert loaded.layers[0].pages.reach == cache.layers[0].pages.reach
+    follow_up = prompt(440)
+    follow_up[:, :400] = prompt(400)
+    expected = model.generate(follow_up, past_key_values=cache, **GREEDY)
+    assert torch.equal(model.generate(follow_up, past_key_values=loaded, **GREEDY), expected)
+    with pytest.raises(ValueError, match="max_tokens needs layers that hold every token, got int8 as layer 0, whose"):
+        QuantizedInt8Cache.load(path, model=model, max_tokens=200)
+    with pytest.raises(ValueError, match="other layers than plain int8, int8 windows, got neither model nor config"):
+        QuantizedInt8Cache.load(path)
+    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 1024)
+    with pytest.raises(CacheFileError, match="layer 0 must be DynamicSlidingWindowLayer for this model, got int8"):
+        QuantizedInt8Cache.load(path, model=model)
+
+
+def test_an_offloaded_cache_is_saved_from_where_it_is(path: Path) -> None:
+    cache, resident = filled_cache(300), filled_cache(300)
+    for layer in cache.layers:
+        layer.pages.evict()
+    cache.save(path)
+    assert all(layer.pages._is_evicted for layer in cache.layers)
+    assert_bit_equal(QuantizedInt8Cache.load(path), resident)
 
 
 def test_folders_work_as_transformers_users_expect(tmp_path: Path) -> None:
@@ -198,9 +231,7 @@ def test_a_digest_of_the_weights_tells_tuned_models_apart(path: Path) -> None:
 def test_native_layers_need_the_config(path: Path) -> None:
     model = gemma()
     read_prompt(model, prompt(100)).save(path, model=model)
-    with pytest.raises(
-        ValueError, match="layers of transformers' own, DynamicSlidingWindowLayer, got neither model nor"
-    ):
+    with pytest.raises(ValueError, match="layers than plain int8, DynamicSlidingWindowLayer, got neither model nor"):
         QuantizedInt8Cache.load(path)
     loaded = QuantizedInt8Cache.load(path, config=model.config)
     assert [isinstance(layer, Int8Layer) for layer in loaded.layers] == [False, True, False, True]

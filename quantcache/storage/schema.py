@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantcache.pages import Int8Pages, Segment
+from quantcache.pages import PagesView, Segment
 from quantcache.scheme import PAGE_SIZE
 from quantcache.storage.container import Container
-from quantcache.storage.header import DTYPES, Entry
+from quantcache.storage.header import Entry
 
 LAYOUT: Final = 1
 
@@ -38,9 +38,8 @@ def part_name(layer_idx: int, part: str) -> str:
     return f"layers.{layer_idx}.{part}"
 
 
-def pages_specs(layer_idx: int, pages: Int8Pages) -> Specs:
-    """Dtypes and shapes of what a layer's file tensors are, without slack."""
-    view = pages.view()
+def pages_specs(layer_idx: int, view: PagesView) -> Specs:
+    """Dtypes and shapes of the tensors that a file holds of one layer, from ``Int8Pages.stored``."""
     batch, num_kv_heads, _, head_dim = view.key_tail.shape
     rows, v_head_dim = (view.num_pages, batch, num_kv_heads), view.value_tail.shape[3]
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -54,9 +53,8 @@ def pages_specs(layer_idx: int, pages: Int8Pages) -> Specs:
     return {part_name(layer_idx, part): spec for part, spec in shapes.items()}
 
 
-def pages_pieces(pages: Int8Pages, part: str) -> Iterator[Tensor]:
+def pages_pieces(view: PagesView, part: str) -> Iterator[Tensor]:
     """The bytes of one part of a layer, in pieces that fit a small staging buffer."""
-    view = pages.view()
     if part in _TAILS:
         yield getattr(view, part)
         return
@@ -81,23 +79,34 @@ class StoredPages:
         num_pages: closed pages.
         batch: sequences.
         tail_len: exact tokens behind the pages.
-        dtype: of the tail.
+        first_page: pages let go before the first one stored.
     """
 
     layer_idx: int
     num_pages: int
     batch: int
     tail_len: int
-    dtype: torch.dtype
+    first_page: int
 
     @property
-    def seq_len(self) -> int:
+    def held(self) -> int:
         """Tokens stored."""
         return self.num_pages * PAGE_SIZE + self.tail_len
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens fed, those let go included."""
+        return self.first_page * PAGE_SIZE + self.held
 
-def check_pages(container: Container, layer_idx: int, residual_length: int) -> StoredPages:
+
+def check_pages(container: Container, layer_idx: int, residual_length: int, first_page: int = 0) -> StoredPages:
     """Find the tensors of one int8 layer and check what must hold between them.
+
+    Args:
+        container: the file.
+        layer_idx: decoder layer.
+        residual_length: newer tokens a page waits for.
+        first_page: pages let go before those stored.
 
     Raises:
         CacheFileError: one is missing, or has another dtype or shape than the layout says.
@@ -141,42 +150,31 @@ def check_pages(container: Container, layer_idx: int, residual_length: int) -> S
     demand("key_metadata", "I16", (*rows, head_dim, 2))
     demand("value_qdata", "I8", (*rows, PAGE_SIZE, v_head_dim))
     demand("value_metadata", "I16", (*rows, PAGE_SIZE, 2))
-    return StoredPages(layer_idx, num_pages, batch, tail_len, DTYPES[tails[0].dtype])
+    return StoredPages(layer_idx, num_pages, batch, tail_len, first_page)
 
 
 def read_pages(
-    stored: StoredPages,
-    residual_length: int,
-    read: Callable[[str, int | None], Tensor],
-    device: torch.device,
-    max_tokens: int | None,
-) -> Int8Pages:
-    """The pages of one layer, bit for bit as they were saved, or their first tokens.
-
-    A prefix that ends within a page reads the whole page, and its restored first tokens become the tail, as after
-    ``crop``: they gain one more half-scale of error when the page fills again.
+    stored: StoredPages, read: Callable[[str, int | None], Tensor], device: torch.device, max_tokens: int | None
+) -> tuple[Segment | None, Tensor, Tensor]:
+    """What ``Int8Pages.fill`` takes: the pages and tails of one layer, bit for bit as they were saved.
 
     Args:
         stored: from ``check_pages``.
-        residual_length: newer tokens a page waits for.
         read: gives the first rows (None: all) of the named tensor, on the CPU.
         device: where the bytes go.
-        max_tokens: tokens wanted at most; None for all.
+        max_tokens: read no more pages than that many tokens need, the last one whole; None for all tokens.
     """
-    wanted = stored.seq_len if max_tokens is None else min(max_tokens, stored.seq_len)
+    wanted = stored.held if max_tokens is None else min(max_tokens, stored.held)
     num_pages = min(stored.num_pages, -(-wanted // PAGE_SIZE))
     tail_len = max(0, wanted - stored.num_pages * PAGE_SIZE)
     parts = (read(part_name(stored.layer_idx, part), num_pages).to(device) for part in _PAGE_PARTS)
-    segments = [Segment(*parts)] if num_pages else []
+    closed = Segment(*parts) if num_pages else None
     tails = []
     for part in _TAILS:
         tail = read(part_name(stored.layer_idx, part), None if tail_len else 0)
         kept = tail[:, :, :tail_len] if tail_len else tail.new_empty(stored.batch, tail.shape[1], 0, tail.shape[3])
         tails.append(kept.to(device))
-    pages = Int8Pages.of_parts(segments, tails[0], tails[1], residual_length)
-    if pages.seq_len > wanted:
-        pages.crop(pages.seq_len - wanted)
-    return pages
+    return closed, tails[0], tails[1]
 
 
 def check_description(container: Container) -> dict[str, Any]:
