@@ -5,24 +5,17 @@ in the model's dtype. Nothing here knows about transformers.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcache import ops
 from quantcache.offloading import HostCopy, write_access
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
 from quantcache.segments import ClosedPages, PagesView, Segment
 
 __all__ = ["Int8Pages", "PagesView", "Segment"]
-
-TAIL_STEP: Final = 16
-"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
-
-SEGMENT_GROWTH: Final = 16
-"""A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
-Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
 
 
 class Int8Pages:
