@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache import attention, conversion
+from quantcache.files import CacheFiles
 from quantcache.layers import Int8Layer, check_states
 from quantcache.layout import LayerFactory, layers_for
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
@@ -33,7 +34,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(DynamicCache):
+class QuantizedInt8Cache(CacheFiles, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())

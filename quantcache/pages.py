@@ -5,24 +5,17 @@ in the model's dtype. Nothing here knows about transformers.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcache import ops
 from quantcache.offloading import HostCopy, write_access
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
 from quantcache.segments import ClosedPages, PagesView, Segment
 
 __all__ = ["Int8Pages", "PagesView", "Segment"]
-
-TAIL_STEP: Final = 16
-"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
-
-SEGMENT_GROWTH: Final = 16
-"""A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
-Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
 
 
 class Int8Pages:
@@ -39,6 +32,9 @@ class Int8Pages:
             whenever a page is closed, unless ``keeps_past`` is set.
         first_page: pages that came before the first token and are let go already.
     """
+
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
 
     def __init__(
         self,
@@ -72,17 +68,9 @@ class Int8Pages:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is stored and nothing else, in memory of its own: no slack, no device address, no twin."""
-        segments = self._segments
-        if self._is_evicted:
-            assert self._host is not None
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)  # the last pages may be on their way
-            segments = self._host.segments
-        else:
-            self._arrive()
-        used = _pages_of(segments, 0, self._num_pages)
+        stored = self.stored()
         return vars(self) | {
-            "_segments": [Segment(*(part.clone() for part in segment)) for segment in used],
+            "_segments": [Segment(*(part.clone() for part in segment)) for segment in stored.segments],
             "_key_tail": self.key_tail.clone(),
             "_value_tail": self.value_tail.clone(),
             "_newest": None,
@@ -102,8 +90,38 @@ class Int8Pages:
         copied.__setstate__(self.__getstate__())
         return copied
 
-    reader: str | None = None
-    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+    def stored(self) -> PagesView:
+        """As ``view``, but closed pages that were evicted are those in host memory; nothing moves. For copying."""
+        segments = self._segments
+        if self._is_evicted:
+            assert self._host is not None
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)  # the last pages may be on their way
+            segments = self._host.segments
+        else:
+            self._arrive()
+        closed = ClosedPages(tuple(_pages_of(segments, 0, self._num_pages)))
+        return PagesView(closed, self.key_tail, self.value_tail)
+
+    def fill(self, closed: Segment | None, key_tail: Tensor, value_tail: Tensor, first_page: int = 0) -> None:
+        """Take over what ``stored`` gave of other pages; these must be empty.
+
+        Args:
+            closed: the pages, without slack; kept, unless pages are let go here, for which they are cut and copied.
+            key_tail: exact keys behind them; copied.
+            value_tail: exact values.
+            first_page: pages let go before.
+        """
+        self._segments, self._num_pages, self._first_page = [], 0, first_page
+        if closed is not None:
+            self._num_pages = closed.capacity
+            self._segments = [closed]
+            if self.reach is not None:
+                size = max(self.reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
+                cut = (closed.narrow(start, start + size) for start in range(0, closed.capacity, size))
+                self._segments = [Segment(*(part.clone() for part in segment)) for segment in cut]
+        self._key_tail, self._value_tail = _copied(key_tail, value_tail)
+        self._tail_len, self._closed = key_tail.shape[2], None
 
     @property
     def backend(self) -> tuple[str, str | None]:
