@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, DynamicLayer, EncoderDecoderCache
 
 from quantcache import attention, conversion
 from quantcache.layers import Int8Layer, check_states
@@ -98,6 +99,7 @@ class QuantizedInt8Cache(DynamicCache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
         """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
@@ -106,13 +108,12 @@ class QuantizedInt8Cache(DynamicCache):
             config: as for the constructor, as are the other arguments.
             residual_length: see the constructor.
             strict: see the constructor.
+            offloading: see the constructor; an exact cross-attention cache stays where it is.
             quantize_cross_attention: store the encoder's keys and values, which are computed once, in int8 too; if
                 False, exactly.
         """
-        own = cls(config, residual_length=residual_length, strict=strict)
-        if quantize_cross_attention:
-            return EncoderDecoderCache(own, cls(config, residual_length=residual_length, strict=strict))
-        return EncoderDecoderCache(own, DynamicCache(config=config))
+        make = functools.partial(cls, config, residual_length=residual_length, strict=strict, offloading=offloading)
+        return EncoderDecoderCache(make(), make() if quantize_cross_attention else DynamicCache(config=config))
 
     @classmethod
     def from_legacy_cache(
@@ -251,6 +252,16 @@ class QuantizedInt8Cache(DynamicCache):
         if self._is_offloaded(layer_idx, only_non_sliding):
             self.layers[layer_idx].offload()  # type: ignore[no-untyped-call]
 
+    def reset(self) -> None:
+        """Forget everything; the cache is then as it was made, and the memory given back."""
+        for layer in self.layers:
+            layer.reset()
+            if isinstance(layer, DynamicLayer):  # which older transformers fill with zeros, at their old length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+            if isinstance(layer, DynamicIndexedLayer):
+                layer.indexer_keys, layer.is_indexer_initialized = None, False
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
 
@@ -258,12 +269,35 @@ class QuantizedInt8Cache(DynamicCache):
             tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
 
         Raises:
-            ValueError: a positive number, or more tokens than a layer holds; every layer is then as it was.
+            ValueError: a positive number, more tokens than a layer holds, or a layer with a recurrent state, which
+                cannot go back; every layer is then as it was.
         """
-        for layer in self.layers:
+        tokens_to_remove = int(tokens_to_remove)  # older transformers hand over a tensor
+        for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, Int8Layer):
                 layer.check_crop(tokens_to_remove)
+            elif tokens_to_remove and any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
+                raise ValueError(
+                    f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, keeps a recurrent state "
+                    f"that cannot forget tokens, got {tokens_to_remove}. Go back to a copy.deepcopy of the cache."
+                )
         super().crop(tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order."""
+        for layer in self.layers:
+            if hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(indices)
+            else:
+                _take_rows(layer, indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side."""
+        for layer in self.layers:
+            if hasattr(layer, "batch_repeat_interleave"):
+                layer.batch_repeat_interleave(repeats)
+            elif (batch := _batch_of(layer)) is not None:
+                _take_rows(layer, torch.arange(batch).repeat_interleave(repeats))
 
     def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
         layer = self.layers[layer_idx]
@@ -298,6 +332,17 @@ class QuantizedInt8Cache(DynamicCache):
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
+
+
+def _take_rows(layer: Any, indices: Tensor) -> None:
+    """What transformers' linear attention layers have under another name, though any rows in any number will do."""
+    layer.reorder_cache(indices)
+
+
+def _batch_of(layer: Any) -> int | None:
+    """Sequences in a linear-attention layer, None while it is empty."""
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return next((state.shape[0] for state in states if state is not None), None)
 
 
 def _reads_dense(config: PreTrainedConfig | None) -> bool:

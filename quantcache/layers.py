@@ -209,6 +209,7 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more tokens than there are; the layer is then as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)
         self.check_crop(tokens_to_remove)
         if tokens_to_remove and self.pages is not None:
             self.pages.crop(-tokens_to_remove)
