@@ -4,14 +4,14 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache import attention, conversion
 from quantcache.layers import Int8Layer, check_states
 from quantcache.layout import LayerFactory, layers_for
+from quantcache.operations import LayerOperations
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
 
@@ -33,7 +33,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(DynamicCache):
+class QuantizedInt8Cache(LayerOperations, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())
@@ -235,82 +235,10 @@ class QuantizedInt8Cache(DynamicCache):
             self.layers += [self._make() for _ in range(known, layer_idx + 1)]
         if self.offloading:
             self._prefetch_next(layer_idx)
-        states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(  # type: ignore[union-attr]
-            key_states, value_states, *args, **kwargs
-        )
+        states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         if self.offloading:
             self.offload(layer_idx, self.only_non_sliding)
         return states
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].prefetch()  # type: ignore[no-untyped-call]
-
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Keep the pages of a layer in host memory alone until they are read again."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].offload()  # type: ignore[no-untyped-call]
-
-    def reset(self) -> None:
-        """Forget everything; the cache is then as it was made, and the memory given back."""
-        for layer in self.layers:
-            layer.reset()
-            if isinstance(layer, DynamicLayer):  # which older transformers fill with zeros, at their old length
-                layer.keys = layer.values = None
-                layer.is_initialized = False
-            if isinstance(layer, DynamicIndexedLayer):
-                layer.indexer_keys, layer.is_indexer_initialized = None, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
-
-        Args:
-            tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
-
-        Raises:
-            ValueError: a positive number, more tokens than a layer holds, or a layer with a recurrent state, which
-                cannot go back; every layer is then as it was.
-        """
-        tokens_to_remove = int(tokens_to_remove)  # older transformers hand over a tensor
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, Int8Layer):
-                layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove and any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
-                raise ValueError(
-                    f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, keeps a recurrent state "
-                    f"that cannot forget tokens, got {tokens_to_remove}. Go back to a copy.deepcopy of the cache."
-                )
-        super().crop(tokens_to_remove)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order."""
-        for layer in self.layers:
-            if hasattr(layer, "batch_select_indices"):
-                layer.batch_select_indices(indices)
-            else:
-                _take_rows(layer, indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side."""
-        for layer in self.layers:
-            if hasattr(layer, "batch_repeat_interleave"):
-                layer.batch_repeat_interleave(repeats)
-            elif (batch := _batch_of(layer)) is not None:
-                _take_rows(layer, torch.arange(batch).repeat_interleave(repeats))
-
-    def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
-        layer = self.layers[layer_idx]
-        return hasattr(layer, "offload") and not (only_non_sliding and getattr(layer, "is_sliding", False))
-
-    def _prefetch_next(self, layer_idx: int) -> None:
-        """Have the layer, and begin with the next int8 one, or after the last with the first."""
-        if not isinstance(self.layers[layer_idx], Int8Layer):
-            self.prefetch(layer_idx, self.only_non_sliding)  # it knows no streams: in order with its update
-        for following in (*range(layer_idx + 1, len(self.layers)), *range(layer_idx)):
-            if isinstance(self.layers[following], Int8Layer) and self._is_offloaded(following, self.only_non_sliding):
-                self.prefetch(following, self.only_non_sliding)
-                return
 
     @property
     def _is_user_defined(self) -> bool:
@@ -332,17 +260,6 @@ class QuantizedInt8Cache(DynamicCache):
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
-
-
-def _take_rows(layer: Any, indices: Tensor) -> None:
-    """What transformers' linear attention layers have under another name, though any rows in any number will do."""
-    layer.reorder_cache(indices)
-
-
-def _batch_of(layer: Any) -> int | None:
-    """Sequences in a linear-attention layer, None while it is empty."""
-    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return next((state.shape[0] for state in states if state is not None), None)
 
 
 def _reads_dense(config: PreTrainedConfig | None) -> bool:
@@ -367,4 +284,5 @@ def _report(layer: Any, layer_idx: int) -> LayerReport:
     if isinstance(layer, Int8Layer):
         return layer.report(layer_idx)
     seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
-    return LayerReport(layer_idx, type(layer).__name__, seq_len, layer_nbytes(layer), "native", None)
+    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
+    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)

@@ -109,6 +109,14 @@ class PagesView:
         """Tokens in the view."""
         return self.closed.num_pages * PAGE_SIZE + self.key_tail.shape[2]
 
+    def shows(self, other: "PagesView") -> bool:
+        """Whether ``other`` is of the same tokens in the same memory, as keys and values read one by one are."""
+        return self is other or (
+            self.closed is other.closed
+            and _same_memory(self.key_tail, other.key_tail)
+            and _same_memory(self.value_tail, other.value_tail)
+        )
+
     def restore_keys(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
         return ops.restore_keys(*self.closed.key_parts, self.key_tail) if self.segments else self.key_tail
@@ -142,3 +150,7 @@ class PagesView:
             softcap=softcap,
             sinks=sinks,
         )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

@@ -36,7 +36,8 @@ class Architecture:
         storage: what each layer of ``QuantizedInt8Cache(config)`` is: "int8", "int8 window" or transformers' layer.
         implementations: attention implementations that the model itself has on a CPU.
         note: what the docs say beside it.
-        sections: sub-configs, for models of several parts; ``config`` then goes into "text_config".
+        restores: why int8 is restored even by implementations that could read it, "" where it is not.
+        text_in: name of the sub-config of the text model, which ``config`` then goes into.
         bare: leave ``SIZES`` out.
     """
 
@@ -46,6 +47,7 @@ class Architecture:
     config: dict[str, Any] = field(default_factory=dict)
     implementations: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
     note: str = ""
+    restores: str = ""
     text_in: str | None = None
     bare: bool = False
 
@@ -117,6 +119,7 @@ ARCHITECTURES = (
         ("DynamicSlidingWindowLayer", "int8"),
         {"head_dim": 16, "sliding_window": 32, "layer_types": WINDOWED, "query_pre_attn_scalar": 16},
         ("eager", "flex_attention"),
+        note="softcap, which transformers' sdpa refuses; with flex_attention on a GPU int8 attention applies it",
     ),
     Architecture(
         "Gemma 3",
@@ -170,6 +173,7 @@ ARCHITECTURES = (
             "num_experts_per_tok": 4,
         },
         ("eager",),
+        note="sinks, which transformers' sdpa lacks, and its flex_attention on a CPU; int8 attention has them",
     ),
     Architecture("GPT-NeoX", "GPTNeoXForCausalLM"),
     Architecture(
@@ -205,6 +209,7 @@ ARCHITECTURES = (
     Architecture(
         "DeepSeek-V3",
         "DeepseekV3ForCausalLM",
+        restores="the model caches latents and projects them before attention",
         config={
             "num_key_value_heads": 4,
             "moe_intermediate_size": 32,
