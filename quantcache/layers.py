@@ -162,10 +162,7 @@ class Int8Layer(CacheLayerMixin):
             return key_states, value_states
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if wants_gradient and (pages.num_pages or self._cut_gradients):
-            self.read_log.fell_back(
-                "gradients are enabled and stop at tokens of earlier calls; use torch.no_grad() where none are needed",
-                "restored" if pages.num_pages else "exact",
-            )
+            self.read_log.cut_gradients("restored" if pages.num_pages else "exact")
         elif pages.num_pages == 0:
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
@@ -207,6 +204,7 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more tokens than there are; the layer is then as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)
         self.check_crop(tokens_to_remove)
         if tokens_to_remove and self.pages is not None:
             self.pages.crop(-tokens_to_remove)

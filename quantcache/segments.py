@@ -167,6 +167,14 @@ class PagesView:
             start = self._tail_len - key_states.shape[2]
             ops.append_tail(key_states, value_states, *self._buffers, start, self.backend and self.backend[0])
 
+    def shows(self, other: "PagesView") -> bool:
+        """Whether ``other`` is of the same tokens in the same memory, as keys and values read one by one are."""
+        return self is other or (
+            self.closed is other.closed
+            and _same_memory(self.key_tail, other.key_tail)
+            and _same_memory(self.value_tail, other.value_tail)
+        )
+
     def restore_keys(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
         return ops.restore_keys(*self.closed.key_parts, self.key_tail) if self.segments else self.key_tail
@@ -216,3 +224,7 @@ class PagesView:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

@@ -126,7 +126,7 @@ def _made(
 def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None":
     """The view and log of a pair of ``Int8Tensor`` keys and values, None for anything else."""
     if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor) and key.is_key and not value.is_key:
-        if key.pages_view is value.pages_view:
+        if key.pages_view.shows(value.pages_view):
             return key.pages_view, key.read_log
     return None
 
