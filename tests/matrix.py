@@ -557,7 +557,6 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         )
         for name in HYBRIDS
     },
-    **({} if NEWEST else OLDER_REFUSED),
     ("Whisper", "chunked prefill"): Refusal(
         "transformers", TypeError, "WhisperDecoder", "Whisper's decoder is not given its tokens in chunks"
     ),

@@ -20,7 +20,7 @@ from quantcache.scheme import PAGE_SIZE
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, SIZES, Architecture
 from tests.conftest import devices
-from tests.matrix import Case, close_in_quality, same_reading, tokens
+from tests.matrix import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.strategies import random_states
 from tests.twins import stored
 
@@ -66,6 +66,8 @@ def same_pages(cache: QuantizedInt8Cache, other: QuantizedInt8Cache) -> None:
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Llama", "Gemma 3", "GPT-2"])
 @pytest.mark.parametrize("how", ["a draft model", "prompt lookup"])
 def test_drafts_give_the_tokens_and_the_pages_of_plain_decoding(name: str, how: str, device: str) -> None:
+    if name == "Gemma 3" and how == "a draft model" and not NEWEST:
+        pytest.skip("before 5.23 the draft model's own sliding-window cache loses track of its mask")
     case = Case(BY_NAME[name], "sdpa", device)
     ids = tokens(PAGE_SIZE + 10, seed=4) if how == "a draft model" else tokens(25, seed=4).repeat(1, 4)
     plain, drafted = case.cache(), case.cache()
@@ -184,7 +186,9 @@ def test_drafts_beyond_the_window_give_the_tokens_of_plain_decoding() -> None:
     case = Case(SLIDING, "sdpa")
     ids, plain, drafted = tokens(1300), case.cache(), case.cache()
     expected = case.generate(ids, plain, max_new_tokens=90).sequences
-    output = case.generate(ids, drafted, max_new_tokens=90, assistant_model=wrong_draft(case.model))
+    draft = wrong_draft(case.model)
+    draft.config.sliding_window = None  # the window of the draft model's own cache is not the matter here
+    output = case.generate(ids, drafted, max_new_tokens=90, assistant_model=draft)
     assert torch.equal(output.sequences, expected)
     assert drafted.layers[0].pages.first_page == plain.layers[0].pages.first_page
     same_pages(plain, drafted)
