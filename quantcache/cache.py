@@ -1,19 +1,21 @@
 """``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache import attention, conversion
+from quantcache.files import CacheFiles
 from quantcache.layers import Int8Layer, check_states
 from quantcache.layout import LayerFactory, layers_for
 from quantcache.operations import LayerOperations
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.sizing import tokens_of_generate
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -33,7 +35,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(LayerOperations, DynamicCache):
+class QuantizedInt8Cache(LayerOperations, CacheFiles, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())
@@ -52,6 +54,8 @@ class QuantizedInt8Cache(LayerOperations, DynamicCache):
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
             warning once.
+        max_cache_len: allocate memory for so many tokens at once, so that ``generate()`` compiles the decoding step, as
+            it does with a ``StaticCache``. Needs ``config``. See ``for_generate``, which finds the number.
         offloading: keep closed pages in host memory and bring those of the next layer to the GPU while one is at work.
             Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
         offload_only_non_sliding: leave sliding-window layers where they are.
@@ -67,6 +71,7 @@ class QuantizedInt8Cache(LayerOperations, DynamicCache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ) -> None:
@@ -76,7 +81,13 @@ class QuantizedInt8Cache(LayerOperations, DynamicCache):
                 "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
                 f"got {type(config).__name__}.{convert}"
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)))
+        if max_cache_len is not None and (config is None or offloading):
+            raise ValueError(
+                "QuantizedInt8Cache: max_cache_len needs the model's config and cannot be combined with offloading, "
+                f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
+                "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
+            )
+        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -114,6 +125,45 @@ class QuantizedInt8Cache(LayerOperations, DynamicCache):
         """
         make = functools.partial(cls, config, residual_length=residual_length, strict=strict, offloading=offloading)
         return EncoderDecoderCache(make(), make() if quantize_cross_attention else DynamicCache(config=config))
+
+    @classmethod
+    def for_generate(
+        cls,
+        model: Any,
+        inputs: Tensor | Mapping[str, Any],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        **options: Any,
+    ) -> "QuantizedInt8Cache":
+        """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
+
+            cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+
+        Args:
+            model: what will generate.
+            inputs: token ids (batch, seq_len), or the keyword arguments of ``generate()`` with ``input_ids``.
+            generation_config: as for ``generate()``.
+            max_cache_len: more tokens than this call needs, for ``reset()`` and later calls without a new compilation.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            options: other keyword arguments of ``generate()``; ``max_new_tokens`` and ``max_length`` count.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit into ``max_cache_len``, or the length has no limit.
+        """
+        prompt_len, new_tokens = tokens_of_generate(model, inputs, generation_config, options)
+        needed = prompt_len + new_tokens
+        if max_cache_len is not None and max_cache_len < needed:
+            raise ValueError(
+                "QuantizedInt8Cache.for_generate: max_cache_len must be at least the prompt and the new tokens, "
+                f"{prompt_len} + {new_tokens} = {needed}, got {max_cache_len}."
+            )
+        config = model.config.get_text_config(decoder=True)
+        return cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len or needed)
 
     @classmethod
     def from_legacy_cache(

@@ -5,24 +5,17 @@ in the model's dtype. Nothing here knows about transformers.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcache import ops
 from quantcache.offloading import HostCopy, write_access
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
 from quantcache.segments import ClosedPages, PagesView, Segment
 
 __all__ = ["Int8Pages", "PagesView", "Segment"]
-
-TAIL_STEP: Final = 16
-"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
-
-SEGMENT_GROWTH: Final = 16
-"""A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
-Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
 
 
 class Int8Pages:
@@ -39,6 +32,9 @@ class Int8Pages:
             whenever a page is closed, unless ``keeps_past`` is set.
         first_page: pages that came before the first token and are let go already.
     """
+
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
 
     def __init__(
         self,
@@ -58,6 +54,8 @@ class Int8Pages:
         self._key_tail = key_states[:, :, :0].detach().clone()
         self._value_tail = value_states[:, :, :0].detach().clone()
         self._tail_len = 0
+        # The view whose newest tokens may not be in the buffers yet.
+        self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
@@ -70,19 +68,12 @@ class Int8Pages:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is stored and nothing else, in memory of its own: no slack, no device address, no twin."""
-        segments = self._segments
-        if self._is_evicted:
-            assert self._host is not None
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)  # the last pages may be on their way
-            segments = self._host.segments
-        else:
-            self._arrive()
-        used = _pages_of(segments, 0, self._num_pages)
+        stored = self.stored()
         return vars(self) | {
-            "_segments": [Segment(*(part.clone() for part in segment)) for segment in used],
+            "_segments": [Segment(*(part.clone() for part in segment)) for segment in stored.segments],
             "_key_tail": self.key_tail.clone(),
             "_value_tail": self.value_tail.clone(),
+            "_newest": None,
             "_closed": None,
             "_backend": None,
             "_host": None,
@@ -99,11 +90,45 @@ class Int8Pages:
         copied.__setstate__(self.__getstate__())
         return copied
 
+    def stored(self) -> PagesView:
+        """As ``view``, but closed pages that were evicted are those in host memory; nothing moves. For copying."""
+        segments = self._segments
+        if self._is_evicted:
+            assert self._host is not None
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)  # the last pages may be on their way
+            segments = self._host.segments
+        else:
+            self._arrive()
+        closed = ClosedPages(tuple(_pages_of(segments, 0, self._num_pages)))
+        return PagesView(closed, self.key_tail, self.value_tail)
+
+    def fill(self, closed: Segment | None, key_tail: Tensor, value_tail: Tensor, first_page: int = 0) -> None:
+        """Take over what ``stored`` gave of other pages; these must be empty.
+
+        Args:
+            closed: the pages, without slack; kept, unless pages are let go here, for which they are cut and copied.
+            key_tail: exact keys behind them; copied.
+            value_tail: exact values.
+            first_page: pages let go before.
+        """
+        self._segments, self._num_pages, self._first_page = [], 0, first_page
+        if closed is not None:
+            self._num_pages = closed.capacity
+            self._segments = [closed]
+            if self.reach is not None:
+                size = max(self.reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
+                cut = (closed.narrow(start, start + size) for start in range(0, closed.capacity, size))
+                self._segments = [Segment(*(part.clone() for part in segment)) for segment in cut]
+        self._key_tail, self._value_tail = _copied(key_tail, value_tail)
+        self._tail_len, self._closed = key_tail.shape[2], None
+
     @property
     def backend(self) -> tuple[str, str | None]:
         """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
         if self._backend is None:
-            self._backend = ops.backend_for(self._key_tail, self._value_tail)
+            best = ops.backend_for(self._key_tail, self._value_tail) if self.reader is None else (self.reader, None)
+            self._backend = best
         return self._backend
 
     @property
@@ -129,11 +154,13 @@ class Int8Pages:
     @property
     def key_tail(self) -> Tensor:
         """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self._write_pending()
         return self._key_tail[:, :, : self._tail_len]
 
     @property
     def value_tail(self) -> Tensor:
         """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self._write_pending()
         return self._value_tail[:, :, : self._tail_len]
 
     @property
@@ -178,6 +205,12 @@ class Int8Pages:
         closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
         if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
             # Nothing but the tail grows: what a decode step does, in a few calls.
+            if self._reads_unwritten:
+                self._write_pending()
+                pending = key_states, value_states
+                self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
+                self._tail_len = total
+                return self._newest
             if key_buffer.is_inference():
                 with write_access(key_buffer):
                     ops.append_tail(
@@ -188,7 +221,8 @@ class Int8Pages:
                     key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
                 )
             self._tail_len = total
-            return PagesView(closed, key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total), self._backend)
+            return PagesView(closed, key_buffer, value_buffer, self._backend, total)
+        self._write_pending()
         self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
         is_empty = self.is_empty
@@ -230,6 +264,7 @@ class Int8Pages:
         Args:
             tokens_to_remove: from 0 to the number of tokens held.
         """
+        self._write_pending()
         seq_len = self._num_pages * PAGE_SIZE + self._tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
         if pages >= self._num_pages:
@@ -263,6 +298,7 @@ class Int8Pages:
 
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+        self._write_pending()
         self._arrive()
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
@@ -298,6 +334,17 @@ class Int8Pages:
     def _append_backend(self) -> str:
         """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
         return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
+
+    @property
+    def _reads_unwritten(self) -> bool:
+        """Whether attention writes the newest tokens on its way."""
+        return self._backend is not None and self._backend[0] in ops.WRITE_ON_READ
+
+    def _write_pending(self) -> None:
+        """Have the newest tokens in the buffers of the tail."""
+        if self._newest is not None:
+            self._newest.write_pending()
+            self._newest = None
 
     def _arrive(self) -> None:
         """Have the pages on the device, in the order of the current stream."""
