@@ -285,6 +285,7 @@ def test_a_static_cache_gives_the_same_tokens(model: QWenLMHeadModel) -> None:
 def test_training_has_a_loss_and_gradients(model: QWenLMHeadModel) -> None:
     """Labels give the mean of the next tokens' losses; return_dict=False gives a tuple that begins with it."""
     ids = torch.randint(0, VOCAB, (2, 12))
+    assert model.loss_type == "ForCausalLM"
     loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)

@@ -115,7 +115,11 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"attn\.masked_bias$",
+        r"rotary_emb\.inv_freq$",
+        r"\.h\.\d+\.(attn\.c_proj|mlp\.(w1|w2|c_proj))\.bias$",  # GPTQ files have zeros where there is no bias
+    ]
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -211,11 +215,11 @@ class QWenModel(QWenPreTrainedModel):
 class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Qwen v1 with its language-model head, ``generate``, ``chat`` and their relatives."""
 
-    loss_type = "ForCausalLM"
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which the host reads off class names that end in it
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
