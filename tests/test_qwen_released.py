@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,28 @@ def test_the_kernel_is_a_choice_that_never_fails(folder: Path, tmp_path: Path, k
 def test_a_model_without_a_training_length_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.seq_length must be the training length in tokens, got None"):
         QWenLMHeadModel(QWenConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16))
+
+
+def test_only_the_adapter_registers_and_nothing_is_patched() -> None:
+    """Importing quantcache leaves "qwen" unknown; importing the adapter makes it known, quietly, and wraps nothing."""
+    program = """
+        import transformers
+        from transformers import AutoConfig, CONFIG_MAPPING
+        from transformers.modeling_utils import AttentionInterface
+        before = dict(AttentionInterface._global_mapping)
+        import quantcache
+        quantcache.QuantizedInt8Cache
+        assert "qwen" not in CONFIG_MAPPING
+        import quantcache.adapters.qwen
+        assert "qwen" in CONFIG_MAPPING
+        assert dict(AttentionInterface._global_mapping) == before
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:quantcache", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

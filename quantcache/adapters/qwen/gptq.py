@@ -188,8 +188,9 @@ class GPTQFallbackQuantizer(HfQuantizer):
                 with torch.device("meta"):
                     packed = GPTQLinear(module.in_features, module.out_features, self.quantization_config)
                 model.set_submodule(name, packed.requires_grad_(False))
-        # Nothing shards packed words: every rank of a tensor-parallel group would need other columns of each buffer.
-        model.tp_plan.clear()  # type: ignore[operator, union-attr]
+        # No style of the host cuts packed words, so each rank of a tensor-parallel group holds the layers whole.
+        plan = dict(model.tp_plan)  # type: ignore[arg-type]
+        model.tp_plan = {name: style for name, style in plan.items() if ".h." not in name}  # type: ignore[assignment]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Buffers are saved under the files' names."""
