@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from quantcache.adapters.qwen import (
     QWenLMHeadModel,
@@ -241,14 +241,14 @@ def test_batches_are_as_large_as_memory_allows(
     monkeypatch.setattr(type(model), "generate", watched)
     options = {"progress": False, **GREEDY, "max_new_tokens": 2}
     prompts = [[1, 2, 3]] * 20
-    for free, expected in ((None, [8, 8, 4]), (10**12, [20]), (1, [1] * 20), (5 * 10**4, None)):
+    for free, expected in ((None, [8, 8, 4]), (10**12, [20]), (1, [1] * 20), (15 * 10**5, None)):
         sizes.clear()
         monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
         assert len(set(model.generate_batch(prompts, tokenizer, **options))) == 1
         assert sizes == expected or (expected is None and 1 < sizes[0] < 20)
     few = sizes[0]
     sizes.clear()
-    model.generate_batch(prompts, tokenizer, **{**options, "max_new_tokens": 20})
+    model.generate_batch(prompts, tokenizer, **{**options, "max_new_tokens": 90})
     assert sizes[0] < few
     monkeypatch.undo()
     assert batches.free_memory(torch.device("meta")) is None
@@ -292,6 +292,10 @@ def test_a_batch_shows_its_progress(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (
+            {"past_key_values": DynamicCache()},
+            "past_key_values must not be given, as each batch",
+        ),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences must be 1, got 2"),
         ({"chat_format": "raw"}, "chat_format must be \"chatml\", got 'raw'"),
     ],

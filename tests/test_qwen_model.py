@@ -221,10 +221,16 @@ def test_a_chunked_prompt_is_causal_and_keeps_its_scaling(model: QWenLMHeadModel
     """A prompt beyond seq_length in chunks gives the tokens it gives at once."""
     ids = torch.randint(0, VOCAB, (1, 40))
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-    chunked = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, prefill_chunk_size=7
-    )
-    assert torch.equal(whole, chunked)
+    for cache in (None, DynamicCache(), QuantizedInt8Cache()):  # 48 tokens are exact in each
+        chunked = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            prefill_chunk_size=7,
+            past_key_values=cache,
+        )
+        assert torch.equal(whole, chunked)
 
 
 def test_decoding_keeps_the_scaling_of_the_prompt(model: QWenLMHeadModel) -> None:

@@ -293,9 +293,9 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
             kwargs["past_key_values"] = cache_from_legacy(self.config, past)
         elif past is None and kwargs.get("use_cache", True) and generation_config.use_cache is not False:
             if implementation is None:
-                cache = new_cache(self.config)
-                ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-                if ids is not None:
-                    announce_prompt(cache, ids.shape[1])
-                kwargs["past_key_values"] = cache
+                kwargs["past_key_values"] = new_cache(self.config)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and prompt is not None and int(cache.get_seq_length()) == 0:
+            announce_prompt(cache, prompt.shape[1])
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
