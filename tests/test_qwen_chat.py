@@ -1,5 +1,6 @@
 """Chat, streams and batches of Qwen v1 as callers of the original know them."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,10 @@ def test_stop_words_of_a_generation_config_count(model: QWenLMHeadModel) -> None
     options = {**GREEDY, "max_new_tokens": 6, "logits_processor": processor, "stop_words_ids": [[8, 9]]}
     output = model.generate(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2), **options)
     assert output[0].tolist() == [1, 2, 7, 8, 9, RANKS]
+    config = copy.deepcopy(model.generation_config)
+    config.stop_words_ids, config.do_sample, config.max_new_tokens = [[7]], False, 6
+    output = model.generate(torch.tensor([[1, 2]]), config, attention_mask=torch.ones(1, 2), logits_processor=processor)
+    assert output[0].tolist() == [1, 2, 7, RANKS]
 
 
 def test_a_stream_ends_with_the_whole_answer(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> None:
