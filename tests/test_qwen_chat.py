@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from quantcache.adapters.qwen import (
     QWenLMHeadModel,
@@ -283,13 +285,27 @@ def test_a_batch_that_does_not_fit_is_halved(
         model.generate_batch(PROMPTS, tokenizer, **options)
 
 
+@pytest.fixture
+def bars_on() -> Iterator[None]:
+    """transformers' switch for progress bars, which other code may have turned off."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    if not were_on:
+        logging.disable_progress_bar()
+
+
+@pytest.mark.usefixtures("bars_on")
 def test_a_batch_shows_its_progress(
     model: QWenLMHeadModel, tokenizer: QWenTokenizer, capsys: pytest.CaptureFixture
 ) -> None:
+    """On the standard error; not where it is unwanted here, or transformers' bars are switched off."""
     options = {**GREEDY, "max_new_tokens": 2}
     model.generate_batch(["a", "b", "c"], tokenizer, batch_size=2, **options)
     assert "3/3" in capsys.readouterr().err
     model.generate_batch(["a"], tokenizer, progress=False, **options)
+    logging.disable_progress_bar()
+    model.generate_batch(["a"], tokenizer, **options)
     assert "1/1" not in capsys.readouterr().err
 
 

@@ -52,7 +52,7 @@ class BatchMixin:
             system: the system prompt of the queries.
             stop_words_ids: token sequences that end an answer, besides the format's.
             batch_size: rows of a batch; by default as many as free memory holds.
-            progress: show a progress bar.
+            progress: show a progress bar, unless transformers' bars are switched off.
             generation_config: the model's by default.
             kwargs: for ``generate``; they override ``generation_config``.
 
