@@ -291,8 +291,7 @@ def bars_on() -> Iterator[None]:
     were_on = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     yield
-    if not were_on:
-        logging.disable_progress_bar()
+    (logging.enable_progress_bar if were_on else logging.disable_progress_bar)()
 
 
 @pytest.mark.usefixtures("bars_on")

@@ -1,6 +1,8 @@
 """Qwen v1 checkpoints as released: what runs, what is understood, what is refused and what is saved."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -168,3 +170,24 @@ def test_only_the_adapter_registers_and_nothing_is_patched() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_the_documentation_runs(hub: Path, tmp_path: Path) -> None:
+    """Every block of the page about moving, in its order, against the checkpoint; but for the one of several GPUs."""
+    page = (Path(__file__).parent.parent / "docs" / "moving-from-use-cache-quantization.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    runnable = [block for block in blocks if "DistributedConfig" not in block]
+    assert len(runnable) == len(blocks) - 1 >= 6
+    runnable[0] = "import quantcache.adapters.qwen"  # what was before it no longer runs
+    program = tmp_path / "page.py"
+    program.write_text("\n".join([*runnable, "assert len(answers) == 3 and response == history[0][1]"]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:quantcache", str(program)],
+        env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "key-value cache" in done.stdout
