@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantcache.cache import QuantizedInt8Cache
-    from quantcache.errors import FallbackError, FallbackWarning
+    from quantcache.errors import CacheFileError, FallbackError, FallbackWarning
     from quantcache.tensor import Int8Tensor
 
 __version__ = "0.1.0"
@@ -19,11 +19,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "QuantizedInt8Cache": "quantcache.cache",
     "Int8Tensor": "quantcache.tensor",
+    "CacheFileError": "quantcache.errors",
     "FallbackError": "quantcache.errors",
     "FallbackWarning": "quantcache.errors",
 }
 
-__all__ = ["FallbackError", "FallbackWarning", "Int8Tensor", "QuantizedInt8Cache", "__version__"]
+__all__ = [
+    "CacheFileError",
+    "FallbackError",
+    "FallbackWarning",
+    "Int8Tensor",
+    "QuantizedInt8Cache",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

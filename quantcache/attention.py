@@ -6,23 +6,31 @@ anything else to the original function, untouched. Eager attention is no registe
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from quantcache.tensor import Int8Tensor, read, shared_view
+from quantcache import static_tensor
+from quantcache.static_tensor import StaticInt8Tensor
+from quantcache.tensor import Int8Tensor, autocast_to, read, shared_view
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 ROUTED: Final = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Implementations whose arguments are known here. Others still work: they see an ``Int8Tensor``."""
 
-_DENSE_OPTIONS: Final = frozenset({"dropout", "output_attentions", "position_bias"})
+_DENSE_OPTIONS: Final = frozenset({"dropout", "output_attentions"})
 """Options of the original functions that need restored states."""
 
-_DENSE_SDPA_OPTIONS: Final = _DENSE_OPTIONS | {"softcap"}
+_DENSE_FLASH_OPTIONS: Final = _DENSE_OPTIONS | {"position_bias"}
+_DENSE_SDPA_OPTIONS: Final = _DENSE_OPTIONS | {"softcap"}  # which refuses it itself
+
+_block_masks: "weakref.WeakKeyDictionary[BlockMask, Tensor]" = weakref.WeakKeyDictionary()
+"""Block masks as dense ones; the layers of a model share one."""
 
 _lock = threading.Lock()
 _wrapped: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}
@@ -66,6 +74,11 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, StaticInt8Tensor):
+            query = autocast_to(key.dtype, query)
+            uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
+            if uncovered is None and query.dtype == key.dtype:
+                return static_tensor.read(key, query, **options), None
         if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
@@ -73,8 +86,9 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         if found is not None:
             view, log = found
             reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
-            if reason is None and query.dtype != view.key_tail.dtype:
-                reason = f"query in {query.dtype} and cache in {view.key_tail.dtype}"
+            query = autocast_to(view.dtype, query)
+            if reason is None and query.dtype != view.dtype:
+                reason = f"query in {query.dtype} and cache in {view.dtype}"
             if reason is None:
                 return read(view, log, query, **options), None
         key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
@@ -95,28 +109,51 @@ def _options(
         options: the keyword arguments, empty with a reason.
     """
     is_flash = name != "sdpa" and name.startswith("flash")
-    if not is_flash and name != "sdpa":
-        return "it reads dense states", {}
-    for option in kwargs.keys() & (_DENSE_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS):
-        value = kwargs[option]
+    for option in _DENSE_FLASH_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS if name == "sdpa" else _DENSE_OPTIONS:
+        value = kwargs.get(option)
         if isinstance(value, Tensor) or value:
             return f"the option {option}", {}
 
     options: dict[str, Any] = {"softmax_scale": kwargs.get("scaling")}
     if is_flash:
-        options.update(window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+        options["window"] = kwargs.get("sliding_window")
+    if name != "sdpa":
+        options.update(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    if attention_mask is None:
-        options["is_causal"] = is_causal
-    elif attention_mask.dim() == 4 and not is_flash:
+    mask = attention_mask
+    if isinstance(mask, BlockMask):
+        mask = _dense_mask(mask, query, kv_len)
+    if mask is None:
+        options["is_causal"] = is_causal and name != "flex_attention"  # which has no rule of its own
+    elif mask.dim() == 4 and not is_flash:
         # The mask is the whole rule, causality and window included; a static one may reach beyond the keys there are.
-        options["attn_mask"] = attention_mask[..., :kv_len]
-    elif attention_mask.dim() == 2 and is_flash:
-        options["attn_mask"] = attention_mask[:, None, None, -kv_len:].bool()
+        options["attn_mask"] = mask[..., :kv_len]
+    elif mask.dim() == 2 and is_flash:
+        options["attn_mask"] = mask[:, None, None, -kv_len:].bool()
         options["is_causal"] = is_causal
     else:
-        return f"a mask of {attention_mask.dim()} axes", {}
+        return f"a mask of {mask.dim()} axes", {}
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None and not is_flash:
+        options["attn_mask"] = _biased(position_bias[..., :kv_len], options.get("attn_mask"))
     return None, options
+
+
+def _dense_mask(mask: BlockMask, query: Tensor, kv_len: int) -> Tensor:
+    """What ``mask`` lets the queries see, bool (batch or 1, heads or 1, query_len, kv_len)."""
+    dense = _block_masks.get(mask)
+    if dense is None or dense.shape[2:] != (query.shape[2], kv_len):
+        batch, heads = mask.shape[:2]
+        dense = create_mask(mask.mask_mod, batch, heads, query.shape[2], kv_len, device=query.device)
+        _block_masks[mask] = dense
+    return dense
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """``bias`` on the logits where ``mask`` lets them through."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask

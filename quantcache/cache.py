@@ -1,18 +1,21 @@
 """``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
 
-import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from quantcache import attention
+from quantcache import attention, conversion
+from quantcache.files import CacheFiles
 from quantcache.layers import Int8Layer, check_states
+from quantcache.layout import LayerFactory, layers_for
+from quantcache.operations import LayerOperations
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.sizing import tokens_of_generate
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -32,7 +35,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(Cache):
+class QuantizedInt8Cache(LayerOperations, CacheFiles, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())
@@ -40,18 +43,26 @@ class QuantizedInt8Cache(Cache):
     Keys are quantised per channel over pages of 64 tokens, values per token; the newest tokens stay exact. The prompt
     attends at full precision, and a context of less than 64 + ``residual_length`` tokens is never quantised.
 
+    It is a ``DynamicCache`` by type, since transformers asks for one (in ``EncoderDecoderCache``, for example), and
+    takes nothing else from it.
+
     Args:
-        config: the model's config. Full-attention layers are then int8, and sliding-window, linear-attention and other
-            special layers transformers' own. Without it every layer is int8 and made on first use, which suits any
-            model whose layers are all attention.
+        config: the model's config. Full-attention layers and windows of more than 1024 tokens are then int8, and small
+            windows, linear-attention and other special layers transformers' own. Without it every layer is int8, is
+            made on first use and keeps all tokens, which suits any decoder whose layers are all attention.
         residual_length: newer tokens that must exist before a page is quantised. A rollback of up to that many tokens,
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
             warning once.
+        max_cache_len: allocate memory for so many tokens at once, so that ``generate()`` compiles the decoding step, as
+            it does with a ``StaticCache``. Needs ``config``. See ``for_generate``, which finds the number.
+        offloading: keep closed pages in host memory and bring those of the next layer to the GPU while one is at work.
+            Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
+        offload_only_non_sliding: leave sliding-window layers where they are.
 
     Raises:
         TypeError: ``config`` is not a config, ``residual_length`` not an int.
-        ValueError: a negative ``residual_length``.
+        ValueError: a negative ``residual_length``; a config whose model transformers cannot cache.
     """
 
     def __init__(
@@ -60,6 +71,9 @@ class QuantizedInt8Cache(Cache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             convert = f" For legacy key and value tuples use {_CONVERT}." if isinstance(config, (tuple, list)) else ""
@@ -67,14 +81,89 @@ class QuantizedInt8Cache(Cache):
                 "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
                 f"got {type(config).__name__}.{convert}"
             )
-        make_layer = functools.partial(Int8Layer, residual_length, FallbackPolicy(strict))
-        make_layer()  # refuses a bad residual_length here, not in the middle of the first forward pass
+        if max_cache_len is not None and (config is None or offloading):
+            raise ValueError(
+                "QuantizedInt8Cache: max_cache_len needs the model's config and cannot be combined with offloading, "
+                f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
+                "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
+            )
+        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
+        # Not DynamicCache.__init__: it would make the layers.
         if config is None:
-            super().__init__(layer_class_to_replicate=make_layer)  # type: ignore[arg-type]
+            Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
         else:
-            native = DynamicCache(config=config).layers
-            super().__init__(layers=[make_layer() if type(layer) is DynamicLayer else layer for layer in native])
+            Cache.__init__(self, layers=layers_for(config, make))
+        self._make = make
+        self._is_encoder_decoder = config is not None and bool(getattr(config, "is_encoder_decoder", False))
+        # The host's own streams are not made: on a machine without an accelerator they cannot be.
+        self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
         attention.install()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        attention.install()
+
+    @classmethod
+    def for_encoder_decoder(
+        cls,
+        config: PreTrainedConfig | None = None,
+        *,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        offloading: bool = False,
+        quantize_cross_attention: bool = True,
+    ) -> EncoderDecoderCache:
+        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
+
+        Args:
+            config: as for the constructor, as are the other arguments.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            offloading: see the constructor; an exact cross-attention cache stays where it is.
+            quantize_cross_attention: store the encoder's keys and values, which are computed once, in int8 too; if
+                False, exactly.
+        """
+        make = functools.partial(cls, config, residual_length=residual_length, strict=strict, offloading=offloading)
+        return EncoderDecoderCache(make(), make() if quantize_cross_attention else DynamicCache(config=config))
+
+    @classmethod
+    def for_generate(
+        cls,
+        model: Any,
+        inputs: Tensor | Mapping[str, Any],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        **options: Any,
+    ) -> "QuantizedInt8Cache":
+        """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
+
+            cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+
+        Args:
+            model: what will generate.
+            inputs: token ids (batch, seq_len), or the keyword arguments of ``generate()`` with ``input_ids``.
+            generation_config: as for ``generate()``.
+            max_cache_len: more tokens than this call needs, for ``reset()`` and later calls without a new compilation.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            options: other keyword arguments of ``generate()``; ``max_new_tokens`` and ``max_length`` count.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit into ``max_cache_len``, or the length has no limit.
+        """
+        prompt_len, new_tokens = tokens_of_generate(model, inputs, generation_config, options)
+        needed = prompt_len + new_tokens
+        if max_cache_len is not None and max_cache_len < needed:
+            raise ValueError(
+                "QuantizedInt8Cache.for_generate: max_cache_len must be at least the prompt and the new tokens, "
+                f"{prompt_len} + {new_tokens} = {needed}, got {max_cache_len}."
+            )
+        config = model.config.get_text_config(decoder=True)
+        return cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len or needed)
 
     @classmethod
     def from_legacy_cache(
@@ -130,7 +219,7 @@ class QuantizedInt8Cache(Cache):
             TypeError: ``cache`` is not a ``DynamicCache``.
             ValueError: the config has another number of layers.
         """
-        if not isinstance(cache, DynamicCache):
+        if not isinstance(cache, DynamicCache) or isinstance(cache, QuantizedInt8Cache):
             raise TypeError(
                 f"QuantizedInt8Cache.from_dynamic: cache must be a DynamicCache, got {type(cache).__name__}."
             )
@@ -140,14 +229,8 @@ class QuantizedInt8Cache(Cache):
                 "QuantizedInt8Cache.from_dynamic: cache must have the layers of the config, "
                 f"{len(made.layers)}, got {len(cache.layers)}. Is the config that of another model?"
             )
-        for layer_idx, layer in enumerate(cache.layers):
-            if layer_idx == len(made.layers):
-                assert made.layer_class_to_replicate is not None
-                made.layers.append(made.layer_class_to_replicate())
-            if type(layer) is not DynamicLayer:
-                made.layers[layer_idx] = copy.deepcopy(layer)
-            elif layer.keys is not None and layer.values is not None and layer.get_seq_length():
-                made.update(layer.keys, layer.values, layer_idx)
+        empty = made.layers or [made._make.instead_of(layer) for layer in cache.layers]
+        made.layers[: len(cache.layers)] = map(conversion.filled, empty, cache.layers)
         return made
 
     def to_dynamic(self) -> DynamicCache:
@@ -156,18 +239,7 @@ class QuantizedInt8Cache(Cache):
         It takes about twice the memory. What was quantised stays rounded; tokens of the tails are exact.
         """
         made = DynamicCache()
-        for layer in self.layers:
-            if not isinstance(layer, Int8Layer):
-                made.layers.append(copy.deepcopy(layer))
-                continue
-            dense = DynamicLayer()
-            if layer.get_seq_length():
-                assert layer.pages is not None
-                layer.prefetch()
-                key_states, value_states = (states.clone() for states in layer.pages.restore())
-                dense.lazy_initialization(key_states, value_states)
-                dense.keys, dense.values = key_states, value_states
-            made.layers.append(dense)
+        made.layers = [conversion.dense(layer) for layer in self.layers]
         return made
 
     @property
@@ -208,30 +280,29 @@ class QuantizedInt8Cache(Cache):
                 f"QuantizedInt8Cache.update: layer_idx must be from 0 to {known - 1}, got {layer_idx}. "
                 "Is the config that of another model?"
             )
-        states: tuple[Tensor, Tensor]
-        if layer_idx < known and not self.offloading:
-            states = self.layers[layer_idx].update(  # type: ignore[union-attr]
-                key_states, value_states, *args, **kwargs
-            )
-            return states
         if layer_idx >= known:
-            check_states(key_states, value_states)  # before the host appends layers for it
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            check_states(key_states, value_states)  # before layers are made for it
+            self.layers += [self._make() for _ in range(known, layer_idx + 1)]
+        if self.offloading:
+            self._prefetch_next(layer_idx)
+        states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        if self.offloading:
+            self.offload(layer_idx, self.only_non_sliding)
         return states
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
+    @property
+    def _is_user_defined(self) -> bool:
+        """Whether ``generate`` was given this cache; it says so by setting it."""
+        return bool(vars(self).get("_is_user_defined", False))
 
-        Args:
-            tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
-
-        Raises:
-            ValueError: a positive number, or more tokens than a layer holds; every layer is then as it was.
-        """
-        for layer in self.layers:
-            if isinstance(layer, Int8Layer):
-                layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        if self._is_encoder_decoder:
+            raise ValueError(
+                "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
+                "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+            )
+        vars(self)["_is_user_defined"] = value
 
     get_conv_state = _needs_config("get_conv_state")
     update_conv_state = _needs_config("update_conv_state")
@@ -239,6 +310,12 @@ class QuantizedInt8Cache(Cache):
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
+
+
+def _reads_dense(config: PreTrainedConfig | None) -> bool:
+    """Whether the model's attention is eager, which is to restore the states, so that nothing is left to warn of."""
+    decoder = None if config is None else config.get_text_config(decoder=True)
+    return getattr(decoder, "_attn_implementation", None) == "eager"
 
 
 def layer_nbytes(layer: Any) -> int:
@@ -257,4 +334,5 @@ def _report(layer: Any, layer_idx: int) -> LayerReport:
     if isinstance(layer, Int8Layer):
         return layer.report(layer_idx)
     seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
-    return LayerReport(layer_idx, type(layer).__name__, seq_len, layer_nbytes(layer), "native", None)
+    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
+    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)

@@ -1,7 +1,5 @@
 """``quantcache demo``: one model, one prompt, the default cache and the int8 cache side by side."""
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pydoc_data.topics import topics
@@ -9,17 +7,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import logging as transformers_logging
 
 from quantcache import QuantizedInt8Cache
 from quantcache.cache import layer_nbytes
 from quantcache.evaluation import Comparison, compare_teacher_forced, first_difference
-from quantcache.models import ModelError, load_model
+from quantcache.models import ModelError
+from quantcache.racing import Race, race
+from quantcache.terminal import RichStreamer, choose_device, open_model
 
 __all__ = ["ModelError", "choose_device", "run"]
 
@@ -45,8 +43,8 @@ TEXT_TOKENS, TEXT_PROMPT, TEXT_CHUNK = 768, 256, 16
 """The teacher-forced pass: tokens of text, tokens of its first call, tokens of each later call (for time: with one
 token a call the figures are the same to two digits and take eight times as long)."""
 
-RACE_TOKENS, RACE_PROMPT_CHUNK, RACE_STEPS = 2048, 512, 24
-"""The race: tokens of context, of each call that builds it, and decode steps of each cache."""
+RACE_TOKENS, RACE_STEPS = 2048, 24
+"""The race: tokens of context, and decode steps of each cache."""
 
 
 @dataclass(frozen=True)
@@ -66,38 +64,6 @@ class Run:
     backend: str
 
 
-@dataclass(frozen=True)
-class Race:
-    """Decode steps of both caches taken in turn, so that what slows the machine slows both.
-
-    Attributes:
-        seq_len: tokens of context behind which the steps were taken.
-        default_seconds: median of a step with the default cache.
-        int8_seconds: with the int8 cache.
-    """
-
-    seq_len: int
-    default_seconds: float
-    int8_seconds: float
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``, or the best there is.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"must be a device of this machine, got {name!r} ({reason})") from error
-    return device
-
-
 def run(spec: str | None, prompt: str | None, max_new_tokens: int, device: torch.device) -> None:
     """Print two streamed answers and the table.
 
@@ -111,10 +77,7 @@ def run(spec: str | None, prompt: str | None, max_new_tokens: int, device: torch
         ModelError: the model cannot be had.
     """
     console = Console()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with _download_progress(console) as on_progress:
-        model, tokenizer, label = load_model(spec, device, on_progress=on_progress)
+    model, tokenizer, label = open_model(spec, device, console)
     inputs = _encode(tokenizer, PROMPT if prompt is None else prompt).to(device)
     console.print(f"[bold]{label}[/bold] in {model.dtype} on {device}, prompt of {inputs.shape[1]} tokens")
     _warm_up(model, inputs)
@@ -127,44 +90,10 @@ def run(spec: str | None, prompt: str | None, max_new_tokens: int, device: torch
     with console.status("reading a text through both caches"):
         comparison = _compare(model, tokenizer)
     with console.status("timing both caches behind a long text"):
-        race = _race(model, tokenizer)
-    console.print(_table(runs["default cache"], runs["int8 cache"], comparison, race))
+        longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or RACE_TOKENS
+        timed = race(model, _text_ids(tokenizer, min(RACE_TOKENS, longest - RACE_STEPS)), RACE_STEPS)
+    console.print(_table(runs["default cache"], runs["int8 cache"], comparison, timed))
     console.print(f"The speed is the median of {RACE_STEPS} steps of each cache, taken in turn.", style="dim")
-
-
-class _download_progress:  # noqa: N801 - a context manager, used like a function
-    """A progress bar that appears with the first byte, so that nothing flickers when the model is there already."""
-
-    def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("fetching the demo model"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
-        )
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self.update
-
-    def update(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` bytes."""
-        if self.task is None:
-            self.progress.start()
-            self.task = self.progress.add_task("", total=total)
-        self.progress.update(self.task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-
-class _RichStreamer(TextStreamer):
-    """Streams text to the console."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.console = console
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a piece of the answer as soon as it is whole."""
-        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
@@ -191,7 +120,7 @@ def _answer(
     max_new_tokens: int,
     console: Console,
 ) -> Run:
-    streamer = _RichStreamer(tokenizer, console)
+    streamer = RichStreamer(tokenizer, console)
     output = _generate(model, inputs, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
     return Run(
         token_ids=output[0, inputs.shape[1] :].tolist(),
@@ -218,32 +147,6 @@ def _compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Comp
         prompt_len=min(TEXT_PROMPT, ids.shape[1] // 2),
         chunk_len=TEXT_CHUNK,
     )
-
-
-@torch.no_grad()
-def _race(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Race:
-    """Which cache decodes faster behind a long text."""
-    longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or RACE_TOKENS
-    ids = _text_ids(tokenizer, min(RACE_TOKENS, longest - RACE_STEPS)).to(model.device)
-    caches = {"default": DynamicCache(config=model.config), "int8": QuantizedInt8Cache(model.config)}
-    for chunk in ids.split(RACE_PROMPT_CHUNK, dim=1):
-        for cache in caches.values():
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for _ in range(RACE_STEPS):
-        for name, cache in caches.items():
-            _synchronize(model.device)
-            start = time.perf_counter()
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
-            _synchronize(model.device)
-            seconds[name].append(time.perf_counter() - start)
-    return Race(ids.shape[1], *(statistics.median(seconds[name]) for name in ("default", "int8")))
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:

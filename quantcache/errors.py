@@ -7,3 +7,7 @@ class FallbackWarning(UserWarning):
 
 class FallbackError(RuntimeError):
     """What ``FallbackWarning`` tells, raised by a cache made with ``strict=True``."""
+
+
+class CacheFileError(ValueError):
+    """A file is no prompt cache, is damaged or of another model; the message says which, and nothing was loaded."""

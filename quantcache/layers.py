@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from quantcache.offloading import copy_stream
 from quantcache.pages import Int8Pages
 from quantcache.report import FallbackPolicy, LayerReport, ReadLog
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.tensor import Int8Tensor
+from quantcache.tensor import Int8Tensor, autocast_to
 
 
 def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | None" = None) -> None:
@@ -96,6 +97,7 @@ class Int8Layer(CacheLayerMixin):
         self.pages: Int8Pages | None = None
         self.is_initialized = False
         self._accepted: tuple[object, ...] = ()
+        self._cut_gradients = False
 
     def __repr__(self) -> str:
         return f"Int8Layer(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
@@ -114,6 +116,11 @@ class Int8Layer(CacheLayerMixin):
     def values(self) -> Tensor | None:  # type: ignore[override]
         """As ``keys``."""
         return None if self.pages is None else self._states()[1]
+
+    @property
+    def storage(self) -> str:
+        """What the report calls it."""
+        return "int8"
 
     @property
     def nbytes(self) -> int:
@@ -144,21 +151,21 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
-        self._check(key_states, value_states)
         pages = self.pages
-        if pages is None or pages.seq_len == 0:
+        key_states, value_states = self._checked(key_states, value_states)
+        if pages is None or pages.is_empty:
             self.lazy_initialization(key_states, value_states)
+            self._cut_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
             assert self.pages is not None
             self.pages.append(key_states, value_states)
             self.read_log.ran("exact")
             return key_states, value_states
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if pages.num_pages == 0:
+        if wants_gradient and (pages.num_pages or self._cut_gradients):
+            self.read_log.cut_gradients("restored" if pages.num_pages else "exact")
+        elif pages.num_pages == 0:
             self.read_log.ran("exact")
-        elif wants_gradient:
-            self.read_log.fell_back("gradients are enabled; use torch.no_grad() where none are needed")
-        if pages.device != self.device:
-            self.prefetch()
+        self._cut_gradients |= wants_gradient
         view = pages.append(key_states, value_states)
         if wants_gradient:
             return _with_newest(view.restore_keys(), key_states), _with_newest(view.restore_values(), value_states)
@@ -197,6 +204,7 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more tokens than there are; the layer is then as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)
         self.check_crop(tokens_to_remove)
         if tokens_to_remove and self.pages is not None:
             self.pages.crop(-tokens_to_remove)
@@ -220,44 +228,54 @@ class Int8Layer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
-        if self.pages is not None and self.pages.seq_len:
+        if self.pages is not None and not self.pages.is_empty:
             self.pages.index_select(torch.as_tensor(indices))
             self._accepted = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
-        if self.pages is not None and self.pages.seq_len:
+        if self.pages is not None and not self.pages.is_empty:
             self.pages.repeat_interleave(repeats)
             self._accepted = ()
 
     def offload(self) -> None:
-        """Move the bytes to the CPU; the next ``update`` or ``prefetch`` brings them back."""
-        if self.pages is not None:
-            self.pages.to("cpu", non_blocking=True)
+        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
+        if self.pages is not None and self.pages.device.type != "cpu":
+            self.pages.evict()
 
     def prefetch(self) -> None:
-        """Bring offloaded bytes back to the layer's device."""
-        if self.pages is not None and self.pages.device != self.device:
-            self.pages.to(self.device, non_blocking=True)
+        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
+        if self.pages is not None:
+            self.pages.fetch(copy_stream(self.pages.device))
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
-        storage = "int8" if self.pages is not None and self.pages.seq_len else "empty"
+        storage = self.storage if self.get_seq_length() else "empty"
         return LayerReport(
             layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
         )
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        """``check_states``, left out for states like the last ones, as every decode step has them (8 us a layer)."""
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The states as they are stored, or ``check_states`` raises.
+
+        What a decode step hands over is like what the last one did, and passes without (8 us a layer).
+        """
         signature: tuple[object, ...] = ()
         if isinstance(key_states, Tensor) and isinstance(value_states, Tensor):
             signature = (
                 *(key_states.shape, key_states.dtype, key_states.device),
                 *(value_states.shape, value_states.dtype, value_states.device),
             )
-        if not signature or signature != self._accepted:
-            check_states(key_states, value_states, self)
-            self._accepted = signature
+            if signature == self._accepted:
+                return key_states, value_states
+            if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+                # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
+                pages, kind = self.pages, key_states.device.type
+                held = torch.get_autocast_dtype(kind) if pages is None else pages.key_tail.dtype
+                return self._checked(autocast_to(held, key_states), autocast_to(held, value_states))
+        check_states(key_states, value_states, self)
+        self._accepted = signature
+        return key_states, value_states
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.pages is not None

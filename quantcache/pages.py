@@ -4,153 +4,18 @@ Pages live in segments that are allocated whole and never copied again; the tail
 in the model's dtype. Nothing here knows about transformers.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Final, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcache import ops
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.offloading import HostCopy, write_access
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
+from quantcache.segments import ClosedPages, PagesView, Segment
 
-TAIL_STEP: Final = 16
-"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
-
-SEGMENT_GROWTH: Final = 16
-"""A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
-Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
-
-
-class Segment(NamedTuple):
-    """Memory for ``capacity`` pages, allocated at once.
-
-    key_qdata: int8 (capacity, batch, num_kv_heads, page_size, head_dim)
-    key_metadata: int16 (capacity, batch, num_kv_heads, head_dim, 2)
-    value_qdata: int8 (capacity, batch, num_kv_heads, page_size, v_head_dim)
-    value_metadata: int16 (capacity, batch, num_kv_heads, page_size, 2)
-    """
-
-    key_qdata: Tensor
-    key_metadata: Tensor
-    value_qdata: Tensor
-    value_metadata: Tensor
-
-    @classmethod
-    def allocate(cls, capacity: int, key_states: Tensor, value_states: Tensor) -> "Segment":
-        """An uninitialised segment for states shaped like (batch, num_kv_heads, any, head_dim)."""
-        batch, num_kv_heads, _, head_dim = key_states.shape
-        rows, device = (capacity, batch, num_kv_heads), key_states.device
-
-        def memory(dtype: torch.dtype, *tail: int) -> Tensor:
-            return torch.empty(*rows, *tail, dtype=dtype, device=device)
-
-        return cls(
-            memory(torch.int8, PAGE_SIZE, head_dim),
-            memory(torch.int16, head_dim, 2),
-            memory(torch.int8, PAGE_SIZE, value_states.shape[-1]),
-            memory(torch.int16, PAGE_SIZE, 2),
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Pages that fit."""
-        return self.key_qdata.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, used or not."""
-        return sum(part.nbytes for part in self)
-
-    def narrow(self, start: int, stop: int | None) -> "Segment":
-        """The pages ``start`` to ``stop`` (None: the end), sharing memory."""
-        return Segment(*(part[start:stop] for part in self))
-
-
-@dataclass(frozen=True, eq=False)
-class ClosedPages:
-    """Closed pages, as the operations take them; made once and shared by the views until the pages change."""
-
-    segments: tuple[Segment, ...]
-
-    @cached_property
-    def num_pages(self) -> int:
-        """Pages in all segments."""
-        return sum(segment.capacity for segment in self.segments)
-
-    @cached_property
-    def key_parts(self) -> tuple[ops.Parts, ops.Parts]:
-        """Codes and metadata of the keys, a tensor a segment."""
-        return ops.Parts(s.key_qdata for s in self.segments), ops.Parts(s.key_metadata for s in self.segments)
-
-    @cached_property
-    def value_parts(self) -> tuple[ops.Parts, ops.Parts]:
-        """Codes and metadata of the values, a tensor a segment."""
-        return ops.Parts(s.value_qdata for s in self.segments), ops.Parts(s.value_metadata for s in self.segments)
-
-
-@dataclass(eq=False)
-class PagesView:
-    """What one attention call reads: closed pages, then the tail.
-
-    It shares memory with the cache. Appending leaves it valid; a crop followed by an append writes over its tail.
-    """
-
-    closed: ClosedPages
-    key_tail: Tensor
-    value_tail: Tensor
-    backend: tuple[str, str | None] | None = None
-    """What ``ops.backend_for`` says of it, where it has been asked."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The closed pages, without slack."""
-        return self.closed.segments
-
-    @property
-    def num_pages(self) -> int:
-        """Closed pages in the view."""
-        return self.closed.num_pages
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in the view."""
-        return self.closed.num_pages * PAGE_SIZE + self.key_tail.shape[2]
-
-    def restore_keys(self) -> Tensor:
-        """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
-        return ops.restore_keys(*self.closed.key_parts, self.key_tail) if self.segments else self.key_tail
-
-    def restore_values(self) -> Tensor:
-        """(batch, num_kv_heads, seq_len, v_head_dim) in the model's dtype."""
-        return ops.restore_values(*self.closed.value_parts, self.value_tail) if self.segments else self.value_tail
-
-    def attention(
-        self,
-        query: Tensor,
-        *,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        softmax_scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """``ops.attention`` over this view."""
-        return ops.attention(
-            query,
-            *self.closed.key_parts,
-            *self.closed.value_parts,
-            self.key_tail,
-            self.value_tail,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+__all__ = ["Int8Pages", "PagesView", "Segment"]
 
 
 class Int8Pages:
@@ -163,26 +28,100 @@ class Int8Pages:
         key_states: (batch, num_kv_heads, any, head_dim); fixes shapes, dtype and device, nothing is stored of it.
         value_states: (batch, num_kv_heads, any, v_head_dim).
         residual_length: newer tokens a page waits for, at least 0.
+        reach: how many of the newest tokens must be kept, None for all. Older pages are let go, a segment at a time,
+            whenever a page is closed, unless ``keeps_past`` is set.
+        first_page: pages that came before the first token and are let go already.
     """
 
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+
     def __init__(
-        self, key_states: Tensor, value_states: Tensor, residual_length: int = DEFAULT_RESIDUAL_LENGTH
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        reach: int | None = None,
+        first_page: int = 0,
     ) -> None:
         self.residual_length = residual_length
+        self.reach, self.keeps_past = reach, False
         self._closes_at = PAGE_SIZE + residual_length
         self._segments: list[Segment] = []
-        self._num_pages = 0
+        # Pages let go, all older than those held; pages held.
+        self._first_page, self._num_pages = first_page, 0
         # Buffers of the tail; the first _tail_len tokens count.
         self._key_tail = key_states[:, :, :0].detach().clone()
         self._value_tail = value_states[:, :, :0].detach().clone()
         self._tail_len = 0
+        # The view whose newest tokens may not be in the buffers yet.
+        self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
         self._backend: tuple[str, str | None] | None = None
+        # Twins of the segments in host memory, if pages were ever evicted; whether the segments are there alone; what
+        # to wait for before they are read, while they are on the way back.
+        self._host: HostCopy | None = None
+        self._is_evicted = False
+        self._arrival: torch.Event | None = None
 
-    reader: str | None = None
-    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+    def __getstate__(self) -> dict[str, Any]:
+        """What is stored and nothing else, in memory of its own: no slack, no device address, no twin."""
+        stored = self.stored()
+        return vars(self) | {
+            "_segments": [Segment(*(part.clone() for part in segment)) for segment in stored.segments],
+            "_key_tail": self.key_tail.clone(),
+            "_value_tail": self.value_tail.clone(),
+            "_newest": None,
+            "_closed": None,
+            "_backend": None,
+            "_host": None,
+            "_arrival": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._is_evicted:
+            self._host, self._segments = HostCopy(self._segments, self._num_pages), []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Pages":
+        copied = memo[id(self)] = Int8Pages.__new__(Int8Pages)
+        copied.__setstate__(self.__getstate__())
+        return copied
+
+    def stored(self) -> PagesView:
+        """As ``view``, but closed pages that were evicted are those in host memory; nothing moves. For copying."""
+        segments = self._segments
+        if self._is_evicted:
+            assert self._host is not None
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)  # the last pages may be on their way
+            segments = self._host.segments
+        else:
+            self._arrive()
+        closed = ClosedPages(tuple(_pages_of(segments, 0, self._num_pages)))
+        return PagesView(closed, self.key_tail, self.value_tail)
+
+    def fill(self, closed: Segment | None, key_tail: Tensor, value_tail: Tensor, first_page: int = 0) -> None:
+        """Take over what ``stored`` gave of other pages; these must be empty.
+
+        Args:
+            closed: the pages, without slack; kept, unless pages are let go here, for which they are cut and copied.
+            key_tail: exact keys behind them; copied.
+            value_tail: exact values.
+            first_page: pages let go before.
+        """
+        self._segments, self._num_pages, self._first_page = [], 0, first_page
+        if closed is not None:
+            self._num_pages = closed.capacity
+            self._segments = [closed]
+            if self.reach is not None:
+                size = max(self.reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
+                cut = (closed.narrow(start, start + size) for start in range(0, closed.capacity, size))
+                self._segments = [Segment(*(part.clone() for part in segment)) for segment in cut]
+        self._key_tail, self._value_tail = _copied(key_tail, value_tail)
+        self._tail_len, self._closed = key_tail.shape[2], None
 
     @property
     def backend(self) -> tuple[str, str | None]:
@@ -194,33 +133,47 @@ class Int8Pages:
 
     @property
     def seq_len(self) -> int:
-        """Tokens stored."""
-        return self._num_pages * PAGE_SIZE + self._tail_len
+        """Tokens stored so far, those let go included."""
+        return (self._first_page + self._num_pages) * PAGE_SIZE + self._tail_len
+
+    @property
+    def first_page(self) -> int:
+        """Pages let go; the first token held is ``first_page * page_size``."""
+        return self._first_page
 
     @property
     def num_pages(self) -> int:
-        """Closed pages."""
+        """Closed pages held."""
         return self._num_pages
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is held."""
+        return not self._num_pages and not self._tail_len
 
     @property
     def key_tail(self) -> Tensor:
         """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self._write_pending()
         return self._key_tail[:, :, : self._tail_len]
 
     @property
     def value_tail(self) -> Tensor:
         """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self._write_pending()
         return self._value_tail[:, :, : self._tail_len]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments, slack included."""
+        self._arrive()
         return tuple(self._segments)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: codes, metadata, tail, and their slack."""
-        return sum(s.nbytes for s in self._segments) + self._key_tail.nbytes + self._value_tail.nbytes
+        """Bytes allocated: codes, metadata, tail, their slack, and twins in host memory."""
+        held = sum(s.nbytes for s in self._segments) + self._key_tail.nbytes + self._value_tail.nbytes
+        return held + (self._host.nbytes if self._host is not None else 0)
 
     @property
     def batch_size(self) -> int:
@@ -229,18 +182,18 @@ class Int8Pages:
 
     @property
     def device(self) -> torch.device:
-        """Where the bytes are."""
+        """Where the tail is, and the pages when they are read."""
         return self._key_tail.device
 
     def view(self) -> PagesView:
-        """All tokens stored, for reading."""
+        """All tokens held, for reading."""
         return self._view_with(self.key_tail, self.value_tail)
 
     def append(self, key_states: Tensor, value_states: Tensor) -> PagesView:
         """Store new tokens and return what their queries read.
 
-        In the view the pages that this call closes are still exact, so a chunk always sees itself unquantised. The
-        tail of the view of an empty layer is the arguments themselves.
+        In the view the pages that this call closes are still exact, so a chunk always sees itself unquantised, and the
+        pages that it lets go are still there. The tail of the view of an empty layer is the arguments themselves.
 
         Args:
             key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
@@ -252,8 +205,14 @@ class Int8Pages:
         closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
         if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
             # Nothing but the tail grows: what a decode step does, in a few calls.
+            if self._reads_unwritten:
+                self._write_pending()
+                pending = key_states, value_states
+                self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
+                self._tail_len = total
+                return self._newest
             if key_buffer.is_inference():
-                with _write_access(key_buffer):
+                with write_access(key_buffer):
                     ops.append_tail(
                         key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
                     )
@@ -262,9 +221,11 @@ class Int8Pages:
                     key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
                 )
             self._tail_len = total
-            return PagesView(closed, key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total), self._backend)
+            return PagesView(closed, key_buffer, value_buffer, self._backend, total)
+        self._write_pending()
+        self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
-        is_empty = self.seq_len == 0
+        is_empty = self.is_empty
 
         if is_empty:
             key_tail, value_tail = key_states, value_states
@@ -276,19 +237,23 @@ class Int8Pages:
             key_tail, value_tail = key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total)
         view = self._view_with(key_tail, value_tail)
 
-        new_segment = self._close(key_tail, value_tail, closing) if closing else None
+        skipped = min(max(self._oldest_needed(key_states.shape[2]) - self._num_pages, 0), closing)
+        new_segments = self._close(key_tail, value_tail, skipped, closing) if closing else []
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
             key_buffer, value_buffer = _copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
         # Nothing above changed what is stored, so an append that fails for lack of memory leaves the layer as it was.
-        if new_segment is not None:
-            self._segments.append(new_segment)
+        if skipped:
+            self._first_page += self._num_pages + skipped
+            self._segments, self._num_pages, self._host = [], 0, None
+        self._segments += new_segments
         self._key_tail, self._value_tail = key_buffer, value_buffer
-        self._num_pages += closing
+        self._num_pages += closing - skipped
+        self._tail_len = total - closing * PAGE_SIZE
         if closing:
             self._closed = None
-        self._tail_len = total - closing * PAGE_SIZE
+            self.let_go()
         return view
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -297,14 +262,16 @@ class Int8Pages:
         A page that loses some of its tokens is reopened: the restored values of the rest become the tail.
 
         Args:
-            tokens_to_remove: from 0 to ``seq_len``.
+            tokens_to_remove: from 0 to the number of tokens held.
         """
-        seq_len = self.seq_len - tokens_to_remove
+        self._write_pending()
+        seq_len = self._num_pages * PAGE_SIZE + self._tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
         if pages >= self._num_pages:
             self._tail_len = seq_len - self._num_pages * PAGE_SIZE
             return
         # The tail is restored before any page is let go.
+        self._arrive()
         reopened = self._view_pages(pages, pages + 1)
         key_states, value_states = reopened.restore_keys(), reopened.restore_values()
         self._key_tail, self._value_tail = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
@@ -312,27 +279,54 @@ class Int8Pages:
         self._num_pages, self._closed = pages, None
         while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
             self._segments.pop()
+        if self._host is not None:
+            self._host.crop(len(self._segments), pages)
+
+    def let_go(self) -> None:
+        """Free the segments that lie wholly before the newest ``reach`` tokens. Views that exist keep theirs."""
+        needed, pages, segments = self._oldest_needed(0), 0, 0
+        if needed <= 0:
+            return
+        self._arrive()
+        while segments < len(self._segments) and pages + self._segments[segments].capacity <= needed:
+            pages, segments = pages + self._segments[segments].capacity, segments + 1
+        if segments:
+            self._segments, self._closed = self._segments[segments:], None
+            self._first_page, self._num_pages = self._first_page + pages, self._num_pages - pages
+            if self._host is not None:
+                self._host.forget(segments, pages)
 
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+        self._write_pending()
+        self._arrive()
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
         tails = self._key_tail[indices], self._value_tail[indices]
         self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
+        self._host = None
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
         self.index_select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
-        """Move the bytes to ``device``."""
-        segments = [Segment(*(p.to(device, non_blocking=non_blocking) for p in s)) for s in self._segments]
-        tails = (t.to(device, non_blocking=non_blocking) for t in (self._key_tail, self._value_tail))
-        self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
-        self._backend = None
+    def evict(self) -> None:
+        """Keep the closed pages in host memory alone; the tail stays. Views that exist keep their pages."""
+        if not self._is_evicted:
+            self._arrive()
+            self._host = self._host or HostCopy()
+            self._host.save(self._segments, self._num_pages)
+            self._segments, self._closed, self._is_evicted = [], None, True
+
+    def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Begin to bring evicted pages back, on ``stream`` if there is one; what reads them waits for them."""
+        if self._is_evicted:
+            assert self._host is not None
+            self._segments, self._arrival = self._host.load(self.device, stream)
+            self._is_evicted = False
 
     def restore(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, dense, in the model's dtype; see ``PagesView``."""
+        """Keys and values held, dense, in the model's dtype; see ``PagesView``."""
         view = self.view()
         return view.restore_keys(), view.restore_values()
 
@@ -341,42 +335,77 @@ class Int8Pages:
         """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
         return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
 
+    @property
+    def _reads_unwritten(self) -> bool:
+        """Whether attention writes the newest tokens on its way."""
+        return self._backend is not None and self._backend[0] in ops.WRITE_ON_READ
+
+    def _write_pending(self) -> None:
+        """Have the newest tokens in the buffers of the tail."""
+        if self._newest is not None:
+            self._newest.write_pending()
+            self._newest = None
+
+    def _arrive(self) -> None:
+        """Have the pages on the device, in the order of the current stream."""
+        self.fetch()
+        if self._arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrival)
+            self._arrival = None
+
+    def _oldest_needed(self, new_tokens: int) -> int:
+        """Pages, from the first one held, that are out of reach once ``new_tokens`` more are stored."""
+        if self.reach is None or self.keeps_past:
+            return 0
+        return max(self.seq_len + new_tokens - self.reach, 0) // PAGE_SIZE - self._first_page
+
     def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
         if self._closed is None:
+            self._arrive()
             self._closed = self._view_pages(0, self._num_pages).closed
         return PagesView(self._closed, key_tail, value_tail, self.backend if self._closed.segments else None)
 
     def _view_pages(self, start: int, stop: int) -> PagesView:
-        """The closed pages ``start`` to ``stop``, with an empty tail."""
-        narrowed, first = [], 0
-        for segment in self._segments:
-            low, high = max(start - first, 0), min(stop - first, segment.capacity)
-            if low < high:
-                narrowed.append(segment.narrow(low, high))
-            first += segment.capacity
-        return PagesView(ClosedPages(tuple(narrowed)), self._key_tail[:, :, :0], self._value_tail[:, :, :0])
+        """The pages ``start`` to ``stop`` of those held, with an empty tail."""
+        closed = ClosedPages(tuple(_pages_of(self._segments, start, stop)))
+        return PagesView(closed, self._key_tail[:, :, :0], self._value_tail[:, :, :0])
 
-    def _close(self, key_tail: Tensor, value_tail: Tensor, num_pages: int) -> Segment | None:
-        """Write the first ``num_pages`` pages of the tail behind the closed ones.
+    def _close(self, key_tail: Tensor, value_tail: Tensor, skipped: int, closing: int) -> list[Segment]:
+        """Write the pages ``skipped`` to ``closing`` of the tail: behind those held, or, if some are skipped, alone.
 
         Returns:
-            The segment that had to be made for them, not yet in the list.
+            The segments that had to be made for them, not yet in the list.
         """
-        room = sum(s.capacity for s in self._segments) - self._num_pages
+        room = 0 if skipped else sum(s.capacity for s in self._segments) - self._num_pages
         targets = [] if not room else [self._segments[-1].narrow(self._segments[-1].capacity - room, None)]
-        new_segment = None
-        if room < num_pages:
-            growth = max(num_pages - room, self._num_pages // SEGMENT_GROWTH)
-            new_segment = Segment.allocate(growth, key_tail, value_tail)
-            targets.append(new_segment)
-        page = 0
-        for target in targets:
-            stop = min(page + target.capacity, num_pages)
+        new_segments = []
+        missing = closing - skipped - room
+        while missing > 0:
+            if self.reach is None:
+                capacity = max(missing, self._num_pages // SEGMENT_GROWTH)
+            else:  # of one size, so that the memory of one that is let go serves the next
+                capacity = max(self.reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
+            new_segments.append(Segment.allocate(capacity, key_tail, value_tail))
+            missing -= capacity
+        page = skipped
+        for target in targets + new_segments:
+            stop = min(page + target.capacity, closing)
             tokens = slice(page * PAGE_SIZE, stop * PAGE_SIZE)
-            with _write_access(target.key_qdata):
+            with write_access(target.key_qdata):
                 ops.store_pages(key_tail[:, :, tokens], value_tail[:, :, tokens], *target.narrow(0, stop - page))
             page = stop
-        return new_segment
+        return new_segments
+
+
+def _pages_of(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
+    """The pages ``start`` to ``stop``, sharing memory."""
+    narrowed, first = [], 0
+    for segment in segments:
+        low, high = max(start - first, 0), min(stop - first, segment.capacity)
+        if low < high:
+            narrowed.append(segment.narrow(low, high))
+        first += segment.capacity
+    return narrowed
 
 
 def _extended(
@@ -395,7 +424,7 @@ def _extended(
         if used:
             ops.append_tail(*old, key_buffer, value_buffer, 0, backend)
     if key_buffer.is_inference():
-        with _write_access(key_buffer):
+        with write_access(key_buffer):
             ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
     else:
         ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
@@ -411,10 +440,3 @@ def _roomier(buffer: Tensor, tokens: int) -> Tensor:
     """Memory shaped like ``buffer`` for at least ``tokens`` tokens."""
     capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
     return buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
-
-
-def _write_access(memory: Tensor) -> AbstractContextManager[None]:
-    """What a write into ``memory`` needs: tensors made in inference mode can only be written there."""
-    if memory.is_inference() and not torch.is_inference_mode_enabled():
-        return torch.inference_mode()
-    return nullcontext()

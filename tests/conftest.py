@@ -17,12 +17,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
     """Every test starts and ends with transformers' own attention functions."""
-    from quantcache import attention
+    from quantcache import attention, prompts
 
     attention.uninstall()
+    prompts.unwatch_generate()
     torch.manual_seed(0)
     yield
     attention.uninstall()
+    prompts.unwatch_generate()
 
 
 def devices() -> list[object]:

@@ -91,3 +91,26 @@ def random_states(
     generator = torch.Generator().manual_seed(seed)
     key, value = torch.randn(2, *shape, generator=generator).to(device=device, dtype=dtype)
     return key, value
+
+
+Operation = tuple[str, int]
+"""What happens to a layer, and its number: tokens of an update or a crop, a seed of an order."""
+
+
+_NUMBERS = {
+    "update": st.sampled_from([1, 1, 1, 7, 33, 64, 100, 230]),
+    "crop": st.sampled_from([0, 1, 5, 32, 33, 64, 150]),
+    "reorder": st.integers(0, 99),
+    "select": st.integers(0, 99),
+    "repeat": st.just(2),
+    "offload": st.just(0),
+    "reset": st.just(0),
+}
+_OPERATIONS = [*["update"] * 14, *["crop"] * 5, "reorder", "select", "select", "repeat", *["offload"] * 4, "reset"]
+
+
+@st.composite
+def schedules(draw: st.DrawFn, longest: int = 60) -> list[Operation]:
+    """Up to ``longest`` operations on a layer: decoding, chunks, rollbacks, batch operations, offloading, resets."""
+    length = draw(st.integers(1, longest))  # a list left to itself is mostly short
+    return [(name, draw(_NUMBERS[name])) for name in (draw(st.sampled_from(_OPERATIONS)) for _ in range(length))]

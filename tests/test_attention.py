@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache, attention, ops
@@ -155,7 +156,7 @@ def test_a_strict_cache_raises_instead() -> None:
     ("options", "reason"),
     [
         ({"dropout": 0.1}, "sdpa: the option dropout"),
-        ({"position_bias": torch.zeros(1, 1, 1, 1)}, "sdpa: the option position_bias"),
+        ({"output_attentions": True}, "sdpa: the option output_attentions"),
         ({"attention_mask": torch.ones(2, 300, dtype=torch.bool)}, "sdpa: a mask of 2 axes"),
     ],
 )
@@ -165,14 +166,63 @@ def test_what_int8_attention_lacks_is_named(installed: None, options: dict[str, 
         ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query(), key, value, **{"attention_mask": None, **options})
 
 
-@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
-def test_a_position_bias_is_added_on_the_restored_path(installed: None) -> None:
-    _, key, value = int8_pair()
-    bias = torch.randn(2, HEADS * GROUP, 1, 300)
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_a_position_bias_is_added_to_the_mask(installed: None, mask: str, query_len: int) -> None:
+    if mask == "none" and query_len > 1:
+        pytest.skip("sdpa takes a missing mask for that of a static cache's prompt")
+    layer, key, value = int8_pair(strict=True)
+    bias = torch.randn(1, HEADS * GROUP, query_len, 300)
+    allowed = torch.ones(2, 1, query_len, 300, dtype=torch.bool).tril(300 - query_len)
+    allowed[1, ..., :70] = False
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    options = {"none": None, "bool": allowed, "float": additive}
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ours, _ = sdpa(Module(), query(), key, value, None, position_bias=bias)
-    theirs, _ = sdpa(Module(), query(), *restored(key, value), None, position_bias=bias)
+    ours, _ = sdpa(Module(), query(query_len), key, value, options[mask], position_bias=bias)
+    theirs, _ = sdpa(Module(), query(query_len), *restored(key, value), options[mask], position_bias=bias)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert layer.read_log.reason is None
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_flex_arguments_mean_what_the_flex_function_means(installed: None, query_len: int) -> None:
+    layer, key, value = int8_pair(strict=True)
+
+    def visible(batch: Tensor, head: Tensor, position: Tensor, key_position: Tensor) -> Tensor:
+        position = position + 300 - query_len
+        return (key_position <= position) & (position - key_position < 90) & ((batch == 0) | (key_position >= 250))
+
+    block_mask = create_block_mask(visible, 2, None, query_len, 300, device="cpu")
+    sinks = torch.randn(HEADS * GROUP)
+    flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    ours, _ = flex(Module(), query(query_len), key, value, block_mask, scaling=0.2, softcap=4.0, s_aux=sinks)
+    dense_key, dense_value = restored(key, value)
+    position, key_position = torch.arange(300 - query_len, 300)[:, None], torch.arange(300)[None]
+    allowed = (key_position <= position) & (position - key_position < 90)
+    allowed = torch.stack([allowed, allowed & (key_position >= 250)])[:, None]
+    logits = 0.2 * query(query_len) @ dense_key.repeat_interleave(GROUP, 1).transpose(-1, -2)
+    logits = (4.0 * torch.tanh(logits / 4.0)).masked_fill(~allowed, -torch.inf)
+    logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(2, -1, query_len, 1)], dim=-1)
+    theirs = (logits.softmax(-1)[..., :-1] @ dense_value.repeat_interleave(GROUP, 1)).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert layer.read_log.reason is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_may_mix_dtypes(installed: None, dtype: torch.dtype) -> None:
+    key, value = random_states(2, HEADS, 300, HEAD_DIM)
+    layer, plain = Int8Layer(), Int8Layer()
+    plain.update(key.to(dtype), value.to(dtype))
+    with torch.autocast("cpu", dtype):
+        layer.update(key, value.to(dtype))  # keys that were rotated in float32
+        pair = layer.update(key[:, :, :1], value[:, :, :1].to(dtype))
+        ours, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query(), *pair, None)
+        direct = torch.nn.functional.scaled_dot_product_attention(query(), *pair, enable_gqa=True)
+    expected = plain.update(key[:, :, :1].to(dtype), value[:, :, :1].to(dtype))
+    theirs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](Module(), query().to(dtype), *expected, None)
     assert torch.equal(ours, theirs)
+    assert torch.equal(direct.transpose(1, 2), theirs)
+    assert layer.read_log.reason is None
 
 
 def test_plain_tensors_reach_the_original_untouched() -> None:

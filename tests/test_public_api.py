@@ -23,7 +23,14 @@ def run(code: str) -> str:
 
 
 def test_the_public_names_are_these() -> None:
-    assert quantcache.__all__ == ["FallbackError", "FallbackWarning", "Int8Tensor", "QuantizedInt8Cache", "__version__"]
+    assert quantcache.__all__ == [
+        "CacheFileError",
+        "FallbackError",
+        "FallbackWarning",
+        "Int8Tensor",
+        "QuantizedInt8Cache",
+        "__version__",
+    ]
     assert dir(quantcache) == sorted(quantcache.__all__)
     for name in quantcache.__all__:
         assert getattr(quantcache, name) is not None

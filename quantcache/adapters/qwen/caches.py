@@ -67,5 +67,5 @@ def new_cache(config: QWenConfig, quantized: bool | None = None) -> Cache:
     cache = QuantizedInt8Cache(config)
     if config.use_cache_kernel is False:
         for layer in cache.layers:
-            layer.reader = "torch"  # type: ignore[union-attr]
+            layer.reader = "torch"
     return cache

@@ -37,8 +37,8 @@ struct Args {
   const void* query;       // (batch, num_kv_heads * group, query_len, DK)
   void* output;            // (batch, query_len, num_kv_heads * group, DV), contiguous
   const Segment* segments; // num_segments + 1, not read if there is one
-  const void* key_tail;    // (batch, num_kv_heads, tail_len, DK)
-  const void* value_tail;
+  void* key_tail;          // (batch, num_kv_heads, tail_len or more, DK); written where there are new tokens
+  void* value_tail;
   const void* mask;        // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
   const float* sinks;      // (num_kv_heads * group,) or null
   const int* lengths;      // pages and tail_len in device memory, or null for the two below
@@ -50,6 +50,9 @@ struct Args {
   int page_splits, num_splits, is_causal, window, mask_dtype, batch;
   float softmax_scale, softcap;
   Segment only;            // the one segment, if there is one: a table in memory costs its latency
+  const void* new_states[2];  // keys and values of the last num_new tokens of the tail, which are not there yet
+  i64 new_stride[2][3];
+  int num_new;
 };
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of `chunks`: eight rows at one chunk in eight banks.
@@ -208,6 +211,13 @@ DEVICE float capped(const Args& args, float logit) {
 }
 DEVICE float score_scale(const Args& args) { return SOFTCAP ? args.softmax_scale : args.softmax_scale * kLog2e; }
 
+// Four consecutive elements as they are stored.
+#if DTYPE == 0
+using Four = uint4;
+#else
+using Four = uint2;
+#endif
+
 // Four consecutive elements of a row of the query in shared memory, as they are stored.
 struct Quad {
   u32 word[kQuerySize];  // pairs of 16-bit floats, or floats
@@ -360,6 +370,20 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
           for (int v = 0; v < kTerms; v++)
             if (w + v < 2) mma_exact(rows.output[i][c], values[v], weights[i][w][0], weights[i][w][1]);
     }
+  }
+}
+
+// Writes the new tokens behind the others of the tail.
+template <int D>
+DEVICE void write_new(const Args& args, const Block& block, int which, void* tail, const i64* tail_stride, int num_old) {
+  constexpr int pieces = D / 4;  // of four elements
+  const i64* stride = args.new_stride[which];
+  const i64 from = block.batch * stride[0] + block.kv_head * stride[1];
+  const i64 to = block.batch * tail_stride[0] + block.kv_head * tail_stride[1] + num_old * tail_stride[2];
+  for (int i = threadIdx.x; i < args.num_new * pieces; i += kThreads) {
+    const int token = i / pieces, channel = i % pieces * 4;
+    static_cast<Four*>(tail)[(to + token * tail_stride[2] + channel) / 4] =
+        static_cast<const Four*>(args.new_states[which])[(from + token * stride[2] + channel) / 4];
   }
 }
 
@@ -707,6 +731,13 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
     for (int i = lane; i < DK * kQuerySize / 4; i += 32) target[i] = row < block.num_rows ? source[i] : 0u;
   }
 
+  if (args.num_new && split == args.num_splits - 1) {
+    // Row tiles of one head write the same bytes, each before it reads them.
+    const int num_old = args.tail_len - args.num_new;
+    write_new<DK>(args, block, 0, args.key_tail, args.key_tail_stride, num_old);
+    write_new<DV>(args, block, 1, args.value_tail, args.value_tail_stride, num_old);
+  }
+
   Rows rows;
   rows.value_factor = 1.0f;
 #pragma unroll
@@ -846,16 +877,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
   }
   if (args.num_splits == 1) return;
 
-  // The last CTA of a head's splits to arrive merges them; the counter wraps to zero by itself.
+  // The last CTA of a head's splits to arrive merges them.
   __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(args.counters + head * row_tiles + row_tile), "r"(args.num_splits - 1u)
-                 : "memory");
-    is_last = before == args.num_splits - 1u;
-  }
+  if (threadIdx.x == 0) is_last = arrives_last(args.counters + head * row_tiles + row_tile, args.num_splits);
   __syncthreads();
   if (!is_last) return;
 

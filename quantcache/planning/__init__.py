@@ -1,0 +1,21 @@
+"""What a cache takes before there is one: geometry of a model, bytes of its cache, and what fits on a GPU.
+
+Nothing here loads torch, transformers or a weight.
+"""
+
+from quantcache.planning.fit import GIB, Fit, Plan, plan
+from quantcache.planning.geometry import Geometry, GeometryError, LayerGeometry
+from quantcache.planning.sources import PRESETS_SOURCE, find_geometry, preset_names
+
+__all__ = [
+    "GIB",
+    "PRESETS_SOURCE",
+    "Fit",
+    "Geometry",
+    "GeometryError",
+    "LayerGeometry",
+    "Plan",
+    "find_geometry",
+    "plan",
+    "preset_names",
+]

@@ -1,0 +1,1 @@
+"""Prompt caches as files: a strict safetensors container, and what quantcache puts into it."""
