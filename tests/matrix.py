@@ -527,7 +527,8 @@ OPERATIONS: dict[str, Operation] = {
     "output_attentions": attentions,
 }
 
-HYBRIDS = ("Qwen3-Next", "Qwen3.5")
+RECURRENT = ("Qwen3-Next", "Qwen3.5", "Jamba", "Falcon-H1")
+HYBRIDS = (*RECURRENT, "LFM2")
 
 
 @dataclass(frozen=True)
@@ -567,16 +568,16 @@ OLDER_REFUSED: dict[tuple[str, str], Refusal] = {
 }
 
 REFUSED: dict[tuple[str, str], Refusal] = {
-    **{(name, operation): _STATEFUL for name in HYBRIDS for operation in ("assisted decoding", "prompt lookup")},
+    **{(name, operation): _STATEFUL for name in RECURRENT for operation in ("assisted decoding", "prompt lookup")},
     **{
         (name, "crop"): Refusal(
             "quantcache",
             ValueError,
-            r"QuantizedInt8Cache.crop: layer 0, a LinearAttentionLayer, keeps a recurrent state",
+            r"QuantizedInt8Cache.crop: layer 0, a LinearAttention\w+, keeps a recurrent state",
             "a recurrent state cannot forget tokens, which transformers' own cache ignores without a word; "
             "go back to a `copy.deepcopy` of the cache",
         )
-        for name in HYBRIDS
+        for name in RECURRENT
     },
     **{
         (name, "without a config"): Refusal(
