@@ -590,6 +590,14 @@ BY_IMPLEMENTATION: dict[str, tuple[str, ...]] = {
 """What is asked of an implementation that is not the model's first."""
 
 
+host_warnings = pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile",
+    "ignore:_compile flag on create_block_mask:DeprecationWarning",
+    r"ignore:.*torch\.jit\.script.* is deprecated:DeprecationWarning",
+)
+"""What transformers and torch say of each other."""
+
+
 @contextmanager
 def quiet_flex() -> Iterator[None]:
     """flex_attention uncompiled: compiling takes half a minute a model on a CPU, and is not what is asked here."""

@@ -201,10 +201,12 @@ def test_early_initialization_takes_shapes_and_stores_nothing() -> None:
     assert cache.is_initialized
     assert cache.get_seq_length() == 0
     assert cache.nbytes == 0
+    assert cache.get_mask_sizes(5, 1) == (5, 0)
     for layer_idx in range(2):
         states = random_states(2, 2, 200, 16, seed=layer_idx)
         for one in (cache, plain):
             one.update(*states, layer_idx)
+    assert cache.get_query_offset() == cache.get_query_offset(1) == 200
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
         for one, two in zip(stored(ours.pages), stored(theirs.pages), strict=True):
             assert torch.equal(one, two)
