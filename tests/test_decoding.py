@@ -19,8 +19,8 @@ from quantcache.layers import Int8Layer
 from quantcache.scheme import PAGE_SIZE
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, SIZES, Architecture
+from tests.cases import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.conftest import devices
-from tests.matrix import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.strategies import random_states
 from tests.twins import stored
 

@@ -5,18 +5,10 @@ from contextlib import nullcontext
 import pytest
 
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.cases import NEWEST, Case, WithExactCache, host_warnings, quiet_flex
 from tests.conftest import devices
-from tests.matrix import (
-    BY_IMPLEMENTATION,
-    NEWEST,
-    OLDER_REFUSED,
-    OPERATIONS,
-    REFUSED,
-    Case,
-    WithExactCache,
-    host_warnings,
-    quiet_flex,
-)
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.refusals import OLDER_REFUSED, REFUSED
 
 CELLS = [
     (architecture, implementation, operation)

@@ -9,7 +9,7 @@ from quantcache import FallbackWarning, QuantizedInt8Cache, ops
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
-from tests.matrix import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
+from tests.cases import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
 from tests.supported import PAGE, page, reading
 
 
