@@ -137,8 +137,16 @@ def same_reading(case: Case, cache: Any, ids: Tensor) -> None:
     """The next tokens ``ids`` see in ``cache`` exactly what it restores to."""
     theirs = case.logits(ids, restored(cache))
     ours = case.logits(ids, cache)
-    # Logits of the order of 10, sums of up to a few hundred float32 terms through a few layers.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=reading_error(case))
+
+
+def reading_error(case: Case) -> float:
+    """How far logits may be from those of another order of summing.
+
+    They are of the order of 10, sums of up to a few hundred float32 terms through a few layers. The CUDA kernels
+    multiply probabilities and values as 16-bit floats, 2**-11 of them off, where torch multiplies float32.
+    """
+    return 2e-3 if case.device == "cpu" else 1e-2
 
 
 def close_in_quality(exact: Tensor, scores: Tensor) -> None:

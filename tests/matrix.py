@@ -27,6 +27,7 @@ from tests.cases import (
     int8_layers,
     is_native,
     parts,
+    reading_error,
     restored,
     same_reading,
     tokens,
@@ -220,7 +221,9 @@ def batch_operations(case: Case) -> None:
         exact.reorder_cache(torch.tensor(rows, device=case.device))  # every layer of the host has this one
         getattr(cache, name)(argument)
         ids = tokens(1, batch, seed=6)
-        torch.testing.assert_close(case.logits(ids, cache), case.logits(ids, exact), rtol=1e-4, atol=2e-3)
+        torch.testing.assert_close(
+            case.logits(ids, cache), case.logits(ids, exact), rtol=1e-4, atol=reading_error(case)
+        )
 
 
 def cropping(case: Case) -> None:
@@ -250,7 +253,8 @@ def gradients(case: Case) -> None:
         sums.append([p.grad.clone() for p in case.model.parameters() if p.grad is not None])
     case.model.zero_grad(set_to_none=True)
     for ours, theirs in zip(*sums, strict=True):
-        assert torch.equal(ours, theirs)
+        # A GPU adds up gradients in whatever order they come.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if case.device == "cpu" else 1e-4 * theirs.abs().max())
     if not is_native(case):
         cache = case.cache()
         case.model(**case.named(tokens(20)), past_key_values=cache, use_cache=True)
