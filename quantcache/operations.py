@@ -65,11 +65,7 @@ class LayerOperations:
                     f"got {tokens_to_remove}."
                 )
         for layer in self.layers:
-            if (
-                tokens_to_remove
-                or isinstance(layer, Int8Layer)
-                or getattr(layer, "record_past", hasattr(layer, "crop"))
-            ):
+            if tokens_to_remove or getattr(layer, "record_past", hasattr(layer, "crop")):
                 layer.crop(tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -104,8 +100,8 @@ class LayerOperations:
         for layer_idx, layer in enumerate(self.layers):
             if not isinstance(layer, LinearAttentionCacheLayerMixin) and not hasattr(layer, method):
                 raise ValueError(
-                    f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, keeps "
-                    "its batch. Use QuantizedInt8Cache without max_cache_len."
+                    f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, "
+                    "keeps its batch. Use QuantizedInt8Cache without max_cache_len."
                 )
 
     def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
