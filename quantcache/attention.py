@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from quantcache import static_tensor
+from quantcache.static_tensor import StaticInt8Tensor
 from quantcache.tensor import Int8Tensor, autocast_to, read, shared_view
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -72,6 +74,11 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, StaticInt8Tensor):
+            query = autocast_to(key.dtype, query)
+            uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
+            if uncovered is None and query.dtype == key.dtype:
+                return static_tensor.read(key, query, **options), None
         if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
@@ -79,9 +86,9 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         if found is not None:
             view, log = found
             reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
-            query = autocast_to(view.key_tail.dtype, query)
-            if reason is None and query.dtype != view.key_tail.dtype:
-                reason = f"query in {query.dtype} and cache in {view.key_tail.dtype}"
+            query = autocast_to(view.dtype, query)
+            if reason is None and query.dtype != view.dtype:
+                reason = f"query in {query.dtype} and cache in {view.dtype}"
             if reason is None:
                 return read(view, log, query, **options), None
         key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
@@ -102,9 +109,8 @@ def _options(
         options: the keyword arguments, empty with a reason.
     """
     is_flash = name != "sdpa" and name.startswith("flash")
-    dense = _DENSE_FLASH_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS if name == "sdpa" else _DENSE_OPTIONS
-    for option in kwargs.keys() & dense:
-        value = kwargs[option]
+    for option in _DENSE_FLASH_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS if name == "sdpa" else _DENSE_OPTIONS:
+        value = kwargs.get(option)
         if isinstance(value, Tensor) or value:
             return f"the option {option}", {}
 

@@ -1,19 +1,21 @@
 """``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache import attention, conversion
 from quantcache.files import CacheFiles
 from quantcache.layers import Int8Layer, check_states
 from quantcache.layout import LayerFactory, layers_for
+from quantcache.operations import LayerOperations
 from quantcache.report import CacheReport, FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.sizing import tokens_of_generate
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -33,7 +35,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(CacheFiles, DynamicCache):
+class QuantizedInt8Cache(LayerOperations, CacheFiles, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())
@@ -52,6 +54,8 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
             warning once.
+        max_cache_len: allocate memory for so many tokens at once, so that ``generate()`` compiles the decoding step, as
+            it does with a ``StaticCache``. Needs ``config``. See ``for_generate``, which finds the number.
         offloading: keep closed pages in host memory and bring those of the next layer to the GPU while one is at work.
             Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
         offload_only_non_sliding: leave sliding-window layers where they are.
@@ -67,6 +71,7 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ) -> None:
@@ -76,7 +81,13 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
                 "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
                 f"got {type(config).__name__}.{convert}"
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)))
+        if max_cache_len is not None and (config is None or offloading):
+            raise ValueError(
+                "QuantizedInt8Cache: max_cache_len needs the model's config and cannot be combined with offloading, "
+                f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
+                "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
+            )
+        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -99,6 +110,7 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
         *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         strict: bool = False,
+        offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
         """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
@@ -107,13 +119,51 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
             config: as for the constructor, as are the other arguments.
             residual_length: see the constructor.
             strict: see the constructor.
+            offloading: see the constructor; an exact cross-attention cache stays where it is.
             quantize_cross_attention: store the encoder's keys and values, which are computed once, in int8 too; if
                 False, exactly.
         """
-        own = cls(config, residual_length=residual_length, strict=strict)
-        if quantize_cross_attention:
-            return EncoderDecoderCache(own, cls(config, residual_length=residual_length, strict=strict))
-        return EncoderDecoderCache(own, DynamicCache(config=config))
+        make = functools.partial(cls, config, residual_length=residual_length, strict=strict, offloading=offloading)
+        return EncoderDecoderCache(make(), make() if quantize_cross_attention else DynamicCache(config=config))
+
+    @classmethod
+    def for_generate(
+        cls,
+        model: Any,
+        inputs: Tensor | Mapping[str, Any],
+        generation_config: GenerationConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        **options: Any,
+    ) -> "QuantizedInt8Cache":
+        """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
+
+            cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+
+        Args:
+            model: what will generate.
+            inputs: token ids (batch, seq_len), or the keyword arguments of ``generate()`` with ``input_ids``.
+            generation_config: as for ``generate()``.
+            max_cache_len: more tokens than this call needs, for ``reset()`` and later calls without a new compilation.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            options: other keyword arguments of ``generate()``; ``max_new_tokens`` and ``max_length`` count.
+
+        Raises:
+            ValueError: the prompt and the new tokens do not fit into ``max_cache_len``, or the length has no limit.
+        """
+        prompt_len, new_tokens = tokens_of_generate(model, inputs, generation_config, options)
+        needed = prompt_len + new_tokens
+        if max_cache_len is not None and max_cache_len < needed:
+            raise ValueError(
+                "QuantizedInt8Cache.for_generate: max_cache_len must be at least the prompt and the new tokens, "
+                f"{prompt_len} + {new_tokens} = {needed}, got {max_cache_len}."
+            )
+        config = model.config.get_text_config(decoder=True)
+        return cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len or needed)
 
     @classmethod
     def from_legacy_cache(
@@ -235,49 +285,10 @@ class QuantizedInt8Cache(CacheFiles, DynamicCache):
             self.layers += [self._make() for _ in range(known, layer_idx + 1)]
         if self.offloading:
             self._prefetch_next(layer_idx)
-        states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(  # type: ignore[union-attr]
-            key_states, value_states, *args, **kwargs
-        )
+        states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         if self.offloading:
             self.offload(layer_idx, self.only_non_sliding)
         return states
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].prefetch()  # type: ignore[no-untyped-call]
-
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Keep the pages of a layer in host memory alone until they are read again."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].offload()  # type: ignore[no-untyped-call]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
-
-        Args:
-            tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
-
-        Raises:
-            ValueError: a positive number, or more tokens than a layer holds; every layer is then as it was.
-        """
-        for layer in self.layers:
-            if isinstance(layer, Int8Layer):
-                layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-
-    def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
-        layer = self.layers[layer_idx]
-        return hasattr(layer, "offload") and not (only_non_sliding and getattr(layer, "is_sliding", False))
-
-    def _prefetch_next(self, layer_idx: int) -> None:
-        """Have the layer, and begin with the next int8 one, or after the last with the first."""
-        if not isinstance(self.layers[layer_idx], Int8Layer):
-            self.prefetch(layer_idx, self.only_non_sliding)  # it knows no streams: in order with its update
-        for following in (*range(layer_idx + 1, len(self.layers)), *range(layer_idx)):
-            if isinstance(self.layers[following], Int8Layer) and self._is_offloaded(following, self.only_non_sliding):
-                self.prefetch(following, self.only_non_sliding)
-                return
 
     @property
     def _is_user_defined(self) -> bool:
@@ -323,4 +334,5 @@ def _report(layer: Any, layer_idx: int) -> LayerReport:
     if isinstance(layer, Int8Layer):
         return layer.report(layer_idx)
     seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
-    return LayerReport(layer_idx, type(layer).__name__, seq_len, layer_nbytes(layer), "native", None)
+    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
+    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)

@@ -81,6 +81,8 @@ class Int8Layer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     supports_early_init = True
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
 
     def __init__(self, residual_length: int = DEFAULT_RESIDUAL_LENGTH, policy: FallbackPolicy | None = None) -> None:
         # Not super().__init__(): it would assign keys and values, which are views of the pages here.
@@ -129,6 +131,7 @@ class Int8Layer(CacheLayerMixin):
         """Take dtype, device and shapes from the first states; nothing is stored of them."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.pages = Int8Pages(key_states, value_states, self.residual_length)
+        self.pages.reader = self.reader
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -149,12 +152,7 @@ class Int8Layer(CacheLayerMixin):
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
         pages = self.pages
-        if isinstance(key_states, Tensor) and isinstance(value_states, Tensor):
-            if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
-                # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
-                held = torch.get_autocast_dtype(key_states.device.type) if pages is None else pages.key_tail.dtype
-                key_states, value_states = autocast_to(held, key_states), autocast_to(held, value_states)
-        self._check(key_states, value_states)
+        key_states, value_states = self._checked(key_states, value_states)
         if pages is None or pages.is_empty:
             self.lazy_initialization(key_states, value_states)
             self._cut_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
@@ -164,10 +162,7 @@ class Int8Layer(CacheLayerMixin):
             return key_states, value_states
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if wants_gradient and (pages.num_pages or self._cut_gradients):
-            self.read_log.fell_back(
-                "gradients are enabled and stop at tokens of earlier calls; use torch.no_grad() where none are needed",
-                "restored" if pages.num_pages else "exact",
-            )
+            self.read_log.cut_gradients("restored" if pages.num_pages else "exact")
         elif pages.num_pages == 0:
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
@@ -209,6 +204,7 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more tokens than there are; the layer is then as it was.
         """
+        tokens_to_remove = int(tokens_to_remove)
         self.check_crop(tokens_to_remove)
         if tokens_to_remove and self.pages is not None:
             self.pages.crop(-tokens_to_remove)
@@ -255,21 +251,33 @@ class Int8Layer(CacheLayerMixin):
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = self.storage if self.get_seq_length() else "empty"
+        if self.pages is not None and self.pages.is_evicted:
+            storage += ", in host memory"
         return LayerReport(
             layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
         )
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        """``check_states``, left out for states like the last ones, as every decode step has them (8 us a layer)."""
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The states as they are stored, or ``check_states`` raises.
+
+        What a decode step hands over is like what the last one did, and passes without (8 us a layer).
+        """
         signature: tuple[object, ...] = ()
         if isinstance(key_states, Tensor) and isinstance(value_states, Tensor):
             signature = (
                 *(key_states.shape, key_states.dtype, key_states.device),
                 *(value_states.shape, value_states.dtype, value_states.device),
             )
-        if not signature or signature != self._accepted:
-            check_states(key_states, value_states, self)
-            self._accepted = signature
+            if signature == self._accepted:
+                return key_states, value_states
+            if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+                # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
+                pages, kind = self.pages, key_states.device.type
+                held = torch.get_autocast_dtype(kind) if pages is None else pages.key_tail.dtype
+                return self._checked(autocast_to(held, key_states), autocast_to(held, value_states))
+        check_states(key_states, value_states, self)
+        self._accepted = signature
+        return key_states, value_states
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.pages is not None

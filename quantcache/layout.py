@@ -1,15 +1,21 @@
 """Which layer each decoder layer of a model gets: int8, or transformers' own."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_NATIVE_WINDOW
 from quantcache.sliding import Int8SlidingLayer
+from quantcache.static_layers import StaticInt8Layer
+
+_OWN_CACHE: Final = {"minimax": "MiniMaxCache"}
+"""Models that refuse every cache but their own, by model type."""
 
 
 @dataclass
@@ -19,10 +25,14 @@ class LayerFactory:
     Attributes:
         residual_length: see ``Int8Layer``.
         policy: what the layers do about slow reads.
+        max_cache_len: tokens that fit into each layer, None for layers that grow.
+        scratch: see ``StaticInt8Layer``.
     """
 
     residual_length: int = DEFAULT_RESIDUAL_LENGTH
     policy: FallbackPolicy = field(default_factory=FallbackPolicy)
+    max_cache_len: int | None = None
+    scratch: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a bad ``residual_length`` here, not in the middle of the first forward pass."""
@@ -30,15 +40,18 @@ class LayerFactory:
 
     def __call__(self) -> Int8Layer:
         """A layer for full attention."""
+        if self.max_cache_len is not None:
+            return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.scratch)
         return Int8Layer(self.residual_length, self.policy)
 
     def instead_of(self, native: Any) -> Any:
         """The empty int8 layer for what ``native`` is for, or ``native`` itself where int8 is not for it.
 
         Full attention goes int8, and so do windows and chunks above ``MAX_NATIVE_WINDOW`` tokens. Small windows, linear
-        attention, convolutions, indexed, compressed and shared layers stay transformers' own.
+        attention, convolutions, indexed, compressed and shared layers stay transformers' own; with
+        ``max_cache_len`` so do all windows.
         """
-        if type(native) is DynamicLayer:
+        if type(native) in (DynamicLayer, StaticLayer):
             return self()
         if type(native) is DynamicSlidingWindowLayer and native.sliding_window > MAX_NATIVE_WINDOW:
             return Int8SlidingLayer(native.sliding_window, self.residual_length, self.policy)
@@ -51,8 +64,16 @@ def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
     Raises:
         ValueError: transformers knows no cache for the model.
     """
+    if config.model_type in _OWN_CACHE:
+        raise ValueError(
+            "QuantizedInt8Cache: config must be that of a model that takes a cache of transformers' general kind, got "
+            f"{type(config).__name__}, whose model insists on its {_OWN_CACHE[config.model_type]}."
+        )
     try:
-        native = DynamicCache(config=config).layers
+        if make.max_cache_len is None:
+            native = DynamicCache(config=config).layers
+        else:
+            native = StaticCache(config=config, max_cache_len=make.max_cache_len).layers
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             "QuantizedInt8Cache: config must be that of a decoder whose layers transformers can cache, got "

@@ -70,6 +70,9 @@ class Backend(Protocol):
         ...
 
 
+WRITE_ON_READ: Final = frozenset({"cuda"})
+"""Backends whose attention takes tokens that are not in the tail's buffer yet and writes them there."""
+
 BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
 
 
@@ -227,7 +230,7 @@ for _name, _states_arguments, _fake in (
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
-def _is_plain(query: Tensor) -> bool:
+def is_plain(query: Tensor) -> bool:
     """Whether nothing watches operations, so that the dispatcher (10 us with lists of tensors) can be left out."""
     return (
         type(query) is Tensor
@@ -276,7 +279,7 @@ def append_tail(
         position: token of the tail that is written first.
         backend: what ``backend_for`` the states named, if it was asked already.
     """
-    if _is_plain(key_states):
+    if is_plain(key_states):
         chosen = BACKENDS[backend or backend_for(key_states, value_states)[0]]
         chosen.append_tail(key_states, value_states, key_tail, value_tail, position)
     else:
@@ -346,7 +349,7 @@ def attention(
         ValueError: shapes or numbers that do not fit together.
         TypeError: a query whose dtype is not the tail's.
     """
-    _check_attention(query, key_qdata, key_tail, value_tail, attn_mask, window, softcap, sinks)
+    _check_attention(query, key_qdata, key_tail, value_tail, key_tail.shape[2], attn_mask, window, softcap, sinks)
     if softmax_scale is None:
         softmax_scale = float(query.shape[-1]) ** -0.5
     if torch.is_grad_enabled() and query.requires_grad:
@@ -355,7 +358,7 @@ def attention(
         value = restore_values(value_qdata, value_metadata, value_tail)
         return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
     run: Any = torch.ops.quantcache.attention
-    if _is_plain(query):
+    if is_plain(query):
         run = BACKENDS[backend or backend_for(query, value_tail)[0]].attention
     output: Tensor = run(
         query,
@@ -375,11 +378,70 @@ def attention(
     return output
 
 
+def write_and_attend(
+    query: Tensor,
+    new_states: tuple[Tensor, Tensor],
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+    key_buffer: Tensor,
+    value_buffer: Tensor,
+    tail_len: int,
+    backend: str,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``append_tail`` and ``attention`` in one launch, for plain tensors and a backend of ``WRITE_ON_READ``.
+
+    Args:
+        query: see ``attention``, as for every argument not named here.
+        new_states: the newest keys and values, the last of the ``tail_len`` tokens, to be written into the buffers.
+        key_qdata: see ``attention``.
+        key_metadata: see ``attention``.
+        value_qdata: see ``attention``.
+        value_metadata: see ``attention``.
+        key_buffer: (batch, num_kv_heads, capacity, head_dim).
+        value_buffer: (batch, num_kv_heads, capacity, v_head_dim).
+        tail_len: tokens of the tail, the new ones included.
+        backend: what ``backend_for(query, value_buffer)`` named.
+        attn_mask: see ``attention``.
+        is_causal: see ``attention``.
+        softmax_scale: see ``attention``.
+        window: see ``attention``.
+        softcap: see ``attention``.
+        sinks: see ``attention``.
+    """
+    _check_attention(query, key_qdata, key_buffer, value_buffer, tail_len, attn_mask, window, softcap, sinks)
+    if softmax_scale is None:
+        softmax_scale = float(query.shape[-1]) ** -0.5
+    write: Any = BACKENDS[backend]
+    output: Tensor = write.write_and_attend(
+        query,
+        new_states,
+        (key_qdata, key_metadata, value_qdata, value_metadata),
+        (key_buffer, value_buffer),
+        tail_len,
+        attn_mask,
+        is_causal,
+        softmax_scale,
+        window,
+        softcap,
+        sinks,
+    )
+    return output
+
+
 def _check_attention(
     query: Tensor,
     key_qdata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
+    tail_len: int,
     attn_mask: Tensor | None,
     window: int | None,
     softcap: float | None,
@@ -397,7 +459,7 @@ def _check_attention(
             f"{key_tail.dtype} and {value_tail.dtype}, got {query.dtype}."
         )
     if attn_mask is not None:
-        kv_len = sum(qdata.shape[0] for qdata in key_qdata) * PAGE_SIZE + key_tail.shape[2]
+        kv_len = sum(qdata.shape[0] for qdata in key_qdata) * PAGE_SIZE + tail_len
         full = (batch, query.shape[1], query.shape[2], kv_len)
         aligned = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
         if len(aligned) != 4 or any(have not in (1, want) for have, want in zip(aligned, full, strict=True)):

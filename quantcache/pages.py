@@ -33,6 +33,9 @@ class Int8Pages:
         first_page: pages that came before the first token and are let go already.
     """
 
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+
     def __init__(
         self,
         key_states: Tensor,
@@ -51,6 +54,8 @@ class Int8Pages:
         self._key_tail = key_states[:, :, :0].detach().clone()
         self._value_tail = value_states[:, :, :0].detach().clone()
         self._tail_len = 0
+        # The view whose newest tokens may not be in the buffers yet.
+        self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
         # What ops.backend_for says; asked once, since asking takes as long as a launch.
@@ -68,6 +73,7 @@ class Int8Pages:
             "_segments": [Segment(*(part.clone() for part in segment)) for segment in stored.segments],
             "_key_tail": self.key_tail.clone(),
             "_value_tail": self.value_tail.clone(),
+            "_newest": None,
             "_closed": None,
             "_backend": None,
             "_host": None,
@@ -121,7 +127,8 @@ class Int8Pages:
     def backend(self) -> tuple[str, str | None]:
         """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
         if self._backend is None:
-            self._backend = ops.backend_for(self._key_tail, self._value_tail)
+            best = ops.backend_for(self._key_tail, self._value_tail) if self.reader is None else (self.reader, None)
+            self._backend = best
         return self._backend
 
     @property
@@ -140,6 +147,11 @@ class Int8Pages:
         return self._num_pages
 
     @property
+    def is_evicted(self) -> bool:
+        """Whether the closed pages are in host memory alone."""
+        return self._is_evicted
+
+    @property
     def is_empty(self) -> bool:
         """Whether no token is held."""
         return not self._num_pages and not self._tail_len
@@ -147,11 +159,13 @@ class Int8Pages:
     @property
     def key_tail(self) -> Tensor:
         """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self._write_pending()
         return self._key_tail[:, :, : self._tail_len]
 
     @property
     def value_tail(self) -> Tensor:
         """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self._write_pending()
         return self._value_tail[:, :, : self._tail_len]
 
     @property
@@ -196,6 +210,12 @@ class Int8Pages:
         closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
         if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
             # Nothing but the tail grows: what a decode step does, in a few calls.
+            if self._reads_unwritten:
+                self._write_pending()
+                pending = key_states, value_states
+                self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
+                self._tail_len = total
+                return self._newest
             if key_buffer.is_inference():
                 with write_access(key_buffer):
                     ops.append_tail(
@@ -206,7 +226,8 @@ class Int8Pages:
                     key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
                 )
             self._tail_len = total
-            return PagesView(closed, key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total), self._backend)
+            return PagesView(closed, key_buffer, value_buffer, self._backend, total)
+        self._write_pending()
         self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
         is_empty = self.is_empty
@@ -248,12 +269,14 @@ class Int8Pages:
         Args:
             tokens_to_remove: from 0 to the number of tokens held.
         """
+        self._write_pending()
         seq_len = self._num_pages * PAGE_SIZE + self._tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
         if pages >= self._num_pages:
             self._tail_len = seq_len - self._num_pages * PAGE_SIZE
             return
         # The tail is restored before any page is let go.
+        was_evicted = self._is_evicted
         self._arrive()
         reopened = self._view_pages(pages, pages + 1)
         key_states, value_states = reopened.restore_keys(), reopened.restore_values()
@@ -264,6 +287,8 @@ class Int8Pages:
             self._segments.pop()
         if self._host is not None:
             self._host.crop(len(self._segments), pages)
+        if was_evicted:
+            self.evict()
 
     def let_go(self) -> None:
         """Free the segments that lie wholly before the newest ``reach`` tokens. Views that exist keep theirs."""
@@ -281,12 +306,16 @@ class Int8Pages:
 
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+        self._write_pending()
+        was_evicted = self._is_evicted
         self._arrive()
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
         tails = self._key_tail[indices], self._value_tail[indices]
         self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
         self._host = None
+        if was_evicted:
+            self.evict()  # else beam search would bring every layer back
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
@@ -316,6 +345,17 @@ class Int8Pages:
     def _append_backend(self) -> str:
         """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
         return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
+
+    @property
+    def _reads_unwritten(self) -> bool:
+        """Whether attention writes the newest tokens on its way."""
+        return self._backend is not None and self._backend[0] in ops.WRITE_ON_READ
+
+    def _write_pending(self) -> None:
+        """Have the newest tokens in the buffers of the tail."""
+        if self._newest is not None:
+            self._newest.write_pending()
+            self._newest = None
 
     def _arrive(self) -> None:
         """Have the pages on the device, in the order of the current stream."""

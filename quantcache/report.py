@@ -12,7 +12,8 @@ class LayerReport:
 
     Attributes:
         layer_idx: decoder layer.
-        storage: "int8", "empty", or the transformers layer class that keeps its own states here.
+        storage: "int8" or "int8, window N", with ", in host memory" while it is offloaded; "empty"; "shared" for a
+            layer that reads another one's states; or the transformers layer class that keeps its own states here.
         seq_len: tokens stored.
         nbytes: bytes allocated, slack included.
         kernel: what read the layer last: a backend of ``ops``, "exact" while no page is closed, "restored" after a
@@ -56,6 +57,7 @@ class FallbackPolicy:
 
     strict: bool = False
     warned: bool = False
+    warned_of_gradients: bool = False
 
 
 @dataclass
@@ -69,6 +71,25 @@ class ReadLog:
     def ran(self, kernel: str) -> None:
         """Note a read that went the intended way."""
         self.kernel, self.reason = kernel, None
+
+    def cut_gradients(self, kernel: str) -> None:
+        """Note a read by ``kernel`` whose gradients end at the tokens of earlier calls; call it before it is done.
+
+        Raises:
+            FallbackError: the cache is strict, and the read restores.
+        """
+        reason = "gradients are enabled, and stop at the tokens of earlier calls"
+        if self.policy.strict and kernel == "restored":
+            raise FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
+        self.kernel, self.reason = kernel, reason
+        if not self.policy.warned_of_gradients:
+            self.policy.warned_of_gradients = True
+            warnings.warn(
+                f"QuantizedInt8Cache: {reason}, which the cache holds as constants. "
+                "Use torch.no_grad() where no gradients are needed.",
+                FallbackWarning,
+                stacklevel=3,
+            )
 
     def fell_back(self, reason: str, kernel: str = "restored") -> None:
         """Note a read of restored states by ``kernel``; call it before they are restored.

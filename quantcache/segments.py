@@ -5,7 +5,7 @@ Nothing here writes; ``pages.py`` does. Nothing here knows about transformers.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,18 +81,37 @@ class ClosedPages:
         return ops.Parts(s.value_qdata for s in self.segments), ops.Parts(s.value_metadata for s in self.segments)
 
 
-@dataclass(eq=False)
 class PagesView:
     """What one attention call reads: closed pages, then the tail.
 
     It shares memory with the cache. Appending leaves it valid; a crop followed by an append writes over its tail.
+
+    The newest tokens may not be written yet: one launch of a kernel writes and reads them, which saves a decode step
+    another. Everything else that needs them has them written first.
+
+    Attributes:
+        closed: the closed pages, without slack.
+        backend: what ``ops.backend_for`` says of it, where it has been asked.
+        pending: the newest keys and values, if they are to be written into the buffers; else None.
     """
 
-    closed: ClosedPages
-    key_tail: Tensor
-    value_tail: Tensor
-    backend: tuple[str, str | None] | None = None
-    """What ``ops.backend_for`` says of it, where it has been asked."""
+    __slots__ = ("_buffers", "_tail_len", "backend", "closed", "pending")
+
+    def __init__(
+        self,
+        closed: ClosedPages,
+        key_tail: Tensor,
+        value_tail: Tensor,
+        backend: tuple[str, str | None] | None = None,
+        tail_len: int | None = None,
+        pending: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """A view of ``tail_len`` tokens at the front of the buffers ``key_tail`` and ``value_tail``, all if None."""
+        self.closed = closed
+        self.backend = backend
+        self.pending = pending
+        self._buffers = key_tail, value_tail
+        self._tail_len = key_tail.shape[2] if tail_len is None else tail_len
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -105,9 +124,56 @@ class PagesView:
         return self.closed.num_pages
 
     @property
+    def tail_len(self) -> int:
+        """Tokens in the tail."""
+        return self._tail_len
+
+    @property
     def seq_len(self) -> int:
         """Tokens in the view."""
-        return self.closed.num_pages * PAGE_SIZE + self.key_tail.shape[2]
+        return self.closed.num_pages * PAGE_SIZE + self._tail_len
+
+    @property
+    def key_tail(self) -> Tensor:
+        """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self.write_pending()
+        return self._buffers[0].narrow(2, 0, self._tail_len)
+
+    @property
+    def value_tail(self) -> Tensor:
+        """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self.write_pending()
+        return self._buffers[1].narrow(2, 0, self._tail_len)
+
+    def state_shape(self, is_key: bool) -> tuple[int, int, int, int]:
+        """(batch, num_kv_heads, seq_len, head_dim) of the keys, or of the values."""
+        batch, num_kv_heads, _, head_dim = self._buffers[0 if is_key else 1].shape
+        return batch, num_kv_heads, self.closed.num_pages * PAGE_SIZE + self._tail_len, head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self._buffers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail is, and the pages when they are read."""
+        return self._buffers[0].device
+
+    def write_pending(self) -> None:
+        """Write the newest tokens into the buffers, if they are not there yet."""
+        if self.pending is not None:
+            (key_states, value_states), self.pending = self.pending, None
+            start = self._tail_len - key_states.shape[2]
+            ops.append_tail(key_states, value_states, *self._buffers, start, self.backend and self.backend[0])
+
+    def shows(self, other: "PagesView") -> bool:
+        """Whether ``other`` is of the same tokens in the same memory, as keys and values read one by one are."""
+        return self is other or (
+            self.closed is other.closed
+            and _same_memory(self.key_tail, other.key_tail)
+            and _same_memory(self.value_tail, other.value_tail)
+        )
 
     def restore_keys(self) -> Tensor:
         """(batch, num_kv_heads, seq_len, head_dim) in the model's dtype."""
@@ -129,10 +195,18 @@ class PagesView:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """``ops.attention`` over this view."""
+        parts = (*self.closed.key_parts, *self.closed.value_parts)
+        backend = self.backend and self.backend[0]
+        if self.pending is not None and ops.is_plain(query) and not (query.requires_grad and torch.is_grad_enabled()):
+            output = ops.write_and_attend(
+                query, self.pending, *parts, *self._buffers, self._tail_len, backend or "",
+                attn_mask, is_causal, softmax_scale, window, softcap, sinks,
+            )  # fmt: skip
+            self.pending = None
+            return output
         return ops.attention(
             query,
-            *self.closed.key_parts,
-            *self.closed.value_parts,
+            *parts,
             self.key_tail,
             self.value_tail,
             attn_mask=attn_mask,
@@ -141,4 +215,16 @@ class PagesView:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            backend=backend,
         )
+
+    def __getstate__(self) -> tuple[object, ...]:
+        """A copy or a pickle is of the tokens there are, without slack."""
+        return self.closed, self.key_tail.clone(), self.value_tail.clone(), self.backend
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

@@ -35,17 +35,16 @@ class Int8Tensor(Tensor):
     @staticmethod
     def __new__(cls, pages_view: PagesView, is_key: bool, read_log: ReadLog) -> "Int8Tensor":
         """The keys or the values of ``pages_view``."""
-        tail = pages_view.key_tail if is_key else pages_view.value_tail
-        batch, num_kv_heads, _, head_dim = tail.shape
-        shape = (batch, num_kv_heads, pages_view.seq_len, head_dim)
-        made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
-        made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
-        return made
+        return _made(pages_view.state_shape(is_key), pages_view.dtype, pages_view.device, pages_view, is_key, read_log)
 
     @classmethod
     def pair(cls, pages_view: PagesView, read_log: ReadLog) -> "tuple[Int8Tensor, Int8Tensor]":
         """Keys and values of one view."""
-        return cls(pages_view, True, read_log), cls(pages_view, False, read_log)
+        dtype, device = pages_view.dtype, pages_view.device
+        return (
+            _made(pages_view.state_shape(True), dtype, device, pages_view, True, read_log),
+            _made(pages_view.state_shape(False), dtype, device, pages_view, False, read_log),
+        )
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor."""
@@ -67,7 +66,7 @@ class Int8Tensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return (
             f"Int8Tensor({'keys' if self.is_key else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device={self.device}, pages={self.pages_view.num_pages}, tail={self.pages_view.key_tail.shape[2]})"
+            f"device={self.device}, pages={self.pages_view.num_pages}, tail={self.pages_view.tail_len})"
         )
 
     @classmethod
@@ -111,10 +110,23 @@ class Int8Tensor(Tensor):
         return func(*args, **kwargs)
 
 
+def _made(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    pages_view: PagesView,
+    is_key: bool,
+    read_log: ReadLog,
+) -> Int8Tensor:
+    made: Int8Tensor = Tensor._make_wrapper_subclass(Int8Tensor, shape, dtype=dtype, device=device)
+    made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
+    return made
+
+
 def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None":
     """The view and log of a pair of ``Int8Tensor`` keys and values, None for anything else."""
     if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor) and key.is_key and not value.is_key:
-        if key.pages_view is value.pages_view:
+        if key.pages_view.shows(value.pages_view):
             return key.pages_view, key.read_log
     return None
 
@@ -128,21 +140,14 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
 
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
     """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
-    backend, reason = pages_view.backend or ops.backend_for(query, pages_view.value_tail)
+    if pages_view.backend is None:
+        pages_view.backend = ops.backend_for(query, pages_view.value_tail)
+    backend, reason = pages_view.backend
     if reason:
         read_log.fell_back(reason, backend)
     else:
         read_log.kernel, read_log.reason = backend, None
-    closed = pages_view.closed
-    return ops.attention(
-        query,
-        *closed.key_parts,
-        *closed.value_parts,
-        pages_view.key_tail,
-        pages_view.value_tail,
-        backend=backend,
-        **options,
-    )
+    return pages_view.attention(query, **options)
 
 
 def _int8_sdpa(

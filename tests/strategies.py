@@ -1,4 +1,5 @@
 """The only place that invents inputs."""
+# ruff: noqa: RUF001 (text in many scripts has letters that look alike)
 
 import torch
 from hypothesis import strategies as st
@@ -36,6 +37,39 @@ def make_states(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
         bits = torch.randint(bounds.min, bounds.max, shape, generator=generator, dtype=torch.int64).to(word)
         states = bits.view(dtype).nan_to_num(0.0, info.max, info.min)
     return states.clamp(info.min, info.max).to(dtype)
+
+
+SENTENCES = {
+    "English": "It's 3:45 p.m.; I'll pay $1,234.50 for 2 (two) tickets — won't you?",
+    "German": "Falsches Üben von Xylophonmusik quält jeden größeren Zwerg, 1987.",
+    "French": "Où est passé le garçon naïf ? À Noël, là-bas…",
+    "Vietnamese": "Tiếng Việt có sáu thanh điệu, và nhiều dấu.",
+    "Turkish": "İstanbul'da ılık bir gün, 23 Nisan 1920.",
+    "Greek": "Η γρήγορη καφέ αλεπού πηδάει, 42 φορές.",
+    "Russian": "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "Hebrew": "שלום עולם, זהו משפט בעברית עם נִקּוּד.",
+    "Arabic": "مرحبا بالعالم، هذا نَصٌّ عربيّ ٢٠٢٤.",
+    "Hindi": "नमस्ते दुनिया, यह हिन्दी का एक वाक्य है।",
+    "Tamil": "வணக்கம் உலகம், இது தமிழ்.",
+    "Thai": "สวัสดีชาวโลก นี่คือประโยคภาษาไทย",
+    "Georgian": "გამარჯობა მსოფლიო.",
+    "Amharic": "ሰላም ለዓለም።",
+    "Chinese": "你好，世界！通义千问在2023年8月发布，参数约70亿。",
+    "Japanese": "吾輩は猫である。名前はまだ無い。カタカナもある。",
+    "Korean": "안녕하세요 세계, 한국어 문장입니다.",
+    "emoji": "🙂 👩‍👩‍👧‍👦 🇨🇳 ✅️ 🏳️‍🌈",
+    "decomposed": "e\u0301a\u0308o\u0302 \u1112\u1161\u11ab \u212b",
+    "marks out of order": "a\u0301\u0323 \u0b15\u0d3c\u0b3c \u05d3\u05bc\u05b7",
+    "code": "def f(x):\n    return {'a': x**2}  # café\n\n\tif x != 0x1F:\r\n        pass\n",
+    "spaces": "  leading, trailing   \n\n \n  and \u00a0 unusual \u3000 ones  ",
+    "symbols": "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋ ≠ √2 ½ Ⅷ ① ﷽ \u200b\ufeff",
+}
+"""Text in many scripts, written for these tests."""
+
+
+def texts() -> st.SearchStrategy[str]:
+    """Any letters, numbers, punctuation, symbols and spaces of the Basic Multilingual Plane."""
+    return st.text(st.characters(max_codepoint=0xFFFF, categories=("L", "N", "P", "S", "Z")), max_size=60)
 
 
 @st.composite

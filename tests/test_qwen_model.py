@@ -1,87 +1,28 @@
-"""Qwen v1 without remote code: tiny random checkpoints in the original on-disk format, written here."""
+"""The Qwen v1 model: its maths, its scaling and its caches, on tiny random checkpoints in the released form."""
 
-import base64
-import itertools
-import json
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-import quantcache.adapters.qwen
 from quantcache import QuantizedInt8Cache, ops
 from quantcache.adapters import legacy
-from quantcache.adapters.qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
-
-HIDDEN, HEADS, LAYERS, WIDTH, RANKS, SEQ_LENGTH = 32, 2, 2, 24, 256 + 2, 16
-VOCAB = 512
+from quantcache.adapters.qwen import QWenLMHeadModel
+from quantcache.adapters.qwen.positions import logn_factors, prompt_alphas, rotary_embedding
+from quantcache.reference import unpack_metadata
+from tests.bounds import assert_within, attention_bound, head_bound
+from tests.qwen_checkpoint import HEADS, HIDDEN, LAYERS, SEQ_LENGTH, VOCAB, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as released: names, config keys, auto_map and tokenizer file."""
-    path = tmp_path_factory.mktemp("qwen")
-    generator = torch.Generator().manual_seed(1)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.3
-
-    weights = {"transformer.wte.weight": rand(VOCAB, HIDDEN), "lm_head.weight": rand(VOCAB, HIDDEN)}
-    weights["transformer.ln_f.weight"] = 1 + rand(HIDDEN)
-    for layer in range(LAYERS):
-        at = f"transformer.h.{layer}."
-        weights |= {
-            at + "ln_1.weight": 1 + rand(HIDDEN),
-            at + "ln_2.weight": 1 + rand(HIDDEN),
-            at + "attn.c_attn.weight": rand(3 * HIDDEN, HIDDEN),
-            at + "attn.c_attn.bias": rand(3 * HIDDEN),
-            at + "attn.c_proj.weight": rand(HIDDEN, HIDDEN),
-            at + "mlp.w1.weight": rand(WIDTH, HIDDEN),
-            at + "mlp.w2.weight": rand(WIDTH, HIDDEN),
-            at + "mlp.c_proj.weight": rand(HIDDEN, WIDTH),
-        }
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
-    config = {
-        "architectures": ["QWenLMHeadModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_qwen.QWenConfig",
-            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-        },
-        "model_type": "qwen",
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "kv_channels": HIDDEN // HEADS,
-        "intermediate_size": 2 * WIDTH,
-        "seq_length": SEQ_LENGTH,
-        "vocab_size": VOCAB,
-        "use_flash_attn": "auto",
-        "tokenizer_class": "QWenTokenizer",
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    tokenizer = {
-        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
-        "tokenizer_class": "QWenTokenizer",
-        "model_max_length": 8192,
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel"]
-    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
-    (path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
-    generation = {
-        "chat_format": "chatml",
-        "eos_token_id": RANKS,
-        "pad_token_id": RANKS,
-        "max_new_tokens": 12,
-        "max_window_size": 6144,
-    }
-    (path / "generation_config.json").write_text(json.dumps(generation))
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("qwen") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -135,54 +76,6 @@ def test_logits_are_those_of_the_published_maths(folder: Path, model: QWenLMHead
     torch.testing.assert_close(model(ids).logits, expected, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("trust", [None, True])
-def test_the_original_snippet_runs(folder: Path, trust: bool | None) -> None:
-    """The three lines of the original, auto_map notwithstanding, chat from the int8 cache."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        device_map=None,
-        use_cache_quantization=True,
-        use_cache_kernel=True,
-        use_flash_attn=False,
-        trust_remote_code=trust,
-    ).eval()
-    assert type(model) is QWenLMHeadModel
-    earlier = [("a", "b")]
-    response, history = model.chat(tokenizer, "Hello!", history=earlier)
-    assert earlier == [("a", "b")]
-    assert history == [("a", "b"), ("Hello!", response)]
-    output = model.generate(torch.tensor([[1, 2, 3]]), return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, QuantizedInt8Cache)
-
-
-def test_a_stream_ends_with_the_whole_answer(folder: Path, long_model: QWenLMHeadModel) -> None:
-    """Every piece continues the one before, and the last is the text of what generate gives for the same prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {"do_sample": False, "max_new_tokens": 30}
-    pieces = list(long_model.chat_stream(tokenizer, "Hello!", None, **options))
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(pieces))
-    _, ids = make_context(tokenizer, "Hello!", None, "You are a helpful assistant.")
-    words = get_stop_words_ids("chatml", tokenizer)
-    output = long_model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), stop_words_ids=words, **options
-    )
-    answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    assert len(answer) > 3
-    assert pieces[-1] == answer
-
-
-def test_a_batch_gives_each_prompt_its_own_answer(folder: Path, long_model: QWenLMHeadModel) -> None:
-    """Sub-batches of other lengths, padding and sorting change no answer and no order."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = ["Hello!", [4, 5], "a much longer question than the others", [7] * 30, "he"]
-    options = {"progress": False, "do_sample": False, "max_new_tokens": 10}
-    together = long_model.generate_batch(prompts, tokenizer, batch_size=2, **options)
-    alone = [long_model.generate_batch([p, "x"], tokenizer, batch_size=1, **options)[0] for p in prompts]
-    assert together == alone
-    assert len(set(together)) > 2
-
-
 @torch.no_grad()
 def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHeadModel) -> None:
     """Behind 200 tokens every step reads int8, and predicts what the exact cache predicts.
@@ -212,6 +105,49 @@ def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHea
     assert kl.mean() > 1
 
 
+@torch.no_grad()
+def test_every_step_stays_within_the_bound_of_its_pages(folder: Path, tmp_path: Path) -> None:
+    """Int8 against float logits, left-padded, in one layer with a silent MLP, where the bound can be derived."""
+    weights = {name: w for name, w in load_file(folder / "model.safetensors").items() if ".h.1." not in name}
+    weights["transformer.h.0.mlp.c_proj.weight"].zero_()
+    weights["transformer.wte.weight"] *= 5
+    for part, factor in ((0, 0.005), (2, 0.1)):  # flat attention, small values: or the worst case says nothing
+        rows = slice(part * HIDDEN, (part + 1) * HIDDEN)
+        weights["transformer.h.0.attn.c_attn.weight"][rows] *= factor
+        weights["transformer.h.0.attn.c_attn.bias"][rows] *= factor
+    write_checkpoint(tmp_path, weights, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, seq_length=4096).eval()
+    block = model.transformer.h[0]
+    ids = torch.randint(0, VOCAB, (2, 220))
+    mask = (torch.arange(220) >= torch.tensor([[0], [30]])).long()
+    int8, exact, states = QuantizedInt8Cache(model.config, strict=True), DynamicCache(), []
+    block.ln_2.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    for start, stop in ((0, 200), *((i, i + 1) for i in range(200, 220))):
+        options = {"attention_mask": mask[:, :stop], "logits_to_keep": 1}
+        states.clear()
+        expected = model(ids[:, start:stop], past_key_values=exact, **options).logits[:, -1]
+        hidden = states[-1][:, -1]
+        got = model(ids[:, start:stop], past_key_values=int8, **options).logits[:, -1]
+        if start == 0:
+            assert torch.equal(got, expected)  # the prompt attends at full precision
+            continue
+        query, _, _ = block.attn.c_attn(block.ln_1(model.transformer.wte(ids[:, start:stop]))).chunk(3, -1)
+        # Rotation turns pairs of channels into each other: either is at most the length of the pair.
+        pair = query.view(2, HEADS, 1, 2, -1).norm(dim=-2).repeat(1, 1, 1, 2)
+        pages = int8.layers[0].pages
+        key_scale = torch.cat([unpack_metadata(s.key_metadata)[0] for s in pages.segments])[: pages.num_pages]
+        value_scale = torch.cat([unpack_metadata(s.value_metadata)[0] for s in pages.segments])[: pages.num_pages]
+        values = exact.layers[0].values
+        change = attention_bound(pair, block.attn.scaling, key_scale, value_scale, values)
+        bound = head_bound(
+            hidden, change, block.attn.c_proj.weight, model.transformer.ln_f.weight, model.lm_head.weight, 1e-6
+        )
+        slack = 1e-5 * expected.abs().amax()  # float32 arithmetic in another order
+        assert bound.max() < 0.2 * expected.abs().max()
+        assert_within(got, expected, bound + slack, unit=bound)
+        assert (got - expected).abs().max() > slack
+
+
 def test_padding_changes_no_answer(long_model: QWenLMHeadModel) -> None:
     """Rotary is relative, so a left-padded row has the logits it has alone."""
     ids = torch.randint(0, VOCAB, (1, 9))
@@ -221,14 +157,80 @@ def test_padding_changes_no_answer(long_model: QWenLMHeadModel) -> None:
     torch.testing.assert_close(long_model(padded, attention_mask=mask).logits[:, 4:], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_scaling_factors_are_rounded_once(model: QWenLMHeadModel) -> None:
+    """Angles and log-n factors are those of float64 arithmetic, bit for bit; so the original computes them."""
+    config = model.config
+    dim = config.kv_channels
+    for prompt_len in (SEQ_LENGTH, SEQ_LENGTH + 1, 2 * SEQ_LENGTH, 5 * SEQ_LENGTH):
+        (alpha,) = prompt_alphas(config, SEQ_LENGTH, None, prompt_len)
+        assert alpha == {16: 1, 17: 3, 32: 3, 80: 15}[prompt_len]
+        base = float(10000 * alpha ** (dim / (dim - 2)))
+        inv_freq = 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+        angles = torch.outer(torch.arange(prompt_len).float(), inv_freq).repeat(1, 2)
+        cos, sin = rotary_embedding(torch.arange(prompt_len), [alpha], config)
+        assert torch.equal(cos[0, 0], angles.cos())
+        assert torch.equal(sin[0, 0], angles.sin())
+    factors = logn_factors(config, SEQ_LENGTH, 3, 100, torch.device("cpu"))
+    expected = [max(1.0, math.log(place, SEQ_LENGTH)) for place in range(4, 101)]
+    assert torch.equal(factors.flatten(), torch.tensor(expected))
+    assert logn_factors(config, SEQ_LENGTH, 0, SEQ_LENGTH, torch.device("cpu")) is None
+
+
+def test_every_row_of_a_padded_batch_has_its_own_scaling(folder: Path) -> None:
+    """NTK counts a row's real tokens: rows on either side of seq_length give what they give alone, also decoding.
+
+    Log-n counts padding, as in the original, and is left out.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_logn_attn=False).eval()
+    lengths = [40, 12, 30]
+    rows = [torch.randint(0, VOCAB, (1, length)) for length in lengths]
+    ids = torch.cat([torch.nn.functional.pad(row, (40 - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([(torch.arange(40) >= 40 - length).long() for length in lengths])
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, alone in enumerate(rows):
+        expected = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(together[row, 40:], expected[0, alone.shape[1] :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_scaling_follows_the_cache(folder: Path, quantized: bool) -> None:
+    """Copies, rollbacks and selected rows continue as the prompt began; a reset cache begins anew."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache_quantization=quantized).eval()
+    ids, more = torch.randint(0, VOCAB, (3, SEQ_LENGTH - 2)), torch.randint(0, VOCAB, (3, 8))
+    cache = model(ids).past_key_values
+    expected = model(more, past_key_values=cache).logits  # passes seq_length, with the factor of the prompt
+    cache.crop(-8)
+    torch.testing.assert_close(model(more, past_key_values=copy.deepcopy(cache)).logits, expected)
+    selected = copy.deepcopy(cache)
+    order = torch.tensor([2, 0, 2])
+    selected.reorder_cache(order)
+    torch.testing.assert_close(model(more[order], past_key_values=selected).logits, expected[order])
+    cache.crop(-5)  # below what a new prompt of this length would be scaled by, and up again
+    torch.testing.assert_close(
+        model(torch.cat((ids[:, -5:], more), 1), past_key_values=cache).logits[:, 5:], expected, atol=1e-5, rtol=1e-5
+    )
+    if quantized:  # transformers' own cache keeps its length in some versions
+        cache.reset()
+        long = torch.randint(0, VOCAB, (3, 3 * SEQ_LENGTH))
+        torch.testing.assert_close(model(long, past_key_values=cache).logits, model(long).logits)
+
+
 def test_a_chunked_prompt_is_causal_and_keeps_its_scaling(model: QWenLMHeadModel) -> None:
     """A prompt beyond seq_length in chunks gives the tokens it gives at once."""
     ids = torch.randint(0, VOCAB, (1, 40))
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-    chunked = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, prefill_chunk_size=7
-    )
-    assert torch.equal(whole, chunked)
+    for cache in (None, DynamicCache(), QuantizedInt8Cache()):  # 48 tokens are exact in each
+        chunked = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            prefill_chunk_size=7,
+            past_key_values=cache,
+        )
+        assert torch.equal(whole, chunked)
 
 
 def test_decoding_keeps_the_scaling_of_the_prompt(model: QWenLMHeadModel) -> None:
@@ -261,72 +263,41 @@ def test_beams_run_on_the_int8_cache(long_model: QWenLMHeadModel) -> None:
     assert (likelihood(beams.sequences) >= likelihood(greedy) - 1e-2).all()
 
 
-def test_saving_writes_the_original_names(folder: Path, model: QWenLMHeadModel, tmp_path: Path) -> None:
-    """A save and a load give back every name and value, and no auto_map."""
-    model.save_pretrained(tmp_path)
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again("hello<|im_end|>")["input_ids"] == tokenizer("hello<|im_end|>")["input_ids"]
-
-
-def test_first_release_names_and_other_models(tmp_path: Path) -> None:
-    """n_embd and its like are understood; Qwen-VL is refused by name."""
-    old = {"model_type": "qwen", "n_embd": 64, "n_head": 4, "n_layer": 3, "ffn_hidden_size": 96, "seq_length": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 4, 3)
-    assert config.intermediate_size == 96
-    (tmp_path / "config.json").write_text(json.dumps({**old, "visual": {}}))
-    with pytest.raises(ValueError, match=r"QWenConfig: .* got the key 'visual'"):
-        AutoConfig.from_pretrained(tmp_path)
-
-
-def test_special_ids_follow_the_vocabulary(folder: Path) -> None:
-    """Ids start after the last rank; content is never parsed for specials by make_context; texts round-trip."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id) == (RANKS, RANKS + 1, RANKS + 2)
-    assert tokenizer("hel<|im_end|>")["input_ids"] == [257, RANKS + 2]
-    for text in ("hello 123\n", "你好世界", "Ωμέγα  שלום مرحبا 🙂"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    text, ids = make_context(tokenizer, "x<|im_end|>", [("q", "r")], "s")
-    assert text == (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nr<|im_end|>"
-        "\n<|im_start|>user\nx<|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert ids.count(tokenizer.im_end_id) == 4
-    assert tokenizer.decode(ids) == text
-    reply = [*ids, *tokenizer("hi")["input_ids"]]
-    assert decode_tokens([*reply, tokenizer.im_end_id, 65], tokenizer, len(text), len(ids)) == "hi"
-    assert decode_tokens(reply, tokenizer, len(text), len(ids)) == "h"
-
-
-def test_legacy_tuples_come_in_and_go_out() -> None:
-    """The float form is exact below a page; the quantised form is within one of its steps (it truncates)."""
-    states = torch.randn(2, 5, HEADS, 16)
-    cache = legacy.from_legacy(((states, -states),))
-    back = legacy.to_legacy(cache)
-    assert torch.equal(back[0][0], states)
-    assert torch.equal(back[0][1], -states)
-    (key, _value) = legacy.to_legacy(cache, quantized=True)[0]
-    assert key[0].dtype == torch.uint8
-    restored = legacy.to_legacy(legacy.from_legacy(((key, key),)))[0][0].transpose(1, 2)
-    assert ((restored - states.transpose(1, 2)).abs() <= key[1] * 1.001).all()
-    with pytest.raises(ValueError, match=r"legacy.from_legacy: layer 0: key scale must be"):
-        legacy.from_legacy((((key[0], key[1][:1], key[2]), key),))
-
-
-def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel) -> None:
-    """generate(past_key_values=<tuple>) continues as the cache it came from."""
+@pytest.mark.parametrize("quantized", [False, True])
+def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel, quantized: bool) -> None:
+    """generate(past_key_values=<tuple>), of either form, continues as the cache it came from."""
     ids = torch.randint(0, VOCAB, (1, 10))
-    past = legacy.to_legacy(model(ids[:, :-1]).past_key_values)
-    assert quantcache.adapters.qwen.QWenModel is not None
-    expected = model.generate(ids, do_sample=False, max_new_tokens=4)
-    assert torch.equal(model.generate(ids, past_key_values=past, do_sample=False, max_new_tokens=4), expected)
+    past = legacy.to_legacy(model(ids[:, :-1]).past_key_values, quantized=quantized)
+    restored = legacy.from_legacy(past)  # shorter than a page, so exact in any cache
+    options = {"do_sample": False, "max_new_tokens": 4, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, past_key_values=restored, **options)
+    assert torch.equal(model.generate(ids, past_key_values=past, **options), expected)
+    if not quantized:
+        assert torch.equal(model.generate(ids, **options), expected)
+    with torch.no_grad():
+        one = model(ids[:, -1:], past_key_values=past)
+    assert int(one.logits[0, -1].argmax()) == int(expected[0, 10])
+    # What was float stays exact where the config asks for no quantisation.
+    assert isinstance(one.past_key_values, QuantizedInt8Cache) == quantized
+
+
+def test_a_static_cache_gives_the_same_tokens(model: QWenLMHeadModel) -> None:
+    ids = torch.randint(0, VOCAB, (2, 20))
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_training_has_a_loss_and_gradients(model: QWenLMHeadModel) -> None:
+    """Labels give the mean of the next tokens' losses; return_dict=False gives a tuple that begins with it."""
+    ids = torch.randint(0, VOCAB, (2, 12))
+    assert model.loss_type == "ForCausalLM"
+    loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in model.parameters())
+    model.zero_grad()
 
 
 def test_rejected_drafts_change_no_token(model: QWenLMHeadModel) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcache.cache import QuantizedInt8Cache
+from quantcache.tensor import Int8Tensor
 
 _PLACE = "legacy.from_legacy"
 
@@ -65,26 +66,68 @@ def _restore_legacy(states: Any, name: str, layer_idx: int) -> Tensor:
     return dequantize_cache_torch(qdata, scale, zero_point)
 
 
+def restored_layers(past_key_values: Sequence[Any], config: Any = None) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the original's ``past_key_values``, each (batch, num_kv_heads, seq_len, head_dim).
+
+    Args:
+        past_key_values: see ``from_legacy``.
+        config: the model's, to check the number of layers and heads against; None checks neither.
+
+    Raises:
+        TypeError, ValueError: see ``from_legacy``.
+    """
+    if not isinstance(past_key_values, (tuple, list)) or not past_key_values:
+        raise TypeError(f"{_PLACE}: past_key_values must be a tuple of layers, got {type(past_key_values).__name__}.")
+    if config is not None and len(past_key_values) != config.num_hidden_layers:
+        raise ValueError(
+            f"{_PLACE}: past_key_values must have the {config.num_hidden_layers} layers of the config, "
+            f"got {len(past_key_values)}."
+        )
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for layer_idx, layer in enumerate(past_key_values):
+        if not isinstance(layer, (tuple, list)) or len(layer) != 2:
+            raise TypeError(f"{_PLACE}: layer {layer_idx} must be a pair (key, value), got {type(layer).__name__}.")
+        key = _restore_legacy(layer[0], "key", layer_idx)
+        value = _restore_legacy(layer[1], "value", layer_idx)
+        if config is not None and key.shape[1] != config.num_attention_heads:
+            raise ValueError(
+                f"{_PLACE}: layer {layer_idx}: key must have the {config.num_attention_heads} heads of the config, "
+                f"got {key.shape[1]}. Float tuples are (batch, seq_len, num_heads, head_dim) here; for "
+                "(batch, num_heads, seq_len, head_dim) use QuantizedInt8Cache.from_legacy_cache."
+            )
+        first = pairs[0][0] if pairs else key
+        if (key.shape[0], key.shape[2]) != (first.shape[0], first.shape[2]):
+            raise ValueError(
+                f"{_PLACE}: every layer must have the batch and seq_len of the first, "
+                f"{(first.shape[0], first.shape[2])}, got {(key.shape[0], key.shape[2])} in layer {layer_idx}."
+            )
+        pairs.append((key, value))
+    return pairs
+
+
+def is_quantized(past_key_values: Sequence[Any]) -> bool:
+    """Whether any entry of a valid ``past_key_values`` has the quantised form."""
+    return any(not isinstance(states, Tensor) for layer in past_key_values for states in layer)
+
+
 def from_legacy(past_key_values: Sequence[Any], **kwargs: Any) -> QuantizedInt8Cache:
     """A cache filled from the original's ``past_key_values``, float or quantised; each entry says which it is.
 
     Args:
         past_key_values: a layer's ``(key, value)``: float (batch, seq_len, num_heads, head_dim), or for each of the
             two ``(qdata, scale, zero_point)`` with uint8 (batch, num_heads, seq_len, head_dim) and (..., 1).
-        kwargs: for ``QuantizedInt8Cache``.
+        kwargs: for ``QuantizedInt8Cache``; layers and heads are checked against a ``config`` among them.
 
     Raises:
-        TypeError, ValueError: an entry has neither form; the layer, the rule and the value are named.
+        TypeError, ValueError: an entry has neither form, or layers do not fit each other or the config; the layer, the
+            rule and the value are named.
     """
-    if not isinstance(past_key_values, (tuple, list)) or not past_key_values:
-        raise TypeError(f"{_PLACE}: past_key_values must be a tuple of layers, got {type(past_key_values).__name__}.")
-    pairs = []
-    for layer_idx, layer in enumerate(past_key_values):
-        if not isinstance(layer, (tuple, list)) or len(layer) != 2:
-            raise TypeError(f"{_PLACE}: layer {layer_idx} must be a pair (key, value), got {type(layer).__name__}.")
-        key = _restore_legacy(layer[0], "key", layer_idx)
-        pairs.append((key, _restore_legacy(layer[1], "value", layer_idx)))
-    return QuantizedInt8Cache.from_legacy_cache(pairs, **kwargs)
+    return QuantizedInt8Cache.from_legacy_cache(restored_layers(past_key_values, kwargs.get("config")), **kwargs)
+
+
+def _moved(states: Tensor) -> Tensor:
+    """(batch, seq_len, num_heads, head_dim) in memory of its own."""
+    return states.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def to_legacy(cache: Any, quantized: bool = False) -> tuple[Any, ...]:
@@ -102,7 +145,7 @@ def to_legacy(cache: Any, quantized: bool = False) -> tuple[Any, ...]:
     for layer_idx, layer in enumerate(cache.layers):
         if getattr(layer, "keys", None) is None:
             raise ValueError(f"legacy.to_legacy: every layer must hold tokens, got none in layer {layer_idx}.")
-        # Adding zero reads an Int8Tensor's restored values as a plain tensor and copies a plain one.
-        dense = [states + 0 for states in (layer.keys, layer.values)]
-        layers.append(tuple(quantize_cache_v(x) if quantized else x.transpose(1, 2).contiguous() for x in dense))
+        # Restored on purpose, which is no fallback that a strict cache should refuse.
+        dense = [x.restore() if isinstance(x, Int8Tensor) else x for x in (layer.keys, layer.values)]
+        layers.append(tuple(quantize_cache_v(x) if quantized else _moved(x) for x in dense))
     return tuple(layers)

@@ -7,25 +7,38 @@ Importing this package registers the config, model and tokenizer with transforme
 ``import quantcache`` alone registers nothing.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto import tokenization_auto
 
-from quantcache.adapters.qwen.chat import decode_tokens, get_stop_words_ids, make_context
+from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
+from quantcache.adapters.qwen.memory import MemoryReport, memory_report
 from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
+from quantcache.adapters.qwen.prompts import (
+    StopWordsLogitsProcessor,
+    decode_tokens,
+    get_stop_words_ids,
+    make_context,
+)
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
 
 __all__ = [
+    "MemoryReport",
     "QWenConfig",
     "QWenLMHeadModel",
     "QWenModel",
     "QWenTokenizer",
+    "StopWordsLogitsProcessor",
     "decode_tokens",
     "get_stop_words_ids",
     "make_context",
+    "memory_report",
 ]
 
+gptq.register()
+parallel.register()
 AutoConfig.register("qwen", QWenConfig, exist_ok=True)
+AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
 # AutoTokenizer.register would still run the checkpoint's own tokenizer under trust_remote_code=True; this does not.
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["QWenTokenizer"] = QWenTokenizer

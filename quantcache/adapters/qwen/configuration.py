@@ -1,9 +1,15 @@
 """``QWenConfig``: the released ``config.json`` files, those of the first release included."""
 
-from typing import Any
+from typing import Any, Final
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from quantcache.adapters.qwen import gptq, parallel
+
+DTYPE_SWITCHES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The original's way to name a dtype, in config.json and as arguments of ``from_pretrained``."""
 
 
 @strict
@@ -12,12 +18,15 @@ class QWenConfig(PreTrainedConfig):
 
     ``seq_length`` is the training length in tokens and has no default worth relying on: it decides where dynamic NTK
     and log-n scaling begin. ``intermediate_size`` is twice the feed-forward width, as released.
-    ``use_cache_quantization`` makes ``generate`` and ``chat`` use ``QuantizedInt8Cache``. ``use_cache_kernel`` and
-    ``use_flash_attn`` are accepted with any value and change nothing: the backend and the attention are chosen by what
-    is there.
+    ``use_cache_quantization`` makes ``generate`` and ``chat`` use ``QuantizedInt8Cache``; ``use_cache_kernel`` says
+    what reads it: False plain torch, True or None the fused kernels, and plain torch where there are none. The False of
+    a file is the original's written-out default and counts as None.
+    ``use_flash_attn`` is accepted with any value and changes nothing. ``bf16``, ``fp16`` and ``fp32`` stand for
+    ``dtype`` where that is not given.
 
     Raises:
-        ValueError: the config of Qwen-VL or Qwen-Audio, or no ``seq_length``.
+        ValueError: the config of Qwen-VL or Qwen-Audio, or more than one of ``bf16``, ``fp16`` and ``fp32``.
+        NotImplementedError: see ``gptq.adopt``.
     """
 
     model_type = "qwen"
@@ -30,6 +39,14 @@ class QWenConfig(PreTrainedConfig):
         "ffn_hidden_size": "intermediate_size",
         "attn_pdrop": "attn_dropout_prob",
         "embd_pdrop": "emb_dropout_prob",
+    }
+
+    base_model_tp_plan = {  # noqa: RUF012
+        "h.*.attn.c_attn": parallel.PACKED_QKV,
+        "h.*.attn.c_proj": "rowwise",
+        "h.*.mlp.w1": "colwise",
+        "h.*.mlp.w2": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
     }
 
     vocab_size: int = 151936
@@ -48,7 +65,7 @@ class QWenConfig(PreTrainedConfig):
     use_logn_attn: bool = True
     use_flash_attn: bool | str | None = "auto"
     use_cache_quantization: bool = False
-    use_cache_kernel: bool = False
+    use_cache_kernel: bool | None = None
     softmax_in_fp32: bool = False
     no_bias: bool = True
     use_cache: bool = True
@@ -73,5 +90,24 @@ class QWenConfig(PreTrainedConfig):
         for old, new in self.attribute_map.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
+        switched = [switch for switch in DTYPE_SWITCHES if getattr(self, switch)]
+        if len(switched) > 1:
+            raise ValueError(f"QWenConfig: only one of bf16, fp16 and fp32 may be true, got {' and '.join(switched)}.")
         kwargs.pop("auto_map", None)  # the code it names is replaced by this package, also after save_pretrained
+        if isinstance(kwargs.get("quantization_config"), dict):
+            kwargs["quantization_config"] = gptq.adopt(kwargs["quantization_config"])
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        if switched and self.dtype is None:
+            self.dtype = DTYPE_SWITCHES[switched[0]]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the host's; ``bf16=True`` and its like, given as arguments, go before all that the file says of dtypes."""
+        if config_dict.get("use_cache_kernel") is False:
+            # The original writes all its defaults into what it saves; only an argument is a choice.
+            config_dict = {**config_dict, "use_cache_kernel": None}
+        given = {switch: kwargs.pop(switch) for switch in DTYPE_SWITCHES if switch in kwargs}
+        if any(given.values()):
+            unsaid = ("dtype", "torch_dtype", *DTYPE_SWITCHES)
+            config_dict = {key: value for key, value in config_dict.items() if key not in unsaid}
+        return super().from_dict({**config_dict, **given}, **kwargs)

@@ -1,56 +1,24 @@
 """The Qwen v1 decoder with the released parameter names, over transformers' Cache API."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward, rotate_half
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward
 
-from quantcache.adapters import legacy
-from quantcache.adapters.qwen.chat import ChatMixin, StopWordsLogitsProcessor
+from quantcache.adapters.qwen.batches import BatchMixin
+from quantcache.adapters.qwen.caches import announce_prompt, cache_from_legacy, new_cache, remembered_prompt_len
+from quantcache.adapters.qwen.chat import ChatMixin
 from quantcache.adapters.qwen.configuration import QWenConfig
-from quantcache.cache import QuantizedInt8Cache
-
-_PROMPT_LEN = "qwen_prompt_len"
-_ANNOUNCED_LEN = "qwen_announced_len"
-
-
-def ntk_alpha(seq_len: Tensor, seq_length: int) -> Tensor:
-    """Dynamic NTK's factor for a prompt of ``seq_len`` tokens: 1 up to ``seq_length``, 3 up to twice that, then 7."""
-    return (2 ** torch.ceil(torch.log2(seq_len.float() / seq_length) + 1) - 1).clamp(min=1)
-
-
-def rotary_embedding(positions: Tensor, alpha: Tensor, config: QWenConfig) -> tuple[Tensor, Tensor]:
-    """Cos and sin in float32, each (rows, 1, query_len, rotary_dim).
-
-    Args:
-        positions: (query_len,), counted from 0, padding included.
-        alpha: (rows,), 1 without NTK scaling; rows is the batch or 1.
-        config: gives rotary_dim and the base.
-    """
-    dim = int(config.kv_channels * config.rotary_pct)
-    base = config.rotary_emb_base * alpha.float() ** (dim / (dim - 2))
-    exponent = torch.arange(0, dim, 2, device=positions.device).float() / dim
-    inv_freq = 1.0 / (base[:, None] ** exponent)
-    angles = positions.float()[None, :, None] * inv_freq[:, None, :]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim channels of ``states`` (batch, heads, query_len, head_dim) in float32."""
-    dim = cos.shape[-1]
-    rotated = states[..., :dim].float()
-    rotated = rotated * cos + rotate_half(rotated) * sin
-    return torch.cat((rotated.to(states.dtype), states[..., dim:]), dim=-1)
+from quantcache.adapters.qwen.positions import apply_rotary, logn_factors, prompt_alphas, rotary_embedding
+from quantcache.adapters.qwen.prompts import StopWordsLogitsProcessor
 
 
 class QWenAttention(nn.Module):
@@ -78,9 +46,15 @@ class QWenAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, query_len, hidden_size) to the same; the weights where the attention function gives them."""
         batch, query_len, _ = hidden_states.shape
+        fused = self.c_attn(hidden_states)
+        if fused.shape[-1] % (3 * self.head_dim):
+            raise ValueError(
+                "QWenAttention.forward: the ranks of tensor parallelism must divide the "
+                f"{self.config.num_attention_heads} attention heads, got {fused.shape[-1] / 3 / self.head_dim:.2f} "
+                "heads on this one."
+            )
         query, key, value = (
-            states.view(batch, query_len, -1, self.head_dim).transpose(1, 2)
-            for states in self.c_attn(hidden_states).chunk(3, dim=-1)
+            states.view(batch, query_len, -1, self.head_dim).transpose(1, 2) for states in fused.chunk(3, dim=-1)
         )
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if logn is not None:
@@ -141,7 +115,11 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"attn\.masked_bias$",
+        r"rotary_emb\.inv_freq$",
+        r"\.h\.\d+\.(attn\.c_proj|mlp\.(w1|w2|c_proj))\.bias$",  # GPTQ files have zeros where there is no bias
+    ]
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -165,19 +143,6 @@ class QWenModel(QWenPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace ``wte``."""
         self.wte = value  # type: ignore[assignment]
-
-    def _alpha(self, attention_mask: Tensor | None, prompt_len: int, device: torch.device) -> Tensor:
-        """NTK factor, (batch,) under a padding mask, else (1,); a row's own length is the prompt's less its padding.
-
-        The mask follows its rows through beams and batch operations, so that one number in the cache is state enough.
-        """
-        seq_length = self.seq_length
-        if not self.config.use_dynamic_ntk or prompt_len <= seq_length:
-            return torch.ones(1, device=device)
-        real = torch.tensor([prompt_len], device=device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = prompt_len - (attention_mask[:, :prompt_len] == 0).sum(-1)
-        return ntk_alpha(real, seq_length)
 
     def forward(
         self,
@@ -209,27 +174,20 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("QWenModel.forward: exactly one of input_ids and inputs_embeds must be given.")
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if isinstance(past_key_values, (tuple, list)):
-            past_key_values = legacy.from_legacy(past_key_values)
+            past_key_values = cache_from_legacy(self.config, past_key_values)
         if past_key_values is None and use_cache:
             past_key_values = new_cache(self.config)
         past_len = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         kv_len = past_len + hidden_states.shape[1]
-        # Keys in the cache are rotated with the prompt's factor, so decoding keeps it.
-        prompt_len = kv_len
-        if past_key_values is not None:
-            if past_len == 0:
-                # What generate announced, without the drafts that may follow it; once, as the cache may be reset.
-                prompt_len = past_key_values.__dict__.pop(_ANNOUNCED_LEN, kv_len)
-            else:
-                prompt_len = getattr(past_key_values, _PROMPT_LEN, past_len)
-            setattr(past_key_values, _PROMPT_LEN, prompt_len)
+        prompt_len = remembered_prompt_len(past_key_values, past_len, kv_len)
         device = hidden_states.device
         positions = torch.arange(past_len, kv_len, device=device)
-        rotary = rotary_embedding(positions, self._alpha(attention_mask, prompt_len, device), self.config)
-        logn = None
-        if self.config.use_logn_attn and not self.training and kv_len > self.seq_length:
-            logn = (torch.log(positions + 1.0) / math.log(self.seq_length)).clamp(min=1)[None, None, :, None]
+        alphas = [1] if self.training else prompt_alphas(self.config, self.seq_length, attention_mask, prompt_len)
+        rotary = rotary_embedding(positions, alphas, self.config)
+        logn = None if self.training else logn_factors(self.config, self.seq_length, past_len, kv_len, device)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -256,18 +214,14 @@ class QWenModel(QWenPreTrainedModel):
         )
 
 
-def new_cache(config: QWenConfig) -> Cache:
-    """The cache that ``config`` asks for."""
-    return QuantizedInt8Cache(config) if config.use_cache_quantization else DynamicCache(config=config)
+class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Qwen v1 with its language-model head, ``generate``, ``chat`` and their relatives."""
 
-
-class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Qwen v1 with its language-model head, ``generate`` and ``chat``."""
-
-    loss_type = "ForCausalLM"
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which the host reads off class names that end in it
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -277,6 +231,10 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):  # type:
         head: nn.Module = self.lm_head
         return head
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace ``lm_head``."""
+        self.lm_head = new_embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -284,8 +242,9 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):  # type:
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``QWenModel.forward``, then logits (batch, query_len, vocab_size), and the loss where ``labels`` are given.
 
         Args:
@@ -294,50 +253,55 @@ class QWenLMHeadModel(ChatMixin, QWenPreTrainedModel, GenerationMixin):  # type:
             past_key_values: see there.
             labels: (batch, query_len), -100 where there is none.
             logits_to_keep: compute only the newest so many positions, or those of an index tensor; 0 computes all.
+            return_dict: False returns a tuple of the outputs that there are.
             kwargs: see there.
         """
-        kwargs.pop("return_dict", None)
         outputs = self.transformer(input_ids, attention_mask, past_key_values, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
+        result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, *, stop_words_ids: Iterable[Iterable[int]] | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        stop_words_ids: Iterable[Iterable[int]] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The host's ``generate``, with Qwen's stop words, the config's cache and legacy tuples converted.
 
         Args:
             inputs: (batch, prompt_len) token ids.
+            generation_config: the model's by default.
             stop_words_ids: token sequences after which a row ends; by default the generation config's.
             kwargs: see ``GenerationMixin.generate``.
         """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        words = stop_words_ids
-        if words is None:
-            words = getattr(generation_config, "stop_words_ids", None)
+        config = generation_config or self.generation_config
+        words = getattr(config, "stop_words_ids", None) if stop_words_ids is None else stop_words_ids
         if words:
-            eos = kwargs.get("eos_token_id", generation_config.eos_token_id)
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             processors.append(StopWordsLogitsProcessor(words, eos))
             kwargs["logits_processor"] = processors
         past = kwargs.get("past_key_values")
-        implementation = kwargs.get("cache_implementation", generation_config.cache_implementation)
+        implementation = kwargs.get("cache_implementation", config.cache_implementation)
         if isinstance(past, (tuple, list)):
-            kwargs["past_key_values"] = legacy.from_legacy(past)
-        elif past is None and kwargs.get("use_cache", True) and generation_config.use_cache is not False:
+            kwargs["past_key_values"] = cache_from_legacy(self.config, past)
+        elif past is None and kwargs.get("use_cache", True) and config.use_cache is not False:
             if implementation is None:
-                cache = new_cache(self.config)
-                ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-                if ids is not None:
-                    setattr(cache, _ANNOUNCED_LEN, ids.shape[1])  # a prompt fed in chunks is one prompt
-                kwargs["past_key_values"] = cache
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+                kwargs["past_key_values"] = new_cache(self.config)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and prompt is not None and int(cache.get_seq_length()) == 0:
+            announce_prompt(cache, prompt.shape[1])
+        return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]

@@ -37,8 +37,8 @@ struct Args {
   const void* query;       // (batch, num_kv_heads * group, query_len, DK)
   void* output;            // (batch, query_len, num_kv_heads * group, DV), contiguous
   const Segment* segments; // num_segments + 1, not read if there is one
-  const void* key_tail;    // (batch, num_kv_heads, tail_len, DK)
-  const void* value_tail;
+  void* key_tail;          // (batch, num_kv_heads, tail_len or more, DK); written where there are new tokens
+  void* value_tail;
   const void* mask;        // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
   const float* sinks;      // (num_kv_heads * group,) or null
   const int* lengths;      // pages and tail_len in device memory, or null for the two below
@@ -50,6 +50,9 @@ struct Args {
   int page_splits, num_splits, is_causal, window, mask_dtype, batch;
   float softmax_scale, softcap;
   Segment only;            // the one segment, if there is one: a table in memory costs its latency
+  const void* new_states[2];  // keys and values of the last num_new tokens of the tail, which are not there yet
+  i64 new_stride[2][3];
+  int num_new;
 };
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of `chunks`: eight rows at one chunk in eight banks.
@@ -208,6 +211,13 @@ DEVICE float capped(const Args& args, float logit) {
 }
 DEVICE float score_scale(const Args& args) { return SOFTCAP ? args.softmax_scale : args.softmax_scale * kLog2e; }
 
+// Four consecutive elements as they are stored.
+#if DTYPE == 0
+using Four = uint4;
+#else
+using Four = uint2;
+#endif
+
 // Four consecutive elements of a row of the query in shared memory, as they are stored.
 struct Quad {
   u32 word[kQuerySize];  // pairs of 16-bit floats, or floats
@@ -360,6 +370,20 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
           for (int v = 0; v < kTerms; v++)
             if (w + v < 2) mma_exact(rows.output[i][c], values[v], weights[i][w][0], weights[i][w][1]);
     }
+  }
+}
+
+// Writes the new tokens behind the others of the tail.
+template <int D>
+DEVICE void write_new(const Args& args, const Block& block, int which, void* tail, const i64* tail_stride, int num_old) {
+  constexpr int pieces = D / 4;  // of four elements
+  const i64* stride = args.new_stride[which];
+  const i64 from = block.batch * stride[0] + block.kv_head * stride[1];
+  const i64 to = block.batch * tail_stride[0] + block.kv_head * tail_stride[1] + num_old * tail_stride[2];
+  for (int i = threadIdx.x; i < args.num_new * pieces; i += kThreads) {
+    const int token = i / pieces, channel = i % pieces * 4;
+    static_cast<Four*>(tail)[(to + token * tail_stride[2] + channel) / 4] =
+        static_cast<const Four*>(args.new_states[which])[(from + token * stride[2] + channel) / 4];
   }
 }
 
@@ -575,37 +599,61 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
 #if MASK
   const int lane = threadIdx.x & 31;
   const bool by_head = args.mask_stride[1] != 0, by_query = args.mask_stride[2] != 0;
-  constexpr int at_once = 8;
+  // Rows whose masks are those of the row before are left out.
+  auto differs = [&](int row) { return row == block.first_row || by_query || (by_head && query_of(block, row) == 0); };
+  const int last_row = block.first_row + block.num_rows;
+
+  const i64 strides = args.mask_stride[0] | args.mask_stride[1] | args.mask_stride[2];
+  if (args.mask_dtype == kBool && args.mask_stride[3] == 1 && ((reinterpret_cast<i64>(args.mask) | strides) & 7) == 0) {
+    // Eight keys a lane and eight lanes a page: two loads bring eight pages.
+    constexpr u64 ones = 0x0101010101010101u;
+    const int slot = lane >> 3;
+    for (int first = 0; first < count; first += 8) {
+      u64 any[2] = {0, 0}, all[2] = {ones, ones};
+      for (int row = block.first_row; row < last_row; row++) {
+        if (!differs(row)) continue;
+        const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, block, row) + 8 * (lane & 7);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const int i = min(first + 4 * k + slot, count - 1);
+          const u64 x = *reinterpret_cast<const u64*>(keys + (page + i * WARPS) * kPageSize);
+          any[k] |= x, all[k] &= x;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const u32 has = __ballot_sync(~0u, any[k] != 0), lacks = __ballot_sync(~0u, all[k] != ones);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+          const int i = first + 4 * k + s;
+          if (i < count && has >> 8 * s & 0xFF) seen |= 1u << i;
+          if (i < count && lacks >> 8 * s & 0xFF) partly |= 1u << i;
+        }
+      }
+    }
+    return;
+  }
+  constexpr int at_once = 2;  // more would take registers from the loop over the pages
   for (int first = 0; first < count; first += at_once) {
     bool any[at_once], all[at_once];
     for (int i = 0; i < at_once; i++) any[i] = false, all[i] = true;
-    for (int row = block.first_row; row < block.first_row + block.num_rows; row++) {
-      if (row > block.first_row && !by_query && (!by_head || query_of(block, row))) continue;
+    for (int row = block.first_row; row < last_row; row++) {
+      if (!differs(row)) continue;
       const i64 start = mask_start(args, block, row);
-      i64 index[at_once][2];
 #pragma unroll
       for (int i = 0; i < at_once; i++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-          index[i][h] = start + ((page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h) *
-                                    args.mask_stride[3];
-      if (args.mask_dtype == kBool) {
-        u8 x[at_once][2];
-#pragma unroll
-        for (int i = 0; i < at_once; i++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) x[i][h] = static_cast<const u8*>(args.mask)[index[i][h]];
-#pragma unroll
-        for (int i = 0; i < at_once; i++) any[i] |= x[i][0] || x[i][1], all[i] &= x[i][0] && x[i][1];
-      } else {
-#pragma unroll
-        for (int i = 0; i < at_once; i++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const float x = load_element(args.mask, args.mask_dtype, index[i][h]);
+        for (int h = 0; h < 2; h++) {
+          const int key = (page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h;
+          const i64 index = start + key * args.mask_stride[3];
+          if (args.mask_dtype == kBool) {
+            const bool x = static_cast<const u8*>(args.mask)[index];
+            any[i] |= x, all[i] &= x;
+          } else {
+            const float x = load_element(args.mask, args.mask_dtype, index);
             any[i] |= x != -infinity(), all[i] &= x == 0.0f;
           }
-      }
+        }
     }
 #pragma unroll
     for (int i = 0; i < at_once; i++) {
@@ -644,7 +692,10 @@ struct Walk {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_constant__ Args args) {
+// Sixteen warps a processor, where 128 registers are enough: without a bound, reading masks would cost a quarter of them.
+constexpr int kMinBlocks = NT == 1 && DTYPE != kFloat32 && DK <= 128 && DV <= 128 ? 16 / WARPS : 1;
+
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ u32 is_last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -705,6 +756,13 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
     const u32* source = reinterpret_cast<const u32*>(static_cast<const char*>(args.query) + start * kQuerySize);
     u32* target = reinterpret_cast<u32*>(memory + row * kQueryPitch);
     for (int i = lane; i < DK * kQuerySize / 4; i += 32) target[i] = row < block.num_rows ? source[i] : 0u;
+  }
+
+  if (args.num_new && split == args.num_splits - 1) {
+    // Row tiles of one head write the same bytes, each before it reads them.
+    const int num_old = args.tail_len - args.num_new;
+    write_new<DK>(args, block, 0, args.key_tail, args.key_tail_stride, num_old);
+    write_new<DV>(args, block, 1, args.value_tail, args.value_tail_stride, num_old);
   }
 
   Rows rows;
@@ -846,16 +904,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_co
   }
   if (args.num_splits == 1) return;
 
-  // The last CTA of a head's splits to arrive merges them; the counter wraps to zero by itself.
+  // The last CTA of a head's splits to arrive merges them.
   __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(args.counters + head * row_tiles + row_tile), "r"(args.num_splits - 1u)
-                 : "memory");
-    is_last = before == args.num_splits - 1u;
-  }
+  if (threadIdx.x == 0) is_last = arrives_last(args.counters + head * row_tiles + row_tile, args.num_splits);
   __syncthreads();
   if (!is_last) return;
 

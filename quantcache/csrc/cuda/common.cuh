@@ -138,3 +138,11 @@ DEVICE void store_element(void* base, int dtype, i64 index, float x) {
   else
     static_cast<u16*>(base)[index] = static_cast<u16>(dtype == kBFloat16 ? pack_bfloat2(x, 0) : pack_half2(x, 0));
 }
+
+// Whether this thread is the last of `total` to arrive at the counter, which wraps to zero by itself. What every thread
+// has written before it arrives, the last one sees.
+DEVICE bool arrives_last(u32* counter, u32 total) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(total - 1u) : "memory");
+  return before == total - 1u;
+}

@@ -25,6 +25,7 @@ struct RestoreArgs {
   void* output;             // (heads, tokens, D) for the heads from first_head on, heads counted over the batch
   i64 tail_stride[3];
   int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
+  Segment only;             // the one segment, if there is one; there is no table then
 };
 
 struct AppendArgs {
@@ -264,10 +265,13 @@ DEVICE float saturated(float x) {
 template <int D>
 DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
   const int head = args.first_head + blockIdx.y, lane = threadIdx.x & 31;
-  int index = -1;
-  for (int first = 0; first < args.num_segments; first += 32)
-    index += __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
-  const Segment segment = args.segments[index];
+  Segment segment = args.only;
+  if (args.num_segments > 1) {
+    int index = -1;
+    for (int first = 0; first < args.num_segments; first += 32)
+      index += __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
+    segment = args.segments[index];
+  }
   const i64 place = (page - segment.first) * args.heads_in_all + head;
   const uint2* qdata = reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) +
                                                       place * kPageSize * D);
@@ -356,4 +360,92 @@ extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_const
     append_states<DK>(args, 0);
   else
     append_states<DV>(args, 1);
+}
+
+// The state of one layer of fixed capacity, its lengths in device memory, taken one step on: pages that are due are
+// closed, what is left of the source becomes the tail, and new tokens follow. The source may be the tail itself.
+struct AdvanceArgs {
+  const void* source[2];      // the exact tokens behind the closed pages, (batch, num_kv_heads, any, DK or DV)
+  const void* states[2];      // new ones, (batch, num_kv_heads, new_tokens, DK or DV), if there are
+  void* tail[2];              // (batch, num_kv_heads, tail_capacity, DK or DV), contiguous
+  i8* qdata[2];               // (capacity, batch, num_kv_heads, 64, DK or DV)
+  u32* metadata[2];           // (capacity, batch, num_kv_heads, DK or 64)
+  const int* source_lengths;  // closed pages, tokens in the source, tokens in all
+  int* lengths;               // the same of the result, and a counter that is zero; may be the source's
+  i64 source_stride[2][3], states_stride[2][3];
+  int num_kv_heads, capacity, tail_capacity, residual_length, new_tokens;
+};
+
+template <int D>
+DEVICE void advance_tail(const AdvanceArgs& args, int which, i64 from, i64 to, int first, int rest, int stored) {
+  constexpr int row = D / 4, words = kPageSize * row / kStoreThreads;
+  const Four* source = static_cast<const Four*>(args.source[which]) + from / 4;
+  Four* tail = static_cast<Four*>(args.tail[which]) + to / 4;
+  const i64 step = args.source_stride[which][2] / 4;
+  // A page at a time: what is written over has been read, since tokens only move towards the front, by pages.
+  if (args.tail[which] != args.source[which] || first > 0)
+    for (int start = 0; start < rest; start += kPageSize) {
+      Four moved[words + 1];
+#pragma unroll
+      for (int k = 0; k <= words; k++) {
+        const int i = threadIdx.x + k * kStoreThreads, token = start + i / row;
+        if (i < kPageSize * row && token < rest) moved[k] = source[(first + token) * step + i % row];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k <= words; k++) {
+        const int i = threadIdx.x + k * kStoreThreads, token = start + i / row;
+        if (i < kPageSize * row && token < rest) tail[token * row + i % row] = moved[k];
+      }
+      __syncthreads();
+    }
+  if (!stored) return;
+  const int head = blockIdx.y;
+  const Four* states = static_cast<const Four*>(args.states[which]) +
+                       (head / args.num_kv_heads * args.states_stride[which][0] +
+                        head % args.num_kv_heads * args.states_stride[which][1]) / 4;
+  for (int i = threadIdx.x; i < stored * row; i += kStoreThreads)
+    tail[rest * row + i] = states[i / row * (args.states_stride[which][2] / 4) + i % row];
+}
+
+// Grid: CTAs that share the pages, 1 if the source is the tail; batch * num_kv_heads; 2 (keys, values).
+extern "C" __global__ void __launch_bounds__(kStoreThreads) advance(const __grid_constant__ AdvanceArgs args) {
+  const int head = blockIdx.y, which = blockIdx.z;
+  const int pages = args.source_lengths[0], tokens = args.source_lengths[1], all = args.source_lengths[2];
+  const int due = max(tokens - args.residual_length, 0) / kPageSize;
+  const int closing = min(due, args.capacity - pages);
+  const int rest = min(tokens - closing * kPageSize, args.tail_capacity);
+  const int stored = rest + args.new_tokens <= args.tail_capacity ? args.new_tokens : 0;
+  const i64 from = head / args.num_kv_heads * args.source_stride[which][0] +
+                   head % args.num_kv_heads * args.source_stride[which][1];
+
+  StoreArgs store;
+  for (int i = 0; i < 2; i++) {
+    store.states[i] = args.source[i], store.qdata[i] = args.qdata[i], store.metadata[i] = args.metadata[i];
+    for (int j = 0; j < 3; j++) store.stride[i][j] = args.source_stride[i][j];
+  }
+  for (int page = blockIdx.x; page < closing; page += gridDim.x) {
+    const i64 place = static_cast<i64>(pages + page) * gridDim.y + head;
+    const i64 start = from + static_cast<i64>(page) * kPageSize * args.source_stride[which][2];
+    if (which == 0)
+      store_keys(store, place, start);
+    else
+      store_values(store, place, start);
+    __syncthreads();
+  }
+  if (blockIdx.x == 0) {
+    const i64 to = static_cast<i64>(head) * args.tail_capacity * (which == 0 ? DK : DV);
+    if (which == 0)
+      advance_tail<DK>(args, which, from, to, closing * kPageSize, rest, stored);
+    else
+      advance_tail<DV>(args, which, from, to, closing * kPageSize, rest, stored);
+  }
+  // Every CTA has read the lengths when the last one writes them.
+  __syncthreads();
+  if (threadIdx.x == 0 &&
+      arrives_last(reinterpret_cast<u32*>(args.lengths) + 3, gridDim.x * gridDim.y * gridDim.z)) {
+    args.lengths[0] = pages + closing;
+    args.lengths[1] = rest + stored;
+    args.lengths[2] = all + args.new_tokens;
+  }
 }

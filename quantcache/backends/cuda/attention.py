@@ -1,0 +1,303 @@
+"""Attention over pages and tail: in one kernel, or over a layer that is restored first."""
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from quantcache.backends import torch as torch_backend
+from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
+from quantcache.backends.cuda.pages import SegmentTable, append_tail, restore, segment_table
+from quantcache.backends.cuda.plan import Plan, Shape, plan_for
+from quantcache.scheme import PAGE_SIZE
+
+MAX_FUSED_ROWS: Final = 64
+"""Query rows per KV head (group * query_len) from which on a layer is restored and given to torch's attention."""
+
+SCRATCH_BYTES: Final = 256 << 20
+"""Bound of the memory a layer is restored to, unless keys and values of a single head take more."""
+
+_MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
+_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i")
+
+
+def attention(
+    query: Tensor,
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See ``ops.attention``; ``unsupported`` must be None.
+
+    Up to ``MAX_FUSED_ROWS`` query rows per KV head are attended to by the kernel. More of them are arithmetic and no
+    longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
+    """
+    table = segment_table(key_qdata, key_metadata, value_qdata, value_metadata)
+    if _is_restored(query, key_tail, softcap, sinks):
+        return _attention_of_restored(
+            query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, SCRATCH_BYTES
+        )
+    return fused_attention(
+        query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+    )
+
+
+def _is_restored(query: Tensor, key_tail: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
+    _, num_q_heads, query_len, _ = query.shape
+    return query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1] and softcap is None and sinks is None
+
+
+def write_and_attend(
+    query: Tensor,
+    new_states: tuple[Tensor, Tensor],
+    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    tails: tuple[Tensor, Tensor],
+    tail_len: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See ``ops.write_and_attend``."""
+    if _is_restored(query, tails[0], softcap, sinks):
+        append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
+        key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
+        return attention(
+            query, *parts, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+        )
+    return fused_attention(
+        query,
+        segment_table(*parts),
+        *tails,
+        attn_mask,
+        is_causal,
+        softmax_scale,
+        window,
+        softcap,
+        sinks,
+        tail_len,
+        new_states,
+    )
+
+
+def fused_attention(
+    query: Tensor,
+    table: SegmentTable,
+    key_tail: Tensor,
+    value_tail: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    tail_len: int | None = None,
+    new_states: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    scratch: Tensor | None = None,
+    shape: Shape | None = None,
+    splits: tuple[int, int] | None = None,
+) -> Tensor:
+    """Attention in one kernel, for any number of query rows.
+
+    Args:
+        query: see ``ops.attention``, as for every argument not named here.
+        table: the pages; with ``lengths`` the first of them count.
+        key_tail: see ``ops.attention``.
+        value_tail: see ``ops.attention``.
+        attn_mask: see ``ops.attention``.
+        is_causal: see ``ops.attention``.
+        softmax_scale: see ``ops.attention``.
+        window: see ``ops.attention``.
+        softcap: see ``ops.attention``.
+        sinks: see ``ops.attention``.
+        tail_len: tokens of ``key_tail`` that count, all if None.
+        new_states: keys and values of the newest of them, which are to be written into ``key_tail`` and ``value_tail``.
+        lengths: int32 (2 or more,) on the device, pages and tail_len in use, read when the kernel runs.
+        scratch: see ``make_scratch``; instead of the current stream's, for a call that is recorded in a graph.
+        shape: instead of the one chosen for the call.
+        splits: instead of those chosen: splits of the pages, splits in all.
+    """
+    batch, num_q_heads, query_len, head_dim = query.shape
+    _, num_kv_heads, room, v_head_dim = value_tail.shape
+    if tail_len is None:
+        tail_len = room
+    index = query.device.index
+    query, query_address, query0, query1, query2 = readable(query)
+    key_tail, key_address, key0, key1, key2 = readable(key_tail)
+    value_tail, value_address, value0, value1, value2 = readable(value_tail)
+    group = num_q_heads // num_kv_heads
+    kind = (
+        index,
+        (batch, num_kv_heads, group, query_len, head_dim, v_head_dim),
+        query.dtype,
+        attn_mask is not None,
+        softcap is not None,
+        table.num_pages,
+        shape,
+    )
+    plan = plan_for(*kind, splits)
+    if scratch is not None and not _fits(scratch, plan, v_head_dim):
+        plan = plan_for(*kind, (1, 1))
+
+    mask, mask_strides, mask_dtype = _NO_MASK
+    if attn_mask is not None:
+        if attn_mask.dtype not in _MASK_DTYPES:
+            attn_mask = attn_mask.float()
+        strides = [0] * (4 - attn_mask.dim())
+        strides += [s if n > 1 else 0 for n, s in zip(attn_mask.shape, attn_mask.stride(), strict=True)]
+        mask, mask_strides, mask_dtype = attn_mask.data_ptr(), tuple(strides), _MASK_DTYPES[attn_mask.dtype]
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    partial = sums = counters = 0
+    if plan.num_splits > 1:
+        workspace = _workspace(query.device, plan.tiles, plan.partial_rows, v_head_dim) if scratch is None else scratch
+        counters = workspace.data_ptr()
+        partial = counters + 4 * NUM_COUNTERS
+        sums = partial + 4 * plan.partial_rows * v_head_dim
+    new = _NO_NEW_STATES
+    if new_states is not None:
+        new_key, new_key_address, *new_key_strides = readable(new_states[0])
+        _new_value, new_value_address, *new_value_strides = readable(new_states[1])
+        new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
+    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
+    launch(
+        plan.kernel,
+        plan.grid,
+        index,
+        _ATTENTION_ARGS,
+        query_address,
+        output.data_ptr(),
+        table.address,
+        key_address,
+        value_address,
+        mask,
+        0 if sinks is None else sinks.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        *(partial, sums, counters),
+        *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
+        *mask_strides,
+        *(num_kv_heads, group, query_len, table.num_pages, tail_len, table.num_segments),
+        *(plan.page_splits, plan.num_splits, is_causal, window or 0, mask_dtype, batch),
+        softmax_scale,
+        softcap or 0.0,
+        *table.first,
+        0,
+        *new,
+    )
+    return output
+
+
+_NO_NEW_STATES: Final[tuple[int, ...]] = (0,) * 9
+_NO_MASK: Final[tuple[int, tuple[int, ...], int]] = (0, (0, 0, 0, 0), 0)
+
+
+def _attention_of_restored(
+    query: Tensor,
+    table: SegmentTable,
+    key_tail: Tensor,
+    value_tail: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    window: int | None,
+    scratch_bytes: int,
+) -> Tensor:
+    """Torch's attention over a few heads at a time, restored to memory that all layers take in turn."""
+    batch, num_q_heads, query_len, _ = query.shape
+    num_kv_heads, kv_len = key_tail.shape[1], table.num_pages * PAGE_SIZE + key_tail.shape[2]
+    group = num_q_heads // num_kv_heads
+    a_head = kv_len * (key_tail.shape[3] + value_tail.shape[3]) * query.element_size()
+    at_once = max(1, scratch_bytes // a_head)
+    heads_at_once = num_kv_heads if at_once >= num_kv_heads else at_once
+    rows_at_once = max(1, at_once // num_kv_heads)
+    mask: Any = None
+    if attn_mask is not None or window is not None:
+        mask = torch_backend.combined_mask(query, kv_len, attn_mask, is_causal, window)
+        mask = mask.expand(-1, num_q_heads if mask.shape[1] > 1 else 1, -1, -1)
+    elif is_causal and query_len > 1:
+        from torch.nn.attention.bias import causal_lower_right  # half a second: it brings torch's compiler
+
+        mask = causal_lower_right(query_len, kv_len)
+    output = query.new_empty(batch, query_len, num_q_heads, value_tail.shape[3])
+    for row in range(0, batch, rows_at_once):
+        rows = min(rows_at_once, batch - row)
+        for head in range(0, num_kv_heads, heads_at_once):
+            heads = min(heads_at_once, num_kv_heads - head)
+            first = row * num_kv_heads + head
+            shape = (rows, heads, kv_len)
+            key = restore(True, table, key_tail, shape, first, key_tail.shape[3], value_tail.shape[3])
+            value = restore(False, table, value_tail, shape, first, key_tail.shape[3], value_tail.shape[3])
+            q_heads = slice(head * group, (head + heads) * group)
+            part: Any = mask
+            if isinstance(mask, Tensor) and type(mask) is Tensor:
+                part = mask[row : row + rows] if mask.shape[0] > 1 else mask
+                part = part[:, q_heads] if part.shape[1] > 1 else part
+            attended = scaled_dot_product_attention(
+                query[row : row + rows, q_heads],
+                key,
+                value,
+                attn_mask=part,
+                scale=softmax_scale,
+                enable_gqa=group > 1,
+            )
+            if type(part) is Tensor:
+                attended = torch_backend.zero_where_blind(attended, part)
+            output[row : row + rows, :, q_heads] = attended.transpose(1, 2)
+            del key, value
+    return output
+
+
+NUM_COUNTERS: Final = 4096
+"""Row tiles whose splits can be merged; each has a counter at the start of a workspace."""
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def _workspace(device: torch.device, tiles: int, rows: int, v_head_dim: int) -> Tensor:
+    """Counters that are zero, then room for the partial outputs and sums of ``rows``.
+
+    There is one for each device and stream, since what a stream runs, it runs in order.
+    """
+    key = device.index, current_stream(device.index)
+    have = _workspaces.get(key)
+    if have is None or have.numel() < _words(rows, v_head_dim):
+        have = _workspaces[key] = torch.zeros(max(_words(rows, v_head_dim), 1 << 20), dtype=torch.int32, device=device)
+    return have
+
+
+def make_scratch(device: torch.device, v_head_dim: int) -> Tensor:
+    """A workspace of its own for calls that are recorded in a graph and must not allocate; int32, zeroed.
+
+    It has room for as many CTAs as can run at once, which is how many splits there are.
+    """
+    rows = gpu(device.index).processors * SCRATCH_ROWS
+    return torch.zeros(_words(rows, v_head_dim), dtype=torch.int32, device=device)
+
+
+SCRATCH_ROWS: Final = 64
+"""Query rows that a processor holds at once at most: CTAs of 8 or 16 rows."""
+
+
+def _words(rows: int, v_head_dim: int) -> int:
+    return NUM_COUNTERS + rows * (v_head_dim + 2)
+
+
+def _fits(scratch: Tensor, plan: Plan, v_head_dim: int) -> bool:
+    return plan.num_splits == 1 or (
+        plan.tiles <= NUM_COUNTERS and _words(plan.partial_rows, v_head_dim) <= scratch.numel()
+    )

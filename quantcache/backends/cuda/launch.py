@@ -1,0 +1,124 @@
+"""What every CUDA kernel here needs: the device, a build for it, and a launch with one packed structure."""
+
+import ctypes
+import functools
+import struct
+import threading
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantcache import nvrtc
+
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Element types that the kernels take, and their numbers in the sources."""
+
+
+class Kernel(NamedTuple):
+    """A kernel ready to be launched on one device."""
+
+    function: Any
+    threads: int
+    shared_bytes: int
+
+
+class Gpu(NamedTuple):
+    """What is asked of a GPU once."""
+
+    arch: str
+    processors: int
+    shared_per_processor: int
+    shared_per_block: int
+
+
+@functools.cache
+def gpu(index: int) -> Gpu:
+    """The GPU ``index``."""
+    from cuda.bindings import driver
+
+    properties = torch.cuda.get_device_properties(index)
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return Gpu(
+        f"sm_{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+        _check(driver.cuDeviceGetAttribute(attribute, index)),
+    )
+
+
+def readable(states: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """``states``, copied if the kernels could not read four elements at once; its address and strides but the last."""
+    batch, heads, tokens, last = states.stride()
+    address = states.data_ptr()
+    if last != 1 or (batch | heads | tokens) & 3 or address & 15:
+        states = states.clone(memory_format=torch.contiguous_format)
+        batch, heads, tokens, _ = states.stride()
+        address = states.data_ptr()
+    return states, address, batch, heads, tokens
+
+
+def load_kernel(source: str, macros: nvrtc.Macros, name: str, index: int, threads: int, shared_bytes: int) -> Kernel:
+    """The kernel ``name`` of a source for the GPU ``index``, built if need be."""
+    from cuda.bindings import driver
+
+    function = _check(driver.cuLibraryGetKernel(_library(source, macros, gpu(index).arch), name.encode()))
+    if shared_bytes:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuKernelSetAttribute(attribute, shared_bytes, function, index))
+    return Kernel(driver.CUfunction(int(function)), threads, shared_bytes)
+
+
+@functools.cache
+def _library(source: str, macros: nvrtc.Macros, arch: str) -> Any:
+    """The kernels of a source, for every device of ``arch``."""
+    from cuda.bindings import driver
+
+    return _check(driver.cuLibraryLoadData(nvrtc.cubin(source, macros, arch), None, None, 0, None, None, 0))
+
+
+class _Launches(threading.local):
+    """Memory for the arguments of a launch, one for each thread; the driver copies them before it returns."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(1024)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
+        self.address = ctypes.addressof(self.pointers)
+
+    @functools.cached_property
+    def launch(self) -> Any:
+        from cuda.bindings import driver
+
+        return driver.cuLaunchKernel
+
+
+_launches: Final = _Launches()
+
+
+def current_stream(index: int) -> int:
+    """The current stream; torch's own generated code asks for it the same way, a tenth of the public call's time."""
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
+
+
+def launch(kernel: Kernel, grid: tuple[int, int, int], index: int, form: struct.Struct, *values: Any) -> None:
+    """Queue ``kernel`` with the structure of ``values`` on the current stream of device ``index``."""
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            launch(kernel, grid, index, form, *values)
+        return
+    launches = _launches
+    form.pack_into(launches.buffer, 0, *values)
+    x, y, z = grid
+    (status,) = launches.launch(
+        kernel.function, x, y, z, kernel.threads, 1, 1, kernel.shared_bytes, current_stream(index), launches.address, 0
+    )
+    if status:
+        _check((status,))
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver returned besides its status."""
+    if int(result[0]):
+        raise RuntimeError(f"quantcache: the CUDA driver returned {result[0]!r}.")
+    return result[1] if len(result) > 1 else None

@@ -1,0 +1,190 @@
+"""Quantising pages, restoring them and writing the tail."""
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.cuda.launch import DTYPES, Kernel, launch, load_kernel, readable
+from quantcache.scheme import PAGE_SIZE
+
+_STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q i")
+_RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq")
+_APPEND_ARGS: Final = struct.Struct("2P 2P 12q P 4i")
+
+
+def store_pages(
+    key_states: Tensor,
+    value_states: Tensor,
+    key_qdata: Tensor,
+    key_metadata: Tensor,
+    value_qdata: Tensor,
+    value_metadata: Tensor,
+) -> None:
+    """See ``ops.store_pages``."""
+    key_states, key_address, *key_strides = readable(key_states)
+    value_states, value_address, *value_strides = readable(value_states)
+    targets = [(key_qdata, value_qdata), (key_metadata, value_metadata)]
+    written = [[t if t.is_contiguous() else torch.empty_like(t).contiguous() for t in pair] for pair in targets]
+    batch, num_kv_heads, _, head_dim = key_states.shape
+    kernel = pages_kernel("store_pages", key_states, head_dim, value_states.shape[-1])
+    launch(
+        kernel,
+        (len(key_qdata), batch * num_kv_heads, 2),
+        key_states.device.index,
+        _STORE_ARGS,
+        *(key_address, value_address),
+        *(t.data_ptr() for pair in written for t in pair),
+        *key_strides,
+        *value_strides,
+        num_kv_heads,
+    )
+    for pair, sources in zip(targets, written, strict=True):
+        for target, source in zip(pair, sources, strict=True):
+            if target is not source:
+                target.copy_(source)
+
+
+def append_tail(
+    key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int | Tensor
+) -> None:
+    """See ``ops.append_tail``; ``position`` may also be an int32 tensor (pages, tail_len) on the device."""
+    key_states, key_address, key0, key1, key2 = readable(key_states)
+    value_states, value_address, value0, value1, value2 = readable(value_states)
+    batch, num_kv_heads, tokens, head_dim = key_states.shape
+    v_head_dim = value_states.shape[3]
+    lengths, start = (position.data_ptr(), 0) if isinstance(position, Tensor) else (0, position)
+    kernel = pages_kernel("append", key_states, head_dim, v_head_dim)
+    words = batch * num_kv_heads * tokens * max(head_dim, v_head_dim) // 4
+    if not words:
+        return
+    to_key0, to_key1, to_key2, _ = key_tail.stride()
+    to_value0, to_value1, to_value2, _ = value_tail.stride()
+    launch(
+        kernel,
+        (-(-words // 256), 1, 2),
+        key_states.device.index,
+        _APPEND_ARGS,
+        key_address,
+        value_address,
+        key_tail.data_ptr(),
+        value_tail.data_ptr(),
+        *(key0, key1, key2, value0, value1, value2),
+        *(to_key0, to_key1, to_key2, to_value0, to_value1, to_value2),
+        lengths,
+        *(num_kv_heads, batch, tokens, start),
+    )
+
+
+def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_keys``."""
+    return _restore_all(True, qdata, metadata, tail)
+
+
+def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_values``."""
+    return _restore_all(False, qdata, metadata, tail)
+
+
+class SegmentTable(NamedTuple):
+    """Where the pages are, for the kernels.
+
+    Attributes:
+        address: of an int64 (segments + 1, 5) on the device: addresses of the four parts, and the first page. 0 where
+            there is one segment, of which ``first`` says all.
+        num_segments: entries without the last, which has only the number of pages.
+        num_pages: pages in all of them.
+        first: addresses of the four parts of the first segment.
+        kept: what must live as long as the table is read.
+    """
+
+    address: int
+    num_segments: int
+    num_pages: int
+    first: tuple[int, int, int, int]
+    kept: tuple[object, ...]
+
+
+def segment_table(
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+) -> SegmentTable:
+    """The table of pages given as in ``ops.attention``, remembered by ``ops.Parts``."""
+    memo: dict[object, Any] | None = getattr(key_qdata, "memo", None)
+    if memo is None:
+        return _make_table((key_qdata, key_metadata, value_qdata, value_metadata))
+    found = memo.get("cuda")
+    if found is None or found[0] is not key_metadata or found[1] is not value_qdata or found[2] is not value_metadata:
+        table = _make_table((key_qdata, key_metadata, value_qdata, value_metadata))
+        found = memo["cuda"] = key_metadata, value_qdata, value_metadata, table
+    made: SegmentTable = found[3]
+    return made
+
+
+def _make_table(parts: Sequence[Sequence[Tensor]]) -> SegmentTable:
+    contiguous = [[part.contiguous() for part in kind] for kind in parts]
+    rows, first = [], 0
+    for segment in zip(*contiguous, strict=True):
+        rows += [*(part.data_ptr() for part in segment), first]
+        first += len(segment[0])
+    rows += [0, 0, 0, 0, first]
+    if len(contiguous[0]) < 2:
+        return SegmentTable(0, len(contiguous[0]), first, tuple(rows[:4]), (contiguous,))
+    # Pinned, so that the copy waits for nothing; torch keeps the pinned memory until the copy is done.
+    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+    on_device = host.to(contiguous[0][0].device, non_blocking=True)
+    return SegmentTable(on_device.data_ptr(), len(contiguous[0]), first, tuple(rows[:4]), (on_device, contiguous))
+
+
+def _restore_all(is_key: bool, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    table = segment_table(qdata, metadata, qdata, metadata)
+    batch, num_kv_heads, tail_len, head_dim = tail.shape
+    shape = (batch, num_kv_heads, table.num_pages * PAGE_SIZE + tail_len)
+    return restore(is_key, table, tail, shape, 0, head_dim, head_dim)
+
+
+def restore(
+    is_key: bool,
+    table: SegmentTable,
+    tail: Tensor,
+    shape: tuple[int, int, int],
+    first_head: int,
+    head_dim: int,
+    v_head_dim: int,
+) -> Tensor:
+    """(rows, heads, kv_len, head_dim) of the heads from ``first_head`` on, counted over the batch."""
+    tail, address, *strides = readable(tail)
+    batch, num_kv_heads, tail_len, width = tail.shape
+    output = tail.new_empty(*shape, width)
+    blocks = table.num_pages + (tail_len > 0)
+    if blocks:
+        launch(
+            pages_kernel("restore", tail, head_dim, v_head_dim),
+            (blocks, shape[0] * shape[1], 1),
+            tail.device.index,
+            _RESTORE_ARGS,
+            *(table.address, address, output.data_ptr()),
+            *strides,
+            *(num_kv_heads, batch * num_kv_heads, first_head, table.num_segments),
+            *(table.num_pages, 0, tail_len, is_key),
+            *table.first,
+            0,
+        )
+    return output
+
+
+def pages_kernel(name: str, states: Tensor, head_dim: int, v_head_dim: int) -> Kernel:
+    """The kernel ``name`` of ``pages.cu`` for states like these."""
+    return _kernel_of_pages(name, head_dim, v_head_dim, states.dtype, states.device.index)
+
+
+@functools.cache
+def _kernel_of_pages(name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int) -> Kernel:
+    macros = (("DK", head_dim), ("DV", v_head_dim), ("DTYPE", DTYPES[dtype]))
+    threads = max(256, 2 * head_dim) if name in ("store_pages", "advance") else 256
+    return load_kernel("pages.cu", macros, name, index, threads, 0)

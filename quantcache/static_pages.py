@@ -1,0 +1,250 @@
+"""``StaticInt8Pages``: the bytes of one layer of a fixed capacity, with its lengths in device memory.
+
+Every address stays what it is, so a compiled step and a CUDA graph can run on them. The host counts along while it
+makes the steps itself; after compiled ones it has to ask the device.
+"""
+
+import torch
+from torch import Tensor
+
+from quantcache import ops, static_ops
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.segments import ClosedPages, PagesView, Segment
+from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, Store
+
+
+def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
+    """Refuse more tokens than fit.
+
+    Raises:
+        ValueError: ``seq_len + new_tokens`` is more than ``capacity``; nothing has changed.
+    """
+    if seq_len + new_tokens > capacity:
+        raise ValueError(
+            f"QuantizedInt8Cache: at most max_cache_len={capacity} tokens fit, got {new_tokens} more behind {seq_len}. "
+            "Make a cache with a larger max_cache_len, or call reset() for new sequences."
+        )
+
+
+class StaticInt8Pages:
+    """The keys and values of one layer: int8 pages and an exact tail, in memory allocated once.
+
+    A page is closed with the first call after ``residual_length`` newer tokens exist, or by the call that brings them
+    if it brings more than one token; the codes are those of ``Int8Pages``.
+
+    Args:
+        key_states: (batch, num_kv_heads, any, head_dim); fixes shapes, dtype and device, nothing is stored of it.
+        value_states: (batch, num_kv_heads, any, v_head_dim).
+        capacity: tokens that fit.
+        residual_length: newer tokens that a page waits for, at least 0.
+    """
+
+    def __init__(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        capacity: int,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+    ) -> None:
+        self.capacity, self.residual_length = capacity, residual_length
+        num_pages = max(0, (capacity - residual_length) // PAGE_SIZE)
+        tail_capacity = min(PAGE_SIZE + residual_length, capacity)
+        tails = (
+            states.new_zeros(*states.shape[:2], tail_capacity, states.shape[3]) for states in (key_states, value_states)
+        )
+        lengths = torch.zeros(static_ops.NUM_LENGTHS, dtype=torch.int32, device=key_states.device)
+        segment = Segment.allocate(num_pages, key_states, value_states)
+        self.store = Store(*segment, *tails, lengths)  # type: ignore[call-arg]
+        self.is_stale = False
+        """Whether compiled steps ran since the host last knew the lengths."""
+        self._pages = self._tail_len = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(part.nbytes for part in self.store)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences stored."""
+        return self.store.key_tail.shape[0]
+
+    @property
+    def backend(self) -> str:
+        """What ``ops.backend_for`` the states names."""
+        return ops.backend_for(self.store.key_tail, self.store.value_tail)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.store.key_tail.device
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens stored. Waits for the device after compiled steps."""
+        self.synchronize()
+        return self._pages * PAGE_SIZE + self._tail_len
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored."""
+        return self.seq_len == 0
+
+    @property
+    def num_pages(self) -> int:
+        """Closed pages."""
+        self.synchronize()
+        return self._pages
+
+    @property
+    def key_tail(self) -> Tensor:
+        """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        self.synchronize()
+        return self.store.key_tail[:, :, : self._tail_len]
+
+    @property
+    def value_tail(self) -> Tensor:
+        """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        self.synchronize()
+        return self.store.value_tail[:, :, : self._tail_len]
+
+    @property
+    def device_seq_len(self) -> Tensor:
+        """Tokens stored, int32 () on the device; sees every later step."""
+        return self.store.lengths[SEQ_LEN]
+
+    def synchronize(self) -> None:
+        """Learn the lengths from the device, if compiled steps have changed them.
+
+        Raises:
+            RuntimeError: compiled steps were given more tokens than fit. They read and wrote nothing out of bounds, but
+                the tokens that did not fit are lost.
+        """
+        if not self.is_stale:
+            return
+        lengths = self.store.lengths.tolist()
+        if lengths[SEQ_LEN] > self.capacity:
+            raise RuntimeError(
+                f"QuantizedInt8Cache: at most max_cache_len={self.capacity} tokens fit, compiled steps were given "
+                f"{lengths[SEQ_LEN]}. What was generated beyond is not to be trusted. Make a cache with a larger "
+                "max_cache_len, or call reset()."
+            )
+        self._pages, self._tail_len = lengths[PAGES], lengths[TAIL_LEN]
+        self.is_stale = False
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, Store]:
+        """Store new tokens and return what their queries read, in two forms; for steps that are not compiled.
+
+        In both the new tokens are exact. The tail of the view of an empty layer is the arguments themselves.
+
+        Args:
+            key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
+            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+
+        Raises:
+            ValueError: see ``check_room``.
+        """
+        new_tokens = key_states.shape[2]
+        check_room(self.capacity, new_tokens, self.seq_len)
+        key_states, value_states = key_states.detach(), value_states.detach()
+        self.close_due_pages()
+        store, pages = self.store, self._pages
+        if new_tokens == 1:
+            static_ops.append(key_states, value_states, store, self.residual_length)
+            self._tail_len += 1
+            return self.view(), store
+        if not self._tail_len:
+            key_tail, value_tail = key_states, value_states
+        else:
+            key_tail, value_tail = (
+                torch.cat([tail[:, :, : self._tail_len], states], dim=2)
+                for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
+            )
+        view, lengths = self._view(pages, key_tail, value_tail), self._lengths_with(new_tokens)
+        static_ops.store_tokens(key_tail, value_tail, lengths, store, self.residual_length)
+        closed = max(0, (key_tail.shape[2] - self.residual_length) // PAGE_SIZE)
+        self._pages, self._tail_len = pages + closed, key_tail.shape[2] - closed * PAGE_SIZE
+        return view, Store(*store[:4], key_tail, value_tail, lengths)
+
+    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> Store:
+        """``append`` for a step that is being compiled: nothing is asked of the device, and no room is checked.
+
+        Returns:
+            What the queries read, see ``static_ops.attention``.
+        """
+        self.is_stale = True
+        store, new_tokens = self.store, key_states.shape[2]
+        if new_tokens == 1:
+            static_ops.append(key_states, value_states, store, self.residual_length)
+            return store
+        none = key_states[:, :, :0], value_states[:, :, :0]
+        static_ops.append(*none, store, self.residual_length)
+        lengths = self._lengths_with(new_tokens)
+        places = store.lengths[TAIL_LEN] + torch.arange(new_tokens, device=self.device)
+        key_tail, value_tail = (
+            torch.nn.functional.pad(tail, (0, 0, 0, new_tokens)).index_copy(2, places, states)
+            for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
+        )
+        static_ops.store_tokens(key_tail, value_tail, lengths, store, self.residual_length)
+        return Store(*store[:4], key_tail, value_tail, lengths)
+
+    def close_due_pages(self) -> None:
+        """Quantise a page that has as many newer tokens as it waits for, as the next step would."""
+        self.synchronize()
+        if self._tail_len >= PAGE_SIZE + self.residual_length:
+            none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
+            static_ops.append(*none, self.store, self.residual_length)
+            self._pages, self._tail_len = self._pages + 1, self._tail_len - PAGE_SIZE
+
+    def view(self) -> PagesView:
+        """All tokens stored, for reading."""
+        return self._view(self.num_pages, self.key_tail, self.value_tail)
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, dense, in the model's dtype; see ``PagesView``."""
+        self.close_due_pages()
+        view = self.view()
+        return view.restore_keys(), view.restore_values()
+
+    def reset(self) -> None:
+        """Forget every token and keep the memory."""
+        self.store.lengths.zero_()
+        self._pages = self._tail_len = 0
+        self.is_stale = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; see ``Int8Pages.crop``."""
+        self.close_due_pages()
+        pages, rest = divmod(self.seq_len - tokens_to_remove, PAGE_SIZE)
+        if pages < self._pages:
+            reopened = Segment(*(part[pages : pages + 1] for part in self.store[:4]))
+            none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
+            view = PagesView(ClosedPages((reopened,)), *none)
+            states = view.restore_keys()[:, :, :rest], view.restore_values()[:, :, :rest]
+            ops.append_tail(*states, self.store.key_tail, self.store.value_tail, 0)
+            self._pages, self._tail_len = pages, rest
+        else:
+            self._tail_len = pages * PAGE_SIZE + rest - self._pages * PAGE_SIZE
+        self.store.lengths.copy_(self._lengths_on_host())
+
+    def index_select(self, indices: Tensor) -> None:
+        """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order, byte for byte."""
+        indices = indices.to(self.device)
+        for part in self.store[:4]:
+            part.copy_(part[:, indices])
+        for tail in self.store[4:6]:
+            tail.copy_(tail[indices])
+
+    def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor) -> PagesView:
+        segments = (Segment(*(part[:pages] for part in self.store[:4])),) if pages else ()
+        return PagesView(ClosedPages(segments), key_tail, value_tail)
+
+    def _lengths_with(self, new_tokens: int) -> Tensor:
+        """The lengths if ``new_tokens`` were part of the tail, on the device."""
+        lengths = self.store.lengths.clone()
+        lengths[TAIL_LEN : SEQ_LEN + 1] += new_tokens
+        return lengths
+
+    def _lengths_on_host(self) -> Tensor:
+        seq_len = self._pages * PAGE_SIZE + self._tail_len
+        return torch.tensor([self._pages, self._tail_len, seq_len, 0], dtype=torch.int32)

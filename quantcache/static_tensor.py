@@ -1,0 +1,140 @@
+"""``StaticInt8Tensor``: what a layer of fixed capacity hands to attention in a step that is being compiled."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from quantcache import static_ops, tensor
+from quantcache.errors import FallbackError, FallbackWarning
+from quantcache.report import ReadLog
+from quantcache.segments import PagesView
+from quantcache.static_ops import Store
+
+
+class StaticInt8Tensor(Tensor):
+    """The keys or the values of a layer, as ``Int8Tensor`` is, with a length that only the device knows.
+
+    Its shape is (batch, num_kv_heads, capacity, head_dim), like that of transformers' static layer; what lies behind
+    the last token reads as zero. It is made of plain tensors alone, so that torch.compile can take it apart.
+
+    Attributes:
+        key_qdata: see ``Store``, as for the other tensors up to the scratch.
+        scratch: see ``static_ops.make_scratch``.
+        capacity: tokens that its shape shows.
+        is_key: keys if True, values if False.
+        on_restore: what happens where it has to be restored: "raise", "warn" or "quiet".
+        view_of_host: where the host knows the length, the same as a view; else None.
+        read_log: where reads are then noted.
+    """
+
+    _PARTS = (*Store._fields, "scratch")
+
+    capacity: int
+    is_key: bool
+    on_restore: str
+    view_of_host: PagesView | None = None
+    read_log: ReadLog | None = None
+
+    @staticmethod
+    def __new__(
+        cls,
+        key_qdata: Tensor,
+        key_metadata: Tensor,
+        value_qdata: Tensor,
+        value_metadata: Tensor,
+        key_tail: Tensor,
+        value_tail: Tensor,
+        lengths: Tensor,
+        scratch: Tensor,
+        capacity: int,
+        is_key: bool,
+        on_restore: str,
+    ) -> "StaticInt8Tensor":
+        """The keys or the values of a ``Store``."""
+        tail = key_tail if is_key else value_tail
+        batch, num_kv_heads, _, head_dim = tail.shape
+        shape = (batch, num_kv_heads, capacity, head_dim)
+        made: StaticInt8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
+        parts = (key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail, lengths, scratch)
+        for name, part in zip(cls._PARTS, parts, strict=True):
+            setattr(made, name, part)
+        made.capacity, made.is_key, made.on_restore = capacity, is_key, on_restore
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool, str]]:
+        return list(self._PARTS), (self.capacity, self.is_key, self.on_restore)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], meta: tuple[int, bool, str], outer_size: Any, outer_stride: Any
+    ) -> "StaticInt8Tensor":
+        return StaticInt8Tensor(**parts, capacity=meta[0], is_key=meta[1], on_restore=meta[2])
+
+    def store(self) -> Store:
+        """What is read."""
+        return Store(*(getattr(self, name) for name in Store._fields))
+
+    def restore(self) -> Tensor:
+        """The values as a plain dense tensor."""
+        return static_ops.restore(self.store(), self.capacity, self.is_key)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Results are plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on the restored values."""
+
+        def restored(states: StaticInt8Tensor) -> Tensor:
+            if states.read_log is not None:
+                states.read_log.fell_back(f"{func} on cached states")
+                return states.restore()
+            reason = f"{func} on cached states in a compiled step"
+            if states.on_restore == "raise":
+                raise FallbackError(
+                    f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}."
+                )
+            if states.on_restore == "warn":
+                warnings.warn(
+                    f"QuantizedInt8Cache: the cache is read by restoring it to full precision ({reason}), which is "
+                    "correct but slower and needs memory for one layer of the whole capacity. strict=True raises "
+                    "instead.",
+                    FallbackWarning,
+                    stacklevel=2,
+                )
+            return states.restore()
+
+        args, kwargs = tree_map_only(StaticInt8Tensor, restored, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def read(key: StaticInt8Tensor, query: Tensor, **options: Any) -> Tensor:
+    """Attention over the layer whose keys are ``key``; ``options`` are the keyword arguments of ``ops.attention``.
+
+    The mask may be as wide as the capacity.
+    """
+    if not torch.compiler.is_compiling() and key.view_of_host is not None and key.read_log is not None:
+        attn_mask = options.get("attn_mask")
+        if attn_mask is not None:
+            options["attn_mask"] = attn_mask[..., : key.view_of_host.seq_len]
+        return tensor.read(key.view_of_host, key.read_log, query, **options)
+    return static_ops.attention(query, key.store(), key.scratch, **options)  # type: ignore[attr-defined]

@@ -1,0 +1,274 @@
+"""Compiled decoding with the int8 cache of fixed capacity against transformers' ``StaticCache``, in one run.
+
+    python tests/benchmarks/bench_compiled.py [--rows WORD ...] [--out FILE]
+
+``generate()`` itself runs, with random bf16 weights, behind random states already in the cache. Times are the GPU's
+from one token to the next, medians of the steady state, within ``generate()`` ("ms") and of the compiled step called in
+a row by itself ("step_ms"); a profile of the same steps says where they go. Memory is what torch has allocated and
+reserved at its peak.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+from quantcache import QuantizedInt8Cache
+
+Row = dict[str, Any]
+
+GEOMETRIES = {
+    # https://huggingface.co/Qwen/Qwen-7B and https://huggingface.co/Qwen/Qwen2.5-7B, config.json
+    "Qwen-7B": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+    "Qwen2.5-7B": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4,
+    },
+    "tiny": {
+        "vocab_size": 97, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+ROWS = {  # geometry, batch, tokens, capacity, target: ms a token, or times as fast as StaticCache
+    "b1": ("Qwen-7B", 1, 1024, 1152, {"ms": 6.3}),
+    "b32": ("Qwen-7B", 32, 4096, 4224, {"ms": 14.5}),
+    "half": ("Qwen-7B", 32, 4096, 8192, {"of b32": 1.10}),
+    "gqa": ("Qwen2.5-7B", 32, 8192, 8320, {"ms": 9.0}),
+    "long": ("Qwen2.5-7B", 1, 131072, 131200, {"ratio": 1.4}),
+    "tiny": ("tiny", 2, 200, 320, {}),
+}
+
+WARM_UP, STEPS, PROFILED = 8, 40, 8
+
+
+class Clock(LogitsProcessor):
+    """Notes when each token's logits are there."""
+
+    def __init__(self) -> None:
+        self.events: list[torch.cuda.Event] = []
+        self.skipped = WARM_UP
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+        return scores
+
+    def median_ms(self) -> float:
+        torch.cuda.synchronize()
+        steps = [a.elapsed_time(b) for a, b in zip(self.events, self.events[1:], strict=False)]
+        return round(statistics.median(steps[self.skipped :]), 3)
+
+
+def make_model(geometry: str) -> Any:
+    config = Qwen2Config(
+        **GEOMETRIES[geometry], max_position_embeddings=262144, dtype=torch.bfloat16, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def generate(model: Any, cache: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> Clock:
+    clock = Clock()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False,
+        logits_processor=LogitsProcessorList([clock]), **options,
+    )  # fmt: skip
+    return clock
+
+
+def steps_alone(model: Any, cache: Any, ids: torch.Tensor) -> float:
+    """Milliseconds of the compiled step by itself, called in a row with the inputs that ``generate()`` last gave it."""
+    given: dict[str, Any] = {}
+    prepare = model.prepare_inputs_for_generation
+
+    def remember(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        given.update(prepare(*args, **kwargs))
+        return given
+
+    model.prepare_inputs_for_generation = remember
+    generate(model, cache, ids, 4)
+    model.prepare_inputs_for_generation = prepare
+    step, clock = model._compiled_call, Clock()
+    for _ in range(STEPS):
+        torch.compiler.cudagraph_mark_step_begin()
+        clock(ids, step(**given, return_dict=True).logits)
+    return clock.median_ms()
+
+
+def filled(kind: str, config: Qwen2Config, batch: int, tokens: int, capacity: int) -> Any:
+    made = StaticCache if kind == "StaticCache" else QuantizedInt8Cache
+    cache = made(config=config, max_cache_len=capacity)
+    head_dim = config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, tokens, head_dim)
+    states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    for layer in range(config.num_hidden_layers):
+        cache.update(*states, layer)
+    return cache
+
+
+def forget() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def memory() -> dict[str, float]:
+    """Peak gigabytes (1e9 bytes)."""
+    return {
+        "allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+    }
+
+
+def account(model: Any, cache: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Milliseconds a token by kind of kernel, and without any, from a trace of the compiled steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        generate(model, cache, ids, PROFILED)
+        torch.cuda.synchronize()
+    kinds = {"attention": 0.0, "advance": 0.0, "matrix products": 0.0, "other": 0.0}
+    for event in trace.key_averages():
+        name, spent = event.key, event.self_device_time_total / 1e3 / PROFILED
+        if name == "attention":
+            kinds["attention"] += spent
+        elif name == "advance":
+            kinds["advance"] += spent
+        elif any(word in name for word in ("gemm", "gemv", "cutlass", "nvjet", "splitK", "_mm_")):
+            kinds["matrix products"] += spent
+        else:
+            kinds["other"] += spent
+    return {kind: round(spent, 3) for kind, spent in kinds.items()}
+
+
+@torch.no_grad()
+def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
+    geometry, batch, tokens, capacity, target = ROWS[name]
+    ids = torch.randint(0, 90, (batch, tokens), device="cuda")
+    row: Row = {
+        "row": f"{geometry}, batch {batch}, {tokens} tokens of {capacity}",
+        "ms": {},
+        "step_ms": {},
+        "first_seconds": {},
+        "memory_gb": {},
+        "target": target,
+    }
+    for kind in kinds:
+        forget()
+        vars(model).pop("_compiled_call", None)
+        cache = None
+        try:
+            cache = filled(kind, model.config, batch, tokens - 1, capacity)
+            start = time.perf_counter()
+            clock = generate(model, cache, ids, WARM_UP + STEPS)
+            row["ms"][kind] = clock.median_ms()
+            row["first_seconds"][kind] = round(time.perf_counter() - start, 1)
+            row["memory_gb"][kind] = memory()
+            row.setdefault("graphs", {})[kind] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            row.setdefault("cudagraph_skips", {})[kind] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+            torch._dynamo.utils.counters.clear()
+            # generate() goes on where the cache ends, with as many ids as it then holds and one.
+            ids = ids.new_zeros(batch, tokens + WARM_UP + STEPS)
+            if kind == "int8":
+                row["account_ms"] = account(model, cache, ids)
+                ids = ids.new_zeros(batch, ids.shape[1] + PROFILED)
+            row["step_ms"][kind] = steps_alone(model, cache, ids)
+        except torch.cuda.OutOfMemoryError:
+            row["ms"][kind] = None
+        del cache
+    if row["ms"].get("StaticCache") and row["ms"].get("int8"):
+        row["ratio"] = round(row["ms"]["StaticCache"] / row["ms"]["int8"], 3)
+    return row
+
+
+@torch.no_grad()
+def memory_row(model: Any, batch: int, target: float | None, limit: float | None = None) -> Row:
+    """16-token prompts, room for 1,024 new tokens. The memory is all there after a few of them, which is checked."""
+    forget()
+    if limit:
+        torch.cuda.set_per_process_memory_fraction(limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    ids = torch.randint(0, 90, (batch, 16), device="cuda")
+    row: Row = {
+        "row": f"memory, Qwen-7B geometry, batch {batch}, 16 + 1024 tokens",
+        "limit_gb": limit,
+        "target": target,
+    }
+    try:
+        cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=1024)
+        seen: list[int] = []
+        for new_tokens in (8, 24):
+            cache.reset()
+            generate(model, cache, ids, new_tokens, disable_compile=True)
+            seen.append(torch.cuda.max_memory_allocated())
+        row |= {"memory_gb": memory(), "grows_by_bytes": seen[1] - seen[0], "cache_gb": round(cache.nbytes / 1e9, 2)}
+    except torch.cuda.OutOfMemoryError:
+        row["memory_gb"] = None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=["b1", "b32", "half", "memory", "gqa", "long"])
+    parser.add_argument("--kinds", nargs="*", default=["StaticCache", "int8"])
+    parser.add_argument("--out", default="docs/benchmarks/compiled-decode.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write()
+
+    def write() -> None:
+        report = {
+            "command": "python tests/benchmarks/bench_compiled.py",
+            "hardware": {"gpu": torch.cuda.get_device_properties(0).name},
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "transformers": transformers.__version__,
+            },
+            "rows": rows,
+        }
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+
+    model, at = None, ""
+    for name in options.rows:
+        geometry = "Qwen-7B" if name == "memory" else ROWS[name][0]
+        if geometry != at:
+            model = None
+            forget()
+            model, at = make_model(geometry), geometry
+        if name == "memory":
+            for batch, target in ((32, 27.0), (64, 37.0), (100, 48.0)):
+                add(memory_row(model, batch, target))
+            add(memory_row(model, 200, None, limit=80.0))
+        else:
+            add(speed_row(name, model, [k for k in options.kinds if not (name == "half" and k == "StaticCache")]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Writes docs/supported.md from the matrix: ``python -m tests.supported``."""
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.refusals import OLDER_REFUSED, REFUSED
+
+PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+NATIVE = {
+    "DynamicSlidingWindowLayer": "small window, transformers' own",
+    "LinearAttentionLayer": "linear attention or convolution, transformers' own",
+    "LinearAttentionAndFullAttentionLayer": "both in one, transformers' own",
+}
+
+
+def reading(architecture: Architecture, implementation: str) -> str:
+    """How the int8 layers of a model are read by an attention implementation: "int8", "restored", "own" or "-"."""
+    if implementation not in architecture.implementations:
+        return "-"
+    if not any("int8" in storage for storage in architecture.storage):
+        return "own"
+    return "restored" if implementation == "eager" or architecture.restores else "int8"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _models() -> str:
+    return table(
+        ("model", "layers", *(f"`{name}`" for name in IMPLEMENTATIONS), "note"),
+        (
+            (
+                architecture.name,
+                "; ".join(NATIVE.get(storage, storage) for storage in dict.fromkeys(architecture.storage)),
+                *(reading(architecture, implementation) for implementation in IMPLEMENTATIONS),
+                architecture.note or architecture.restores,
+            )
+            for architecture in ARCHITECTURES
+        ),
+    )
+
+
+def _operations() -> str:
+    def promise(name: str) -> str:
+        return " ".join((inspect.getdoc(OPERATIONS[name]) or "").split())
+
+    def asked_of(name: str) -> str:
+        also = [f"`{implementation}`" for implementation, names in BY_IMPLEMENTATION.items() if name in names]
+        if name == "output_attentions":
+            return "`eager`"
+        return ", ".join(["the first implementation of each model", *also])
+
+    return table(("operation", "promise", "with"), ((name, promise(name), asked_of(name)) for name in OPERATIONS))
+
+
+def _refusals() -> str:
+    return table(
+        ("model", "operation", "refused by", "because"),
+        (
+            (model, operation, refusal.by, refusal.reason)
+            for (model, operation), refusal in (REFUSED | OLDER_REFUSED).items()
+        ),
+    )
+
+
+def page() -> str:
+    """The text of docs/supported.md."""
+    return f"""<!-- Written by `python -m tests.supported` from the tests; a test compares them. -->
+# What is supported
+
+Every row below is a tiny model of the real architecture with random weights. `tests/test_matrix.py` runs every
+operation on every model, on the CPU and, with `pytest -m cuda`, on a GPU, with the oldest and the newest transformers
+that quantcache supports.
+
+## Models
+
+"int8" under an attention implementation: attention reads the int8 bytes. "restored": it is given the restored keys and
+values, one layer at a time, which is correct and slower. "own": no layer is int8. "-": the model does not have it in
+transformers on a CPU. The columns hold for a cache made with `QuantizedInt8Cache(model.config)`.
+
+{_models()}
+
+"int8 window" is a sliding window of more than 1024 tokens, of which only the pages in reach are kept; smaller windows,
+linear attention and convolutions are small and stay transformers' own; a "shared" layer reads the states of another.
+Encoder-decoder models take `QuantizedInt8Cache.for_encoder_decoder(model.config)`. `flash_attention_2`, `3` and `4` read
+int8 with their windows, softcaps, sinks and padding; a position bias restores.
+
+## Operations
+
+{_operations()}
+
+## Refused
+
+{_refusals()}
+
+A cell that transformers refuses is refused with its own `DynamicCache` too. Beyond the cells of the table:
+
+| what | refused with | because |
+| --- | --- | --- |
+| an encoder-decoder model given one cache, made with its config | `ValueError` | self- and cross-attention need one each |
+| `crop` in a full window, by more than it keeps, without `activate_past_recording()` | `ValueError` | the tokens that the next query sees are gone |
+| `crop` by a positive number, or by more tokens than there are | `ValueError` | nothing sensible can be meant |
+| keys and values of two dtypes outside autocast | `TypeError` | attention cannot take them either |
+| `strict=True` and a read that restores | `FallbackError` | it was asked for |
+| a config whose model transformers cannot cache | `ValueError` | there is nothing to derive the layers from |
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,425 @@
+"""Does a cache of fixed capacity hold and read what the growing one does, compiled or not?"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    CompileConfig,
+    Gemma2Config,
+    GenerationMixin,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
+
+from quantcache import QuantizedInt8Cache, static_ops
+from quantcache.errors import FallbackWarning
+from quantcache.pages import Int8Pages
+from quantcache.scheme import PAGE_SIZE
+from quantcache.static_layers import StaticInt8Layer
+from quantcache.static_pages import StaticInt8Pages
+from tests.conftest import devices, skip_without_gpu
+from tests.strategies import random_states
+from tests.test_generate import SIZES, prompt
+
+CAPACITY = 7 * PAGE_SIZE + 17
+HEADS, HEAD_DIM, V_HEAD_DIM = 2, 64, 80
+
+
+def new_states(tokens: int, seed: int, device: str = "cpu", batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Keys and values as a model hands them over, of different widths."""
+    key, _ = random_states(batch, tokens, HEADS, HEAD_DIM, seed=seed, device=device)
+    value, _ = random_states(batch, tokens, HEADS, V_HEAD_DIM, seed=seed + 1000, device=device)
+    return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def assert_same_bytes(static: StaticInt8Pages, growing: Int8Pages) -> None:
+    static.close_due_pages()
+    assert static.seq_len == growing.seq_len
+    assert static.num_pages == growing.num_pages
+    assert int(static.device_seq_len) == static.seq_len
+    assert static.store.lengths.tolist()[:2] == [static.num_pages, static.key_tail.shape[2]]
+    for have, want in zip(static.restore(), growing.restore(), strict=True):
+        assert torch.equal(have, want)
+    stored = [torch.cat(parts) for parts in zip(*growing.view().segments, strict=True)]
+    for have, want in zip(static.store[:4], stored, strict=False):
+        assert torch.equal(have[: static.num_pages], want)
+
+
+class Attention(torch.nn.Module):
+    """A decoding step of one layer: store, then read."""
+
+    def __init__(self, layer: StaticInt8Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        from quantcache import static_tensor
+
+        states, _ = self.layer.update(key, value)
+        return static_tensor.read(states, query, attn_mask=mask, is_causal=mask is None)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("residual_length", [0, 32, 100])
+@pytest.mark.parametrize("chunks", [[1] * 200, [150, *[1] * 60], [40, 90, 1, 1, 64, 130, 1], [465], [95, 1, 1, 2, 300]])
+def test_what_is_stored_is_what_the_growing_cache_stores(chunks: list[int], residual_length: int, device: str) -> None:
+    static = StaticInt8Pages(*new_states(0, 0, device), CAPACITY, residual_length)
+    growing = Int8Pages(*new_states(0, 0, device), residual_length)
+    for index, tokens in enumerate(chunks):
+        states = new_states(tokens, index, device)
+        static.append(*states)
+        growing.append(*states)
+    assert_same_bytes(static, growing)
+
+
+@given(
+    operations=st.lists(
+        st.tuples(
+            st.sampled_from(["append", "append", "append", "append_compiled", "crop", "reorder", "reset"]),
+            st.sampled_from([1, 1, 1, 2, 31, 33, 64, 97, 130]),
+        ),
+        max_size=25,
+    )
+)
+def test_any_schedule_leaves_the_bytes_of_the_growing_cache(operations: list[tuple[str, int]]) -> None:
+    static, growing = StaticInt8Pages(*new_states(0, 0), CAPACITY), Int8Pages(*new_states(0, 0))
+    for index, (name, number) in enumerate(operations):
+        if name.startswith("append") and growing.seq_len + number <= CAPACITY:
+            states = new_states(number, index)
+            getattr(static, name)(*states)
+            growing.append(*states)
+        elif name == "crop":
+            # As the host's layer does before: both see a page that is due as closed.
+            static.close_due_pages()
+            number = min(number, growing.seq_len)
+            static.crop(number)
+            growing.crop(number)
+        elif name == "reorder":
+            order = torch.tensor([number % 2, (number + 1) % 2])
+            static.index_select(order)
+            growing.index_select(order)
+        elif name == "reset":
+            static.reset()
+            growing = Int8Pages(*new_states(0, 0))
+    if growing.seq_len:
+        assert_same_bytes(static, growing)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_compiled_step_reads_what_an_uncompiled_one_reads(device: str, with_mask: bool) -> None:
+    """Over page ends, in single tokens and chunks; the mask is as wide as the capacity, as transformers makes it."""
+    eager, compiled = (StaticInt8Layer(CAPACITY) for _ in range(2))
+    prompt_states = new_states(70, 0, device)
+    for layer in (eager, compiled):
+        layer.update(*prompt_states)
+    torch._dynamo.reset()
+    step = torch.compile(Attention(compiled), fullgraph=True, backend="aot_eager", dynamic=False)
+    length = 70
+    for index, tokens in enumerate([1] * 40 + [5, 1, 70, 1, 1, 5]):
+        length += tokens
+        query = random_states(2, 4 * HEADS, tokens, HEAD_DIM, seed=index, device=device)[0]
+        mask = None
+        if with_mask:
+            keys = torch.arange(CAPACITY, device=device)
+            mask = (keys <= torch.arange(length - tokens, length, device=device)[:, None]) & (keys >= 9)
+            mask = mask.expand(2, 1, tokens, CAPACITY)
+        states = new_states(tokens, index, device)
+        with torch.no_grad():
+            expected, actual = Attention(eager)(query, *states, mask), step(query, *states, mask)
+        assert torch.equal(eager.pages.store.lengths, compiled.pages.store.lengths)
+        # On a GPU other splits of the same tokens round other 16-bit weights.
+        tolerance = 1e-5 if device == "cpu" else 2e-3
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert_same_bytes(compiled.pages, _grown_alike(70, [1] * 40 + [5, 1, 70, 1, 1, 5], device))
+
+
+def _grown_alike(first: int, chunks: list[int], device: str) -> Int8Pages:
+    growing = Int8Pages(*new_states(0, 0, device))
+    growing.append(*new_states(first, 0, device))
+    for index, tokens in enumerate(chunks):
+        growing.append(*new_states(tokens, index, device))
+    return growing
+
+
+@pytest.mark.parametrize("device", devices())
+def test_nothing_behind_the_last_token_is_read(device: str) -> None:
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(200, 1, device))
+    query = random_states(2, HEADS, 1, HEAD_DIM, device=device)[0]
+    scratch = layer._scratch[layer.device]
+    expected = static_ops.attention(query, layer.pages.store, scratch)
+    pages, tail_len = layer.pages.num_pages, layer.pages.key_tail.shape[2]
+    for part in layer.pages.store[:4]:
+        part[pages:] = -128 if part.dtype == torch.int8 else 0x7FC0
+    for tail in layer.pages.store[4:6]:
+        tail[:, :, tail_len:] = torch.nan
+    assert torch.equal(static_ops.attention(query, layer.pages.store, scratch), expected)
+    for is_key in (True, False):
+        dense = static_ops.restore(layer.pages.store, CAPACITY, is_key)
+        assert torch.equal(dense[:, :, :200], layer.pages.restore()[0 if is_key else 1])
+        assert not dense[:, :, 200:].any()
+
+
+def tiny_model(device: str = "cpu", **options: Any) -> GenerationMixin:
+    torch.manual_seed(1)
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **options)).eval().to(device)
+
+
+def compiled_with(backend: str) -> CompileConfig:
+    """What makes ``generate()`` compile on a CPU, too."""
+    config = CompileConfig(backend=backend, fullgraph=True, mode="default" if backend == "inductor" else None)
+    config._compile_all_devices = True
+    return config
+
+
+def generated(model: GenerationMixin, cache: object, ids: Tensor, **options: Any) -> Tensor:
+    return model.generate(ids, past_key_values=cache, do_sample=False, **{"max_new_tokens": 70, **options})
+
+
+@pytest.fixture
+def frames() -> Any:
+    """Graphs that dynamo has made since the test began."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_compiles_the_step_once_and_gives_the_tokens_of_the_growing_cache(attention: str, frames: Any) -> None:
+    """Left-padded, over two page ends; then again in the same memory, without another compilation."""
+    model = tiny_model(attn_implementation=attention)
+    ids = prompt(100, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    options = {"attention_mask": mask, "compile_config": compiled_with("aot_eager")}
+    expected = generated(model, QuantizedInt8Cache(model.config), ids, **(options | {"compile_config": None}))
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=70)
+    assert torch.equal(generated(model, cache, ids, **options), expected)
+    assert frames() == 1
+    assert [row.seq_len for row in cache.report().layers] == [169, 169]
+    cache.reset()
+    other = prompt(90, batch=2, seed=9)
+    expected = generated(model, QuantizedInt8Cache(model.config), other)
+    assert torch.equal(generated(model, cache, other, **(options | {"attention_mask": None})), expected)
+    assert frames() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, in inductor
+def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = tiny_model()
+    cache = QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
+    with torch.no_grad():
+        model(prompt(150), past_key_values=cache)
+        step = torch.compile(model.forward, fullgraph=True)
+        mask = (torch.arange(CAPACITY) <= 150)[None, None, None]
+        arguments = {"past_key_values": cache, "attention_mask": mask, "position_ids": torch.tensor([[150]])}
+        exact = copy.deepcopy(cache)
+        output, (code,) = run_and_get_code(step, prompt(1), **arguments)
+        expected = model(prompt(1), **(arguments | {"past_key_values": exact})).logits
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
+    shape = ", ".join(map(str, cache.layers[0].pages.store.key_qdata.shape))
+    assert f"({shape})" in code, "the pages are arguments of the compiled code"
+    made = [line for line in code.splitlines() if "empty_strided" in line and "= empty" in line]
+    assert made
+    assert not [line for line in made if "torch.int8" in line or f"({shape})" in line]
+    assert "copy_" not in code.split("def call")[1].replace("_to_copy", "")
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inductor's
+def test_generate_on_a_gpu_replays_one_cuda_graph(attention: str, frames: Any) -> None:
+    """256 tokens over four page ends; their logits are those of the growing cache for the same tokens."""
+    model = tiny_model("cuda", attn_implementation=attention)
+    ids = prompt(100, batch=2).cuda()
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=256)
+    options = {"max_new_tokens": 256, "return_dict_in_generate": True, "output_logits": True}
+    output = generated(model, cache, ids, **options)
+    assert frames() == 1
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert cache.report().layers[0].kernel == "cuda, compiled"
+    growing, expected = QuantizedInt8Cache(model.config), []
+    with torch.no_grad():
+        step = ids
+        for position in range(256):
+            expected.append(model(step, past_key_values=growing).logits[:, -1].float())
+            step = output.sequences[:, 100 + position, None]
+    torch.testing.assert_close(torch.stack(list(output.logits)), torch.stack(expected), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_uncompiled_generate_gives_the_tokens_of_the_growing_cache(num_beams: int) -> None:
+    model = tiny_model()
+    ids = prompt(100, batch=2)
+    options = {"num_beams": num_beams, "disable_compile": True}
+    expected = generated(model, QuantizedInt8Cache(model.config), ids, **options)
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=70)
+    assert torch.equal(generated(model, cache, ids, **options), expected)
+
+
+def test_a_prompt_in_compiled_chunks_gives_the_tokens_of_one_that_is_not(frames: Any) -> None:
+    model = tiny_model()
+    ids = prompt(200, batch=2)
+    expected = generated(model, QuantizedInt8Cache(model.config), ids, prefill_chunk_size=50)
+    cache = QuantizedInt8Cache(model.config, max_cache_len=300)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    options = {"prefill_chunk_size": 50, "compile_config": compiled_with("aot_eager")}
+    assert torch.equal(generated(model, cache, ids, **options), expected)
+
+
+def test_a_step_can_be_exported() -> None:
+    model = tiny_model()
+    cache = QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
+    with torch.no_grad():
+        model(prompt(150), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            for index, layer in enumerate(cache.layers):
+                for name, tensor in layer.pages.store._asdict().items():
+                    self.register_buffer(f"{name}_{index}", tensor, persistent=False)
+
+        def forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+            return self.model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+
+    def arguments(position: int) -> tuple[Tensor, Tensor, Tensor]:
+        mask = (torch.arange(CAPACITY) <= position)[None, None, None]
+        return prompt(1, seed=position), mask, torch.tensor([[position]])
+
+    exported = torch.export.export(Step(), arguments(150), strict=False).module()
+    for position in (150, 151, 152):
+        ids, mask, position_ids = arguments(position)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=twin).logits
+            torch.testing.assert_close(exported(ids, mask, position_ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_keep_the_static_layers_of_transformers() -> None:
+    config = Gemma2Config(**SIZES, sliding_window=64, head_dim=16)
+    ours = QuantizedInt8Cache(config, max_cache_len=256)
+    theirs = StaticCache(config=config, max_cache_len=256)
+    assert [type(layer).__name__ for layer in ours.layers] == ["StaticSlidingWindowLayer", "StaticInt8Layer"]
+    assert [type(layer).__name__ for layer in theirs.layers] == ["StaticSlidingWindowLayer", "StaticLayer"]
+    assert ours.is_compileable
+
+
+def test_memory_is_allocated_once_and_counted() -> None:
+    layer = StaticInt8Layer(2048)
+    layer.update(*new_states(100, 0))
+    addresses = [part.data_ptr() for part in layer.pages.store]
+    nbytes = layer.nbytes
+    for index in range(300):
+        layer.update(*new_states(1, index))
+    layer.reset()
+    layer.update(*new_states(1500, 0))
+    assert [part.data_ptr() for part in layer.pages.store] == addresses
+    assert layer.nbytes == nbytes
+    exact = 4 * 2 * HEADS * 2048 * (HEAD_DIM + V_HEAD_DIM)
+    assert nbytes < 0.34 * exact  # 1.06 of 4 bytes, and an exact tail of 96 tokens in 2048
+
+
+def test_a_full_cache_refuses_before_it_writes() -> None:
+    layer = StaticInt8Layer(128)
+    layer.update(*new_states(127, 0))
+    layer.update(*new_states(1, 1))
+    before = [part.clone() for part in layer.pages.store]
+    with pytest.raises(ValueError, match=r"at most max_cache_len=128 tokens fit, got 1 more behind 128\. Make a cache"):
+        layer.update(*new_states(1, 2))
+    assert all(torch.equal(have, want) for have, want in zip(layer.pages.store, before, strict=True))
+
+
+def test_generate_is_refused_before_the_step_that_does_not_fit(frames: Any) -> None:
+    model, ids = tiny_model(), prompt(100)
+    cache = QuantizedInt8Cache(model.config, max_cache_len=130)
+    with pytest.raises(ValueError, match=r"at most max_cache_len=130 tokens fit, got 1 more behind 130"):
+        generated(model, cache, ids, compile_config=compiled_with("aot_eager"))
+    assert cache.layers[0].pages.seq_len == 130
+    with pytest.raises(ValueError, match=r"at most max_cache_len=60 tokens fit, got 100 more behind 0"):
+        generated(model, QuantizedInt8Cache(model.config, max_cache_len=60), ids)
+
+
+def test_a_compiled_step_too_many_is_seen_afterwards() -> None:
+    pages = StaticInt8Pages(*new_states(0, 0), 100)
+    pages.append(*new_states(100, 0))
+    before = pages.restore()[0]
+    pages.append_compiled(*new_states(1, 1))
+    with pytest.raises(RuntimeError, match=r"at most max_cache_len=100 tokens fit, compiled steps were given 101\."):
+        pages.seq_len  # noqa: B018
+    pages.reset()
+    pages.append(*new_states(100, 0))
+    assert torch.equal(pages.restore()[0], before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 20, "max_cache_len": 60}, r"the prompt and the new tokens, 50 \+ 20 = 70, got 60\."),
+        ({"max_length": None}, r"must be limited, got neither max_new_tokens nor max_length\."),
+    ],
+)
+def test_for_generate_refuses_with_the_numbers(options: dict[str, Any], message: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        QuantizedInt8Cache.for_generate(model, {"input_ids": prompt(50)}, **options)
+
+
+def test_for_generate_counts_what_generate_will_store() -> None:
+    model = tiny_model()
+    assert QuantizedInt8Cache.for_generate(model, prompt(50), max_new_tokens=14).get_max_length() == 64
+    assert QuantizedInt8Cache.for_generate(model, {"input_ids": prompt(50)}, max_length=80).get_max_length() == 80
+    assert QuantizedInt8Cache.for_generate(model, prompt(5), max_new_tokens=5, max_cache_len=99).get_max_length() == 99
+    with pytest.raises(ValueError, match=r"must be token ids or have input_ids or inputs_embeds, got attention_mask\."):
+        QuantizedInt8Cache.for_generate(model, {"attention_mask": prompt(5)}, max_new_tokens=5)
+
+
+def test_what_a_fixed_capacity_cannot_do_is_refused() -> None:
+    config = Qwen2Config(**SIZES)
+    with pytest.raises(ValueError, match=r"max_cache_len needs the model's config .* got config=None and offloading=F"):
+        QuantizedInt8Cache(max_cache_len=64)
+    with pytest.raises(ValueError, match=r"got config=Qwen2Config and offloading=True"):
+        QuantizedInt8Cache(config, max_cache_len=64, offloading=True)
+    with pytest.raises(ValueError, match=r"max_cache_len must be at least 1 token, got 0\."):
+        QuantizedInt8Cache(config, max_cache_len=0)
+    with pytest.raises(TypeError, match=r"max_cache_len must be an int, got float\."):
+        QuantizedInt8Cache(config, max_cache_len=64.0)
+    layer = StaticInt8Layer(64)
+    layer.update(*new_states(5, 0))
+    with pytest.raises(ValueError, match=r"keeps its batch of 2 sequences, got 1\."):
+        layer.batch_select_indices(torch.tensor([1]))
+    key, value = new_states(1, 0)
+    with pytest.raises(NotImplementedError, match="keeps no gradients"):
+        layer.update(key.requires_grad_(), value)
+    assert layer.get_seq_length() == 5
+    torch._dynamo.reset()
+    new = torch.compile(Attention(StaticInt8Layer(64)), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="memory must be allocated before a compiled step"), torch.no_grad():
+        new(key, *new_states(1, 0))
+
+
+def test_a_compiled_step_that_restores_says_so() -> None:
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(100, 0))
+    torch._dynamo.reset()
+    total = torch.compile(lambda key, value: layer.update(key, value)[0].sum(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.warns(FallbackWarning, match=r"restoring it to full precision \(aten\.sum"):
+        total(*new_states(1, 1))
+
+
+def test_a_strict_cache_does_not_restore_in_a_compiled_step(frames: Any) -> None:
+    model = tiny_model(attn_implementation="eager")
+    cache = QuantizedInt8Cache(model.config, max_cache_len=200, strict=True)
+    with pytest.raises(Exception, match=r"QuantizedInt8Cache\(strict=True\): every read must be int8 attention"):
+        generated(model, cache, prompt(100), compile_config=compiled_with("aot_eager"))
