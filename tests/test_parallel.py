@@ -1,8 +1,5 @@
 """Tensor parallelism over two processes: whole heads on each rank, the answers of one process, files of any of them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from quantcache import QuantizedInt8Cache, fingerprint
 from tests.file_cases import SIZES, prompt, stored_tensors
 from tests.parallel_program import MODES, described, generated, runs
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, launch, skip_below_two_gpus
 
 MODELS: dict[str, tuple[Any, Any]] = {
     # Whose plan gives each rank its share of the KV heads, and whose plan gives each all of them.
@@ -27,28 +23,16 @@ HEADS = {"llama": 1, "olmo2": 2}
 """Of the two KV heads, those that each of two ranks holds."""
 
 
-def launch(program: Path, *arguments: object, processes: int = 2, timeout: int = 300, **variables: str) -> str:
-    """Run ``program`` in several processes on a free port; what it wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(program), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+CONFIG = {**SIZES, "hidden_size": 64, "vocab_size": VOCAB}
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, skip_below_two_gpus])]
 
 
-def checkpoints(folder: Path) -> dict[str, PreTrainedModel]:
+def checkpoints(folder: Path, device: str) -> dict[str, PreTrainedModel]:
     made = {}
     for name, (model_class, config_class) in MODELS.items():
         torch.manual_seed(1)
-        model_class(config_class(**SIZES | {"vocab_size": VOCAB})).save_pretrained(folder / name)
-        made[name] = model_class.from_pretrained(folder / name, dtype=torch.float32).eval()
+        model_class(config_class(**CONFIG)).save_pretrained(folder / name)
+        made[name] = model_class.from_pretrained(folder / name, dtype=torch.float32).eval().to(device)
     return made
 
 
@@ -66,22 +50,22 @@ class Both:
         return {name: tensor.narrow(1 if name.endswith("tail") else 2, first, heads) for name, tensor in stored.items()}
 
 
-@pytest.fixture(scope="module")
-def all_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+@pytest.fixture(scope="module", params=DEVICES)
+def all_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
     """Every model in one process and in two, once for the tests of this module."""
     folder = tmp_path_factory.mktemp("parallel")
     ids = prompt(150, batch=2)
     torch.save(ids, folder / "ids.pt")
     alone: dict[str, Any] = {}
     with torch.no_grad():
-        for name, model in checkpoints(folder).items():
+        for name, model in checkpoints(folder, request.param).items():
             cache = QuantizedInt8Cache()
             sequences = generated(model, ids, cache)
             cache.save(folder / f"{name}.one.safetensors", model, sequences)
             alone[name] = {"model": model, "runs": runs(model, ids), "sequences": sequences, **described(cache)}
             loaded = QuantizedInt8Cache.load(folder / f"{name}.one.safetensors", model)
             alone[name]["continued"] = generated(model, sequences, loaded)
-    launch(ROOT / "tests" / "parallel_program.py", folder, *MODELS)
+    launch(ROOT / "tests" / "parallel_program.py", folder, *MODELS, device=request.param)
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     return {name: Both(name, folder, alone[name], ranks) for name in MODELS}
 
@@ -108,7 +92,7 @@ def test_each_rank_holds_and_counts_its_own_heads(both: Both) -> None:
         assert cache["nbytes"] == sum(row[2] for row in cache["rows"])
         assert cache["nbytes"] == both.alone["nbytes"] * HEADS[both.name] // 2
         assert [row[:2] for row in cache["rows"]] == [row[:2] for row in both.alone["rows"]]
-        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch"}
+        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch", "cuda"}
         assert cache["stored"]["0.key_qdata"].shape[0] == both.alone["stored"]["0.key_qdata"].shape[0] > 0
 
 

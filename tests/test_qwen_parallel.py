@@ -1,9 +1,6 @@
 """Tensor parallelism of Qwen v1 over two processes: whole heads on each rank, and the answers of one process."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenLMHeadModel
+from tests.processes import launch
 from tests.qwen_checkpoint import HIDDEN, VOCAB, write_checkpoint
-
-ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import json, sys
@@ -38,9 +35,12 @@ result = model.generate(ids, return_dict_in_generate=True, **options)
 rank = torch.distributed.get_rank()
 heads = [layer.pages.key_tail.shape[1] for layer in result.past_key_values.layers]
 pages = [layer.pages.num_pages for layer in result.past_key_values.layers]
+result.past_key_values.save(f"{out}/cache.safetensors", model, result.sequences)
+again = type(result.past_key_values).load(f"{out}/cache.safetensors", model)
+continued = model.generate(result.sequences, past_key_values=again, **{**options, "attention_mask": None})
 model.save_pretrained(f"{out}/saved")
 with open(f"{out}/rank{rank}.json", "w") as file:
-    json.dump({"tokens": result.sequences.tolist(), "heads": heads, "pages": pages}, file)
+    json.dump({"tokens": result.sequences.tolist(), "heads": heads, "pages": pages, "on": continued.tolist()}, file)
 torch.distributed.destroy_process_group()
 """
 
@@ -52,17 +52,7 @@ def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(program), str(folder), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(program, folder, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache_quantization=True).eval()
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
@@ -71,6 +61,12 @@ def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path) -> None:
         assert rank["heads"] == [1, 1]
         assert min(rank["pages"]) > 0
         assert rank["tokens"] == expected
+    # Their file has both heads, and one process goes on as they did.
+    sequences = torch.tensor(expected)
+    cache = QuantizedInt8Cache.load(tmp_path / "cache.safetensors", model)
+    assert cache.layers[0].pages.key_tail.shape[1] == 2
+    continued = model.generate(sequences, past_key_values=cache, **(options | {"attention_mask": None})).tolist()
+    assert [rank["on"] for rank in ranks] == [continued, continued]
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
