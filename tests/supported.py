@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.architectures import ARCHITECTURES, Architecture
-from tests.matrix import BY_IMPLEMENTATION, OLDER_REFUSED, OPERATIONS, REFUSED
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.refusals import OLDER_REFUSED, REFUSED
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 NATIVE = {
-    "DynamicSlidingWindowLayer": "window, transformers' own",
-    "LinearAttentionLayer": "linear attention, transformers' own",
+    "DynamicSlidingWindowLayer": "small window, transformers' own",
+    "LinearAttentionLayer": "linear attention or convolution, transformers' own",
+    "LinearAttentionAndFullAttentionLayer": "both in one, transformers' own",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from quantcache import Int8Tensor, QuantizedInt8Cache
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
-from tests.conftest import devices
+from tests.conftest import devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.twins import HEAD_DIM, HEADS, dense, stored
 
@@ -156,11 +156,46 @@ def test_a_page_travels_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(moved) == 3 * pages + layer.pages.num_pages - pages
 
 
+def test_batch_operations_and_rollback_leave_evicted_pages_where_they_are() -> None:
+    layer, plain = filled(Int8Layer()), filled(Int8Layer())
+    for name, argument in (
+        ("reorder_cache", torch.tensor([1, 0])),
+        ("batch_repeat_interleave", 2),
+        ("batch_select_indices", torch.tensor([3, 0])),
+        ("crop", -150),
+    ):
+        layer.pages.evict()
+        assert layer.report(0).storage == "int8, in host memory"
+        getattr(layer, name)(argument)
+        getattr(plain, name)(argument)
+        assert layer.pages.is_evicted
+    for ours, theirs in zip(stored(layer.pages), stored(plain.pages), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_nbytes_counts_host_memory() -> None:
     layer = filled(Int8Layer())
     before = layer.nbytes
     layer.pages.evict()
     assert layer.nbytes == before
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+def test_offloading_leaves_little_on_the_gpu() -> None:
+    held = []
+    for offloading in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = QuantizedInt8Cache(offloading=offloading)
+        for layer_idx in range(8):
+            cache.update(*random_states(1, 8, 4096, 128, dtype=torch.float16, device="cuda"), layer_idx)
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # at which the allocator takes back what other streams had
+        held.append(torch.cuda.memory_allocated() - before)
+        del cache
+    # One of eight layers, on its way back, and the exact tails of all.
+    assert held[1] < 0.25 * held[0]
 
 
 @pytest.mark.parametrize("device", devices())
@@ -175,8 +210,8 @@ def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sli
     for step in range(80):
         query_len = 150 if step == 0 else 1 + step % 3
         for layer_idx in range(3):
-            new = random_states(2, HEADS, query_len, HEAD_DIM, seed=step * 3 + layer_idx, device=device)
-            query, _ = random_states(2, HEADS, query_len, HEAD_DIM, seed=step, device=device)
+            new = random_states(2, HEADS, query_len, 16, seed=step * 3 + layer_idx, device=device)
+            query, _ = random_states(2, HEADS, query_len, 16, seed=step, device=device)
             outputs = [
                 torch.nn.functional.scaled_dot_product_attention(query, *cache.update(*new, layer_idx))
                 for cache in caches
@@ -190,5 +225,5 @@ def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sli
         for ours, theirs in zip(stored(one.pages), stored(other.pages), strict=True):
             assert torch.equal(ours, theirs)
     if device == "cuda":
-        evicted = [layer.pages._is_evicted for layer in caches[1].layers]
+        evicted = [layer.pages.is_evicted for layer in caches[1].layers]
         assert evicted == [False, not only_non_sliding, True]  # the first is on its way back
