@@ -1,10 +1,10 @@
 """Generate with the int8 cache on several GPUs, by layers or by heads.
 
-    python examples/several_gpus.py MODEL                                     # device_map: one process, layers spread
-    torchrun --nproc-per-node 2 examples/several_gpus.py MODEL --tp           # tp_plan: a process a GPU, heads spread
+    python examples/several_gpus.py [MODEL]                             # device_map: one process, layers spread
+    torchrun --nproc-per-node 2 examples/several_gpus.py [MODEL] --tp   # tp_plan: a process a GPU, heads spread
 
-MODEL is a folder or a hub id. The command needs accelerate for the first and as many KV heads as processes, or a
-multiple, for the second; both run on a CPU, too.
+MODEL is a folder or a hub id. The first needs accelerate, the second a number of processes that divides the KV heads;
+both run on a CPU, too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def load(name: str, by_heads: bool) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="Qwen/Qwen2.5-7B-Instruct")
     parser.add_argument("--tp", action="store_true", help="spread the heads; run it under torchrun")
     parser.add_argument("--prompt", default="A cache holds the keys and values of every token, so that")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -46,7 +46,9 @@ def main() -> None:
     if rank == 0:
         print(tokenizer.decode(output[0], skip_special_tokens=True))
     devices = sorted({str(layer.device) for layer in cache.layers})
-    print(f"rank {rank}: {cache.nbytes:,} bytes of cache on {', '.join(devices)}, read by {cache.report().backend}")
+    print(
+        f"rank {rank}: {cache.nbytes:,} bytes of int8 cache on {', '.join(devices)}, read by {cache.report().backend}"
+    )
     if options.tp:
         torch.distributed.destroy_process_group()
 

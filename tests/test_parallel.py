@@ -1,12 +1,27 @@
 """Tensor parallelism over two processes: whole heads on each rank, the answers of one process, files of any of them."""
 
+import json
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from quantcache import QuantizedInt8Cache, fingerprint
 from tests.file_cases import SIZES, prompt, stored_tensors
@@ -145,3 +160,43 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(both: Both) -> None:
         assert seen["other tokens"].startswith("ValueError: QuantizedInt8Cache.save: every rank must hold the same")
         assert "int8 layers must hold the same tokens, at least one" in seen["one empty"]
     assert not (both.folder / "file").exists()
+
+
+def test_the_example_runs_by_heads_and_by_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both print the same answer, and load each other's file."""
+    checkpoints(tmp_path, "cpu")
+    words = {f"w{index}": index for index in range(VOCAB)}
+    core = Tokenizer(WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path / "llama")
+    prompt_text = " ".join(f"w{index % VOCAB}" for index in range(130))
+    arguments = [str(tmp_path / "llama"), "--prompt", prompt_text, "--new-tokens", "8"]
+    example = ROOT / "examples" / "several_gpus.py"
+    by_heads = launch(example, *arguments, "--tp", "--save", tmp_path / "file")
+    monkeypatch.setattr("sys.argv", [str(example), *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    by_layers = capsys.readouterr().out.splitlines()
+    assert by_layers[0] in by_heads
+    assert by_layers[0].startswith(prompt_text)
+    assert len(by_layers[0].split()) == 138
+    assert by_heads.count("of int8 cache on cpu, read by") == 2
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert QuantizedInt8Cache.load(tmp_path / "file", model).get_seq_length() == 137
+
+
+def test_the_benchmark_fills_every_cell(tmp_path: Path) -> None:
+    """On a CPU, with a tiny model; what fails or takes too long would be null with a reason."""
+    program = ROOT / "tests" / "benchmarks" / "bench_parallel.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The rows of one process come first; they are short of nothing that those of two do not need, too.
+    command = [sys.executable, str(program), "--tiny", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    rows = ["--rows", "split/tiny", "tp/tiny/int8"]
+    subprocess.run([*command, *rows], env=environment, check=True, timeout=300, capture_output=True)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [len(row["ms"]) for row in report["rows"]] == [2, 2]
+    for row in report["rows"]:
+        assert row["why"] == {}
+        assert all(row["tokens_per_s"].values())
+        assert 0 < row["logits_error"] < 0.25
