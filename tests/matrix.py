@@ -268,8 +268,8 @@ def gradients(case: Case) -> None:
         sums.append([p.grad.clone() for p in case.model.parameters() if p.grad is not None])
     case.model.zero_grad(set_to_none=True)
     for ours, theirs in zip(*sums, strict=True):
-        # A GPU adds up gradients in whatever order they come.
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if case.device == "cpu" else 1e-4 * theirs.abs().max())
+        # Threads add up the gradients of an embedding in whatever order they come.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
     if not is_native(case):
         cache = case.cache()
         case.model(**case.named(tokens(20)), past_key_values=cache, use_cache=True)
