@@ -251,6 +251,8 @@ class Int8Layer(CacheLayerMixin):
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = self.storage if self.get_seq_length() else "empty"
+        if self.pages is not None and self.pages.is_evicted:
+            storage += ", in host memory"
         return LayerReport(
             layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
         )

@@ -97,9 +97,11 @@ def _host_memory(part: Tensor) -> Tensor:
 
 
 def _copy(source: Segment, target: Segment) -> None:
+    # Other devices do not order a copy to the host before what reads it there.
+    non_blocking = "cuda" in (source.key_qdata.device.type, target.key_qdata.device.type)
     with write_access(target.key_qdata):
         for part, copy in zip(source, target, strict=True):
-            copy.copy_(part, non_blocking=True)
+            copy.copy_(part, non_blocking=non_blocking)
 
 
 def write_access(memory: Tensor) -> AbstractContextManager[None]:

@@ -147,6 +147,11 @@ class Int8Pages:
         return self._num_pages
 
     @property
+    def is_evicted(self) -> bool:
+        """Whether the closed pages are in host memory alone."""
+        return self._is_evicted
+
+    @property
     def is_empty(self) -> bool:
         """Whether no token is held."""
         return not self._num_pages and not self._tail_len
@@ -271,6 +276,7 @@ class Int8Pages:
             self._tail_len = seq_len - self._num_pages * PAGE_SIZE
             return
         # The tail is restored before any page is let go.
+        was_evicted = self._is_evicted
         self._arrive()
         reopened = self._view_pages(pages, pages + 1)
         key_states, value_states = reopened.restore_keys(), reopened.restore_values()
@@ -281,6 +287,8 @@ class Int8Pages:
             self._segments.pop()
         if self._host is not None:
             self._host.crop(len(self._segments), pages)
+        if was_evicted:
+            self.evict()
 
     def let_go(self) -> None:
         """Free the segments that lie wholly before the newest ``reach`` tokens. Views that exist keep theirs."""
@@ -299,12 +307,15 @@ class Int8Pages:
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
         self._write_pending()
+        was_evicted = self._is_evicted
         self._arrive()
         indices = indices.to(self.device)
         segments = [Segment(*(part[:, indices] for part in segment)) for segment in self._segments]
         tails = self._key_tail[indices], self._value_tail[indices]
         self._segments, (self._key_tail, self._value_tail), self._closed = segments, tails, None
         self._host = None
+        if was_evicted:
+            self.evict()  # else beam search would bring every layer back
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""

@@ -12,8 +12,8 @@ class LayerReport:
 
     Attributes:
         layer_idx: decoder layer.
-        storage: "int8", "int8, window N", "empty", "shared" for a layer that reads another one's states, or the
-            transformers layer class that keeps its own states here.
+        storage: "int8" or "int8, window N", with ", in host memory" while it is offloaded; "empty"; "shared" for a
+            layer that reads another one's states; or the transformers layer class that keeps its own states here.
         seq_len: tokens stored.
         nbytes: bytes allocated, slack included.
         kernel: what read the layer last: a backend of ``ops``, "exact" while no page is closed, "restored" after a

@@ -112,7 +112,7 @@ class Int8SlidingLayer(Int8Layer):
             most = seq_len - (self.sliding_window - 1) - gone
             raise ValueError(
                 f"Int8SlidingLayer.crop: at most {most} of {seq_len} tokens can be removed once "
-                f" the window of {self.sliding_window} is full, got {-tokens_to_remove}. "
+                f"the window of {self.sliding_window} is full, got {-tokens_to_remove}. "
                 "Call activate_past_recording() before the update that may be taken back."
             )
 

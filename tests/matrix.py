@@ -321,6 +321,24 @@ def prefix(case: Case) -> None:
     assert torch.equal(steps[1], steps[2])
 
 
+def candidates(case: Case) -> None:
+    """Custom decoding as contrastive search does it: repeat the cache, try each candidate, keep one row."""
+    ids, cache, top_k, steps = tokens(PROMPT, 2), case.cache(), 3, []
+    logits = case.logits(ids, cache)[:, -1]
+    for step in range(8):
+        steps.append(logits)
+        tried = logits.topk(top_k).indices
+        cache.batch_repeat_interleave(top_k)
+        seen = case.logits(tried.reshape(-1, 1).cpu(), cache)[:, -1].unflatten(0, (2, top_k))
+        # Any rule will do that takes now this candidate and now that one.
+        chosen = torch.tensor([step % top_k, (step + 1) % top_k], device=case.device)
+        rows = torch.arange(2, device=case.device)
+        cache.batch_select_indices(rows * top_k + chosen)
+        ids = torch.cat([ids, tried[rows, chosen][:, None].cpu()], dim=1)
+        logits = seen[rows, chosen]
+    close_in_quality(case.logits(ids)[:, PROMPT - 1 : -1], torch.stack(steps, dim=1))
+
+
 def streaming(case: Case) -> None:
     """Tokens arrive as they are made."""
 
@@ -485,6 +503,7 @@ OPERATIONS: dict[str, Operation] = {
     "left padding": left_padding,
     "a conversation": conversation,
     "a copied prefix": prefix,
+    "custom decoding": candidates,
     "streaming": streaming,
     "batch operations": batch_operations,
     "crop": cropping,
@@ -557,7 +576,6 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         )
         for name in HYBRIDS
     },
-    **({} if NEWEST else OLDER_REFUSED),
     ("Whisper", "chunked prefill"): Refusal(
         "transformers", TypeError, "WhisperDecoder", "Whisper's decoder is not given its tokens in chunks"
     ),

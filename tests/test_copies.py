@@ -156,6 +156,23 @@ def test_a_page_travels_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(moved) == 3 * pages + layer.pages.num_pages - pages
 
 
+def test_batch_operations_and_rollback_leave_evicted_pages_where_they_are() -> None:
+    layer, plain = filled(Int8Layer()), filled(Int8Layer())
+    for name, argument in (
+        ("reorder_cache", torch.tensor([1, 0])),
+        ("batch_repeat_interleave", 2),
+        ("batch_select_indices", torch.tensor([3, 0])),
+        ("crop", -150),
+    ):
+        layer.pages.evict()
+        assert layer.report(0).storage == "int8, in host memory"
+        getattr(layer, name)(argument)
+        getattr(plain, name)(argument)
+        assert layer.pages.is_evicted
+    for ours, theirs in zip(stored(layer.pages), stored(plain.pages), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_nbytes_counts_host_memory() -> None:
     layer = filled(Int8Layer())
     before = layer.nbytes
@@ -190,5 +207,5 @@ def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sli
         for ours, theirs in zip(stored(one.pages), stored(other.pages), strict=True):
             assert torch.equal(ours, theirs)
     if device == "cuda":
-        evicted = [layer.pages._is_evicted for layer in caches[1].layers]
+        evicted = [layer.pages.is_evicted for layer in caches[1].layers]
         assert evicted == [False, not only_non_sliding, True]  # the first is on its way back

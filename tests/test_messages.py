@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from quantcache import QuantizedInt8Cache, ops
+from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache, ops
 from quantcache.layers import Int8Layer
 from quantcache.pages import Int8Pages
+from quantcache.sliding import Int8SlidingLayer
 from tests.strategies import random_states
 
 SHAPE = (2, 3, 150, 16)
@@ -348,3 +349,65 @@ REFUSED_ATTENTION = {
 def test_attention_says_what_does_not_fit(cache: QuantizedInt8Cache, case: str) -> None:
     query, options, error, message = REFUSED_ATTENTION[case]
     assert_refused(cache, error, message, lambda: cache.layers[0].pages.view().attention(query, **options))
+
+
+def test_a_crop_beyond_what_a_window_keeps_is_refused() -> None:
+    cache = QuantizedInt8Cache()
+    cache.layers = [Int8Layer(), Int8SlidingLayer(64)]
+    for layer_idx in range(2):
+        cache.update(*random_states(1, 2, 300, 8, seed=layer_idx), layer_idx)
+    # 300 - 63 - 32 = 205 tokens are out of reach, three pages of which are let go.
+    assert_refused(
+        cache,
+        ValueError,
+        "Int8SlidingLayer.crop: at most 45 of 300 tokens can be removed once the window of 64 is full, got 46. "
+        "Call activate_past_recording() before the update that may be taken back.",
+        lambda: cache.crop(-46),
+    )
+    cache.crop(-45)
+    assert cache.get_seq_length(1) == 255
+
+
+def test_a_recurrent_state_says_that_it_cannot_go_back() -> None:
+    from transformers.cache_utils import LinearAttentionLayer
+
+    cache = QuantizedInt8Cache()
+    cache.update(*random_states(1, 2, 100, 8), 0)
+    linear = LinearAttentionLayer()
+    linear.update_recurrent_state(torch.ones(1, 4))
+    cache.layers.append(linear)
+    message = (
+        "QuantizedInt8Cache.crop: layer 1, a LinearAttentionLayer, keeps a recurrent state that cannot forget tokens, "
+        "got -1. Go back to a copy.deepcopy of the cache."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == 100
+
+
+def test_a_config_that_transformers_cannot_cache_is_refused_at_once() -> None:
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "telepathy"]
+    message = (
+        "QuantizedInt8Cache: config must be that of a decoder whose layers transformers can cache, got LlamaConfig: "
+        "KeyError: 'telepathy'."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        QuantizedInt8Cache(config)
+
+
+def test_only_a_dynamic_cache_is_converted(cache: QuantizedInt8Cache) -> None:
+    with pytest.raises(TypeError, match=r"from_dynamic: cache must be a DynamicCache, got QuantizedInt8Cache\.$"):
+        QuantizedInt8Cache.from_dynamic(cache)
+
+
+def test_strict_refuses_gradients_through_restored_pages_alone() -> None:
+    key, value = (states.requires_grad_() for states in random_states(1, 2, 90, 8))
+    cache = QuantizedInt8Cache(strict=True)
+    cache.update(key, value, 0)
+    with pytest.warns(
+        FallbackWarning, match=r"stop at the tokens of earlier calls, which the cache holds as constants"
+    ):
+        cache.update(key, value, 0)  # nothing is quantised yet
+    with pytest.raises(FallbackError, match="got gradients are enabled, and stop at the tokens of earlier calls"):
+        cache.update(key, value, 0)

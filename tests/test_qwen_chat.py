@@ -1,12 +1,15 @@
 """Chat, streams and batches of Qwen v1 as callers of the original know them."""
 
+import copy
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from quantcache.adapters.qwen import (
     QWenLMHeadModel,
@@ -166,6 +169,10 @@ def test_stop_words_of_a_generation_config_count(model: QWenLMHeadModel) -> None
     options = {**GREEDY, "max_new_tokens": 6, "logits_processor": processor, "stop_words_ids": [[8, 9]]}
     output = model.generate(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2), **options)
     assert output[0].tolist() == [1, 2, 7, 8, 9, RANKS]
+    config = copy.deepcopy(model.generation_config)
+    config.stop_words_ids, config.do_sample, config.max_new_tokens = [[7]], False, 6
+    output = model.generate(torch.tensor([[1, 2]]), config, attention_mask=torch.ones(1, 2), logits_processor=processor)
+    assert output[0].tolist() == [1, 2, 7, RANKS]
 
 
 def test_a_stream_ends_with_the_whole_answer(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> None:
@@ -241,14 +248,14 @@ def test_batches_are_as_large_as_memory_allows(
     monkeypatch.setattr(type(model), "generate", watched)
     options = {"progress": False, **GREEDY, "max_new_tokens": 2}
     prompts = [[1, 2, 3]] * 20
-    for free, expected in ((None, [8, 8, 4]), (10**12, [20]), (1, [1] * 20), (5 * 10**4, None)):
+    for free, expected in ((None, [8, 8, 4]), (10**12, [20]), (1, [1] * 20), (15 * 10**5, None)):
         sizes.clear()
         monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
         assert len(set(model.generate_batch(prompts, tokenizer, **options))) == 1
         assert sizes == expected or (expected is None and 1 < sizes[0] < 20)
     few = sizes[0]
     sizes.clear()
-    model.generate_batch(prompts, tokenizer, **{**options, "max_new_tokens": 20})
+    model.generate_batch(prompts, tokenizer, **{**options, "max_new_tokens": 90})
     assert sizes[0] < few
     monkeypatch.undo()
     assert batches.free_memory(torch.device("meta")) is None
@@ -278,13 +285,26 @@ def test_a_batch_that_does_not_fit_is_halved(
         model.generate_batch(PROMPTS, tokenizer, **options)
 
 
+@pytest.fixture
+def bars_on() -> Iterator[None]:
+    """transformers' switch for progress bars, which other code may have turned off."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    (logging.enable_progress_bar if were_on else logging.disable_progress_bar)()
+
+
+@pytest.mark.usefixtures("bars_on")
 def test_a_batch_shows_its_progress(
     model: QWenLMHeadModel, tokenizer: QWenTokenizer, capsys: pytest.CaptureFixture
 ) -> None:
+    """On the standard error; not where it is unwanted here, or transformers' bars are switched off."""
     options = {**GREEDY, "max_new_tokens": 2}
     model.generate_batch(["a", "b", "c"], tokenizer, batch_size=2, **options)
     assert "3/3" in capsys.readouterr().err
     model.generate_batch(["a"], tokenizer, progress=False, **options)
+    logging.disable_progress_bar()
+    model.generate_batch(["a"], tokenizer, **options)
     assert "1/1" not in capsys.readouterr().err
 
 
@@ -292,6 +312,10 @@ def test_a_batch_shows_its_progress(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (
+            {"past_key_values": DynamicCache()},
+            "past_key_values must not be given, as each batch",
+        ),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences must be 1, got 2"),
         ({"chat_format": "raw"}, "chat_format must be \"chatml\", got 'raw'"),
     ],

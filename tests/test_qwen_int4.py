@@ -1,5 +1,6 @@
 """GPTQ checkpoints of Qwen v1 without gptqmodel: packed layers, the int8 cache on top, and what both weigh."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -122,6 +123,26 @@ def test_gptqmodel_is_used_where_it_is(folders: tuple[Path, Path], monkeypatch: 
     assert AutoConfig.from_pretrained(folders[0]).quantization_config["quant_method"] == "gptq"
     monkeypatch.setattr(gptq, "gptqmodel_is_there", lambda: False)
     assert AutoConfig.from_pretrained(folders[0]).quantization_config["quant_method"] == gptq.METHOD
+
+
+def test_a_broken_gptqmodel_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed but not importable: a warning says why, and the layers run in plain torch."""
+    monkeypatch.undo()
+    found = importlib.util.find_spec("json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.warns(UserWarning, match=r"gptqmodel is installed but cannot be imported \(ModuleNotFoundError: .*opt"):
+        assert not gptq.gptqmodel_is_there()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "gptqmodel" else None)
+    assert not gptq.gptqmodel_is_there()
+
+
+def test_a_float_model_passes_over_the_biases_of_gptq_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """gptqmodel's layers have none where the model has none; the files have zeros there."""
+    weights = load_file(folders[1] / "model.safetensors")
+    weights["transformer.h.0.mlp.w1.bias"] = torch.zeros(24)
+    write_checkpoint(tmp_path, weights)
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["unexpected_keys"]
 
 
 def test_what_only_gptqmodel_reads_is_refused_by_name() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, memory_report
@@ -39,9 +40,28 @@ def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> None:
     assert {row["measured_by"] for row in rows} == {"chunks", "generate"}
 
 
-def test_a_model_of_released_size_weighs_what_is_known() -> None:
-    """Qwen-7B has 7,721,324,544 parameters; counting them needs no memory."""
+# Layers, hidden size, heads, intermediate size, vocabulary, and the parameters that the released files have.
+RELEASED = {
+    "1.8B": (24, 2048, 16, 11008, 151936, 1_836_828_672),
+    "7B": (32, 4096, 32, 22016, 151936, 7_721_324_544),
+    "14B": (40, 5120, 40, 27392, 152064, 14_167_290_880),
+    "72B": (80, 8192, 64, 49152, 152064, 72_287_920_128),
+}
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_a_model_of_released_size_weighs_what_is_known(size: str) -> None:
+    """Built without memory and counted in bfloat16."""
+    layers, hidden, heads, intermediate, vocabulary, parameters = RELEASED[size]
+    config = QWenConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        seq_length=8192,
+    )
     with torch.device("meta"):
-        model = QWenLMHeadModel(QWenConfig(seq_length=8192)).bfloat16()
+        model = QWenLMHeadModel(config).bfloat16()
     report = memory_report(model)
-    assert report.float_weights == report.total == 2 * 7_721_324_544
+    assert report.float_weights == report.total == 2 * parameters

@@ -221,10 +221,16 @@ def test_a_chunked_prompt_is_causal_and_keeps_its_scaling(model: QWenLMHeadModel
     """A prompt beyond seq_length in chunks gives the tokens it gives at once."""
     ids = torch.randint(0, VOCAB, (1, 40))
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-    chunked = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, prefill_chunk_size=7
-    )
-    assert torch.equal(whole, chunked)
+    for cache in (None, DynamicCache(), QuantizedInt8Cache()):  # 48 tokens are exact in each
+        chunked = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            prefill_chunk_size=7,
+            past_key_values=cache,
+        )
+        assert torch.equal(whole, chunked)
 
 
 def test_decoding_keeps_the_scaling_of_the_prompt(model: QWenLMHeadModel) -> None:
@@ -285,6 +291,7 @@ def test_a_static_cache_gives_the_same_tokens(model: QWenLMHeadModel) -> None:
 def test_training_has_a_loss_and_gradients(model: QWenLMHeadModel) -> None:
     """Labels give the mean of the next tokens' losses; return_dict=False gives a tuple that begins with it."""
     ids = torch.randint(0, VOCAB, (2, 12))
+    assert model.loss_type == "ForCausalLM"
     loss, logits = model(ids, labels=ids, use_cache=False, return_dict=False)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantcache.adapters.qwen import QWenLMHeadModel
-from tests.qwen_checkpoint import HIDDEN, VOCAB, write_checkpoint
+from quantcache.adapters.qwen import QWenLMHeadModel, gptq
+from tests.qwen_checkpoint import HIDDEN, VOCAB, float_weights, gptq_weights, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,55 +23,66 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-import quantcache.adapters.qwen
+from quantcache.adapters.qwen import gptq
 
-folder, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
-    folder,
-    distributed_config=DistributedConfig(tp_plan="auto"),
-    dtype=torch.float32,
-    use_cache_quantization=True,
-).eval()
+out = sys.argv[1]
+gptq.gptqmodel_is_there = lambda: False
 ids = torch.tensor(json.load(open(f"{out}/ids.json")))
-options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
-result = model.generate(ids, return_dict_in_generate=True, **options)
-rank = torch.distributed.get_rank()
-heads = [layer.pages.key_tail.shape[1] for layer in result.past_key_values.layers]
-pages = [layer.pages.num_pages for layer in result.past_key_values.layers]
-model.save_pretrained(f"{out}/saved")
-with open(f"{out}/rank{rank}.json", "w") as file:
-    json.dump({"tokens": result.sequences.tolist(), "heads": heads, "pages": pages}, file)
+for name in ("float", "int4"):
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{out}/{name}",
+        distributed_config=DistributedConfig(tp_plan="auto"),
+        dtype=torch.float32,
+        use_cache_quantization=True,
+    ).eval()
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    result = model.generate(ids, return_dict_in_generate=True, **options)
+    heads = [layer.pages.key_tail.shape[1] for layer in result.past_key_values.layers]
+    pages = [layer.pages.num_pages for layer in result.past_key_values.layers]
+    if name == "float":
+        model.save_pretrained(f"{out}/saved")
+    with open(f"{out}/{name}{torch.distributed.get_rank()}.json", "w") as file:
+        json.dump({"tokens": result.sequences.tolist(), "heads": heads, "pages": pages}, file)
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path) -> None:
-    """Each holds one of two heads in its int8 cache; tokens are those of one process; saving writes whole tensors."""
-    folder = write_checkpoint(tmp_path / "checkpoint")
+def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds one of two heads in its int8 cache; tokens are those of one process; saving writes whole tensors.
+
+    Packed layers are not cut: each rank holds them and both heads, and answers the same.
+    """
+    packed, restored = gptq_weights(float_weights())
+    write_checkpoint(tmp_path / "float", restored)
+    write_checkpoint(tmp_path / "int4", packed, gptq=True)
     ids = torch.randint(0, VOCAB, (2, 150))
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(program), str(folder), str(tmp_path)],
+        [*launch, str(program), str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache_quantization=True).eval()
+    monkeypatch.setattr(gptq, "gptqmodel_is_there", lambda: False)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
-    expected = model.generate(ids, **options).tolist()
-    for rank in ranks:
-        assert rank["heads"] == [1, 1]
-        assert min(rank["pages"]) > 0
-        assert rank["tokens"] == expected
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    for name, heads in (("float", 1), ("int4", 2)):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.float32, use_cache_quantization=True
+        ).eval()
+        expected = model.generate(ids, **options).tolist()
+        for rank in range(2):
+            seen = json.loads((tmp_path / f"{name}{rank}.json").read_text())
+            assert seen["heads"] == [heads, heads]
+            assert min(seen["pages"]) > 0
+            assert seen["tokens"] == expected
+    before, after = load_file(tmp_path / "float" / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

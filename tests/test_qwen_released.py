@@ -1,7 +1,12 @@
 """Qwen v1 checkpoints as released: what runs, what is understood, what is refused and what is saved."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,3 +145,49 @@ def test_the_kernel_is_a_choice_that_never_fails(folder: Path, tmp_path: Path, k
 def test_a_model_without_a_training_length_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.seq_length must be the training length in tokens, got None"):
         QWenLMHeadModel(QWenConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, kv_channels=16))
+
+
+def test_only_the_adapter_registers_and_nothing_is_patched() -> None:
+    """Importing quantcache leaves "qwen" unknown; importing the adapter makes it known, quietly, and wraps nothing."""
+    program = """
+        import transformers
+        from transformers import AutoConfig, CONFIG_MAPPING
+        from transformers.modeling_utils import AttentionInterface
+        before = dict(AttentionInterface._global_mapping)
+        import quantcache
+        quantcache.QuantizedInt8Cache
+        assert "qwen" not in CONFIG_MAPPING
+        import quantcache.adapters.qwen
+        assert "qwen" in CONFIG_MAPPING
+        assert dict(AttentionInterface._global_mapping) == before
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:quantcache", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_the_documentation_runs(hub: Path, tmp_path: Path) -> None:
+    """Every block of the page about moving, in its order, against the checkpoint; but for the one of several GPUs."""
+    page = (Path(__file__).parent.parent / "docs" / "moving-from-use-cache-quantization.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    runnable = [block for block in blocks if "DistributedConfig" not in block]
+    assert len(runnable) == len(blocks) - 1 >= 6
+    runnable[0] = "import quantcache.adapters.qwen"  # what was before it no longer runs
+    program = tmp_path / "page.py"
+    program.write_text("\n".join([*runnable, "assert len(answers) == 3 and response == history[0][1]"]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:quantcache", str(program)],
+        env={**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "key-value cache" in done.stdout

@@ -152,7 +152,7 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
     }
     for kind in kinds:
         forget()
-        model._compiled_call = None
+        vars(model).pop("_compiled_call", None)
         cache = None
         try:
             cache = filled(kind, model.config, batch, tokens - 1, capacity)

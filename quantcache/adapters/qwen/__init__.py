@@ -14,7 +14,12 @@ from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
 from quantcache.adapters.qwen.memory import MemoryReport, memory_report
 from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
-from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids, make_context
+from quantcache.adapters.qwen.prompts import (
+    StopWordsLogitsProcessor,
+    decode_tokens,
+    get_stop_words_ids,
+    make_context,
+)
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "QWenLMHeadModel",
     "QWenModel",
     "QWenTokenizer",
+    "StopWordsLogitsProcessor",
     "decode_tokens",
     "get_stop_words_ids",
     "make_context",

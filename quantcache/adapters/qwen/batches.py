@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from quantcache.adapters.qwen.chat import DEFAULT_SYSTEM, chat_inputs, merged_config
 from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids
+from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 
 logger = logging.get_logger("quantcache.adapters.qwen")
 
@@ -18,6 +19,9 @@ USABLE_SHARE: Final = 0.8
 
 INT8_BYTES: Final = 1.1
 """Of a cached number: 1.05 for codes and metadata of pages, and the slack of segments."""
+
+TAIL: Final = PAGE_SIZE + DEFAULT_RESIDUAL_LENGTH
+"""Tokens at the end that are not quantised, at most."""
 
 ROWS_WITHOUT_KNOWLEDGE: Final = 8
 """Rows of a batch on a device that does not say how much memory it has."""
@@ -48,17 +52,22 @@ class BatchMixin:
             system: the system prompt of the queries.
             stop_words_ids: token sequences that end an answer, besides the format's.
             batch_size: rows of a batch; by default as many as free memory holds.
-            progress: show a progress bar.
+            progress: show a progress bar, unless transformers' bars are switched off.
             generation_config: the model's by default.
             kwargs: for ``generate``; they override ``generation_config``.
 
         Raises:
-            ValueError: ``batch_size`` under 1, an empty prompt, more than one answer a prompt asked for, or a query to
-                a model that is no chat model.
+            ValueError: ``batch_size`` under 1, an empty prompt, more than one answer a prompt asked for, a cache given,
+                or a query to a model that is no chat model.
             torch.OutOfMemoryError: a single prompt does not fit.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"generate_batch: batch_size must be at least 1, got {batch_size}.")
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "generate_batch: past_key_values must not be given, as each batch has a cache of its own. "
+                "Set config.use_cache_quantization for the int8 cache."
+            )
         config, kwargs = merged_config(self, generation_config, kwargs)
         if (config.num_return_sequences or 1) > 1:
             raise ValueError(
@@ -125,9 +134,10 @@ class BatchMixin:
             return ROWS_WITHOUT_KNOWLEDGE
         itemsize = self.dtype.itemsize  # type: ignore[attr-defined]
         new_tokens = config.max_new_tokens or max((config.max_length or 0) - width, 0)
-        numbers = 2 * model.num_hidden_layers * model.num_attention_heads * model.kv_channels * (width + new_tokens)
+        tokens = width + new_tokens
         # A growing float cache is copied to grow, which leaves blocks behind that fit nothing.
-        cache = numbers * (INT8_BYTES if model.use_cache_quantization else 2 * itemsize)
+        per_number = INT8_BYTES * tokens + TAIL * itemsize if model.use_cache_quantization else 2 * itemsize * tokens
+        cache = 2 * model.num_hidden_layers * model.num_attention_heads * model.kv_channels * per_number
         activations = width * (8 * model.hidden_size + 2 * model.intermediate_size) * itemsize
         logits = 4 * model.vocab_size * torch.float32.itemsize
         beams = config.num_beams or 1

@@ -5,7 +5,9 @@ inputs; embedding, norms and head stay float16. With gptqmodel and optimum impor
 those; otherwise ``adopt`` hands them to the quantizer registered here.
 """
 
+import importlib
 import importlib.util
+import warnings
 from typing import Any, Final
 
 import torch
@@ -23,8 +25,22 @@ BLOCK_ELEMENTS: Final = 1 << 25
 
 
 def gptqmodel_is_there() -> bool:
-    """Whether transformers' own GPTQ path can run: it needs gptqmodel and optimum."""
-    return all(importlib.util.find_spec(name) is not None for name in ("gptqmodel", "optimum"))
+    """Whether transformers' own GPTQ path can run: it needs gptqmodel and optimum, and both to be importable.
+
+    Importing them takes seconds; they are only asked for when a GPTQ checkpoint is loaded, which needs them then.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("gptqmodel", "optimum")):
+        return False
+    try:
+        importlib.import_module("optimum.gptq")
+    except Exception as error:  # a package of theirs that is missing, or a torch they do not know
+        warnings.warn(
+            f"adapters.qwen: gptqmodel is installed but cannot be imported ({type(error).__name__}: {error}), so that "
+            "GPTQ layers run in plain torch, which is slower.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def adopt(quantization_config: dict[str, Any]) -> dict[str, Any]:
@@ -172,8 +188,9 @@ class GPTQFallbackQuantizer(HfQuantizer):
                 with torch.device("meta"):
                     packed = GPTQLinear(module.in_features, module.out_features, self.quantization_config)
                 model.set_submodule(name, packed.requires_grad_(False))
-        # Nothing shards packed words: every rank of a tensor-parallel group would need other columns of each buffer.
-        model.tp_plan.clear()  # type: ignore[operator, union-attr]
+        # No style of the host cuts packed words, so each rank of a tensor-parallel group holds the layers whole.
+        plan = dict(model.tp_plan)  # type: ignore[arg-type]
+        model.tp_plan = {name: style for name, style in plan.items() if ".h." not in name}  # type: ignore[assignment]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Buffers are saved under the files' names."""

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from quantcache.adapters.qwen.gptq import GPTQLinear
 from quantcache.cache import layer_nbytes
 
 
@@ -42,8 +41,6 @@ class MemoryReport:
 def memory_report(model: nn.Module, past_key_values: Any = None) -> MemoryReport:
     """Count the bytes of a Qwen v1 model, packed or not, and of the cache that ``generate`` returned.
 
-    Layers that gptqmodel packed count as float weights where they are its own kind of module.
-
     Args:
         model: the model.
         past_key_values: any cache with layers; None counts the model alone.
@@ -55,7 +52,7 @@ def memory_report(model: nn.Module, past_key_values: Any = None) -> MemoryReport
             if id(tensor) in seen:
                 continue  # tied
             seen.add(id(tensor))
-            if isinstance(module, GPTQLinear):
+            if hasattr(module, "qweight"):  # gptqmodel's layers have the name too
                 packed += tensor.nbytes
             else:
                 others += tensor.nbytes

@@ -115,7 +115,11 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"attn\.masked_bias$",
+        r"rotary_emb\.inv_freq$",
+        r"\.h\.\d+\.(attn\.c_proj|mlp\.(w1|w2|c_proj))\.bias$",  # GPTQ files have zeros where there is no bias
+    ]
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -170,6 +174,8 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("QWenModel.forward: exactly one of input_ids and inputs_embeds must be given.")
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if isinstance(past_key_values, (tuple, list)):
             past_key_values = cache_from_legacy(self.config, past_key_values)
         if past_key_values is None and use_cache:
@@ -211,11 +217,11 @@ class QWenModel(QWenPreTrainedModel):
 class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Qwen v1 with its language-model head, ``generate``, ``chat`` and their relatives."""
 
-    loss_type = "ForCausalLM"
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which the host reads off class names that end in it
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -265,33 +271,37 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, *, stop_words_ids: Iterable[Iterable[int]] | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        stop_words_ids: Iterable[Iterable[int]] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The host's ``generate``, with Qwen's stop words, the config's cache and legacy tuples converted.
 
         Args:
             inputs: (batch, prompt_len) token ids.
+            generation_config: the model's by default.
             stop_words_ids: token sequences after which a row ends; by default the generation config's.
             kwargs: see ``GenerationMixin.generate``.
         """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        words = stop_words_ids
-        if words is None:
-            words = getattr(generation_config, "stop_words_ids", None)
+        config = generation_config or self.generation_config
+        words = getattr(config, "stop_words_ids", None) if stop_words_ids is None else stop_words_ids
         if words:
-            eos = kwargs.get("eos_token_id", generation_config.eos_token_id)
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             processors.append(StopWordsLogitsProcessor(words, eos))
             kwargs["logits_processor"] = processors
         past = kwargs.get("past_key_values")
-        implementation = kwargs.get("cache_implementation", generation_config.cache_implementation)
+        implementation = kwargs.get("cache_implementation", config.cache_implementation)
         if isinstance(past, (tuple, list)):
             kwargs["past_key_values"] = cache_from_legacy(self.config, past)
-        elif past is None and kwargs.get("use_cache", True) and generation_config.use_cache is not False:
+        elif past is None and kwargs.get("use_cache", True) and config.use_cache is not False:
             if implementation is None:
-                cache = new_cache(self.config)
-                ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-                if ids is not None:
-                    announce_prompt(cache, ids.shape[1])
-                kwargs["past_key_values"] = cache
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+                kwargs["past_key_values"] = new_cache(self.config)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and prompt is not None and int(cache.get_seq_length()) == 0:
+            announce_prompt(cache, prompt.shape[1])
+        return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
