@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from candidates import CACHES, EMULATED, EmulatedCache, Refused, held_nbytes
+from tests.benchmarks.peers.candidates import CACHES, EMULATED, EmulatedCache, Refused, held_nbytes
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
