@@ -1,7 +1,7 @@
 """Which layer each decoder layer of a model gets: int8, or transformers' own."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from quantcache.report import FallbackPolicy
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_NATIVE_WINDOW
 from quantcache.sliding import Int8SlidingLayer
 from quantcache.static_layers import StaticInt8Layer
+
+_OWN_CACHE: Final = {"minimax": "MiniMaxCache"}
+"""Models that refuse every cache but their own, by model type."""
 
 
 @dataclass
@@ -61,6 +64,11 @@ def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
     Raises:
         ValueError: transformers knows no cache for the model.
     """
+    if config.model_type in _OWN_CACHE:
+        raise ValueError(
+            "QuantizedInt8Cache: config must be that of a model that takes a cache of transformers' general kind, got "
+            f"{type(config).__name__}, whose model insists on its {_OWN_CACHE[config.model_type]}."
+        )
     try:
         if make.max_cache_len is None:
             native = DynamicCache(config=config).layers

@@ -4,7 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from quantcache.layers import Int8Layer
 
@@ -44,39 +49,42 @@ class LayerOperations:
         """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
 
         Args:
-            tokens_to_remove: minus the number of tokens; 0 changes nothing in an int8 layer.
+            tokens_to_remove: minus the number of tokens. With 0 layers that record their past let go of it.
 
         Raises:
-            ValueError: a positive number, more tokens than a layer holds, or a layer with a recurrent state, which
-                cannot go back; every layer is then as it was.
+            ValueError: a positive number, more tokens than a layer holds, or a layer that cannot go back; every layer
+                is then as it was.
         """
         tokens_to_remove = int(tokens_to_remove)  # older transformers hand over a tensor
         for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, Int8Layer):
                 layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove and any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
+            elif tokens_to_remove and (reason := _why_not_back(layer, -tokens_to_remove)):
                 raise ValueError(
-                    f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, keeps a recurrent state "
-                    f"that cannot forget tokens, got {tokens_to_remove}. Go back to a copy.deepcopy of the cache."
+                    f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, {reason}, "
+                    f"got {tokens_to_remove}."
                 )
         for layer in self.layers:
-            layer.crop(tokens_to_remove)
+            if tokens_to_remove or isinstance(layer, Int8Layer) or getattr(layer, "record_past", True):
+                layer.crop(tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order."""
         for layer in self.layers:
-            if hasattr(layer, "batch_select_indices"):
-                layer.batch_select_indices(indices)
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+                layer.reorder_cache(rows)  # type: ignore[arg-type]
             else:
-                _take_rows(layer, indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+                layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side."""
         for layer in self.layers:
-            if hasattr(layer, "batch_repeat_interleave"):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
+                layer.reorder_cache(rows)  # type: ignore[arg-type]
+            else:
                 layer.batch_repeat_interleave(repeats)
-            elif (batch := _batch_of(layer)) is not None:
-                _take_rows(layer, torch.arange(batch).repeat_interleave(repeats))
 
     def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
         layer = self.layers[layer_idx]
@@ -92,12 +100,21 @@ class LayerOperations:
                 return
 
 
-def _take_rows(layer: Any, indices: Tensor) -> None:
-    """What transformers' linear attention layers have under another name, though any rows in any number will do."""
-    layer.reorder_cache(indices)
+def _why_not_back(layer: Any, tokens: int) -> str | None:
+    """Why a layer of transformers cannot forget its newest ``tokens``, or None."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            return "keeps a recurrent state that cannot forget tokens; go back to a copy.deepcopy of the cache"
+        if not layer.record_past and any(layer.is_conv_states_initialized.values()):
+            return "kept no past; call activate_past_recording() before the update that may be taken back"
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
+        needed = min(layer.get_seq_length() - tokens, layer.sliding_window - 1)
+        if not 0 <= needed <= layer.keys.shape[2] - tokens:
+            return "does not hold the window before them; call activate_past_recording() before the update"
+    return None
 
 
-def _batch_of(layer: Any) -> int | None:
-    """Sequences in a linear-attention layer, None while it is empty."""
+def _batch_of(layer: LinearAttentionCacheLayerMixin) -> int:
+    """Sequences in a linear-attention layer, whose own ``reorder_cache`` takes any of them in any number."""
     states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return next((state.shape[0] for state in states if state is not None), None)
+    return next((state.shape[0] for state in states if state is not None), 0)

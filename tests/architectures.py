@@ -21,6 +21,16 @@ SIZES: dict[str, Any] = {
 }
 # All experts take part: choosing some makes a model jump where two are as good, however close its input is.
 MOE: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 4}
+ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 4096}
+LOCAL: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
 NO_FLEX = ("sdpa", "eager")
 WINDOWED = ["sliding_attention", "full_attention"]
 
@@ -250,6 +260,78 @@ ARCHITECTURES = (
             },
         },
         text_in="text_config",
+        implementations=NO_FLEX,
+    ),
+    Architecture("GLM-4-MoE", "Glm4MoeForCausalLM", config=ROUTED | {"head_dim": 16}),
+    Architecture(
+        "Llama 4",
+        "Llama4ForCausalLM",
+        ("DynamicSlidingWindowLayer", "int8"),
+        {
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "attention_chunk_size": 64,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+        },
+        note="chunks of more than 1024 tokens, as in the real models, are int8 too",
+    ),
+    Architecture("Phi", "PhiForCausalLM"),
+    Architecture("Granite", "GraniteForCausalLM"),
+    Architecture("OLMo 2", "Olmo2ForCausalLM"),
+    Architecture("StarCoder 2", "Starcoder2ForCausalLM"),
+    Architecture("Nemotron", "NemotronForCausalLM", config={"initializer_range": 0.05}),
+    Architecture(
+        "GPT-J",
+        "GPTJForCausalLM",
+        config=GPT | {"rotary_dim": 8},
+        implementations=("eager",),
+    ),
+    Architecture(
+        "GPT-Neo",
+        "GPTNeoForCausalLM",
+        config={"num_layers": 2, "num_heads": 4, "window_size": 64} | LOCAL,
+        implementations=("eager",),
+    ),
+    Architecture(
+        "GPT-BigCode",
+        "GPTBigCodeForCausalLM",
+        config=GPT,
+        note="one KV head",
+        implementations=NO_FLEX,
+    ),
+    Architecture(
+        "Bloom",
+        "BloomForCausalLM",
+        config={"n_layer": 2, "n_head": 4},
+        implementations=("eager",),
+    ),
+    Architecture(
+        "LFM2", "Lfm2ForCausalLM", ("LinearAttentionLayer", "int8"), {"layer_types": ["conv", "full_attention"]}
+    ),
+    Architecture(
+        "Jamba",
+        "JambaForCausalLM",
+        ("LinearAttentionLayer", "int8"),
+        {
+            "num_experts": 2,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
+        implementations=NO_FLEX,
+    ),
+    Architecture(
+        "Falcon-H1",
+        "FalconH1ForCausalLM",
+        ("LinearAttentionAndFullAttentionLayer",) * 2,
+        {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_d_state": 8},
+        note="attention and a recurrent state in one layer, which transformers keeps",
         implementations=NO_FLEX,
     ),
     Architecture(

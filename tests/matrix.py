@@ -145,8 +145,16 @@ def same_reading(case: Case, cache: Any, ids: Tensor) -> None:
     """The next tokens ``ids`` see in ``cache`` exactly what it restores to."""
     theirs = case.logits(ids, restored(cache))
     ours = case.logits(ids, cache)
-    # Logits of the order of 10, sums of up to a few hundred float32 terms through a few layers.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=reading_error(case))
+
+
+def reading_error(case: Case) -> float:
+    """How far logits may be from those of another order of summing.
+
+    They are of the order of 10, sums of up to a few hundred float32 terms through a few layers. The CUDA kernels
+    multiply probabilities and values as 16-bit floats, 2**-11 of them off, where torch multiplies float32.
+    """
+    return 2e-3 if case.device == "cpu" else 1e-2
 
 
 def close_in_quality(exact: Tensor, scores: Tensor) -> None:
@@ -371,7 +379,9 @@ def batch_operations(case: Case) -> None:
         exact.reorder_cache(torch.tensor(rows, device=case.device))  # every layer of the host has this one
         getattr(cache, name)(argument)
         ids = tokens(1, batch, seed=6)
-        torch.testing.assert_close(case.logits(ids, cache), case.logits(ids, exact), rtol=1e-4, atol=2e-3)
+        torch.testing.assert_close(
+            case.logits(ids, cache), case.logits(ids, exact), rtol=1e-4, atol=reading_error(case)
+        )
 
 
 def cropping(case: Case) -> None:
@@ -401,7 +411,8 @@ def gradients(case: Case) -> None:
         sums.append([p.grad.clone() for p in case.model.parameters() if p.grad is not None])
     case.model.zero_grad(set_to_none=True)
     for ours, theirs in zip(*sums, strict=True):
-        assert torch.equal(ours, theirs)
+        # A GPU adds up gradients in whatever order they come.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if case.device == "cpu" else 1e-4 * theirs.abs().max())
     if not is_native(case):
         cache = case.cache()
         case.model(**case.named(tokens(20)), past_key_values=cache, use_cache=True)
@@ -516,7 +527,8 @@ OPERATIONS: dict[str, Operation] = {
     "output_attentions": attentions,
 }
 
-HYBRIDS = ("Qwen3-Next", "Qwen3.5")
+RECURRENT = ("Qwen3-Next", "Qwen3.5", "Jamba", "Falcon-H1")
+HYBRIDS = (*RECURRENT, "LFM2")
 
 
 @dataclass(frozen=True)
@@ -556,16 +568,16 @@ OLDER_REFUSED: dict[tuple[str, str], Refusal] = {
 }
 
 REFUSED: dict[tuple[str, str], Refusal] = {
-    **{(name, operation): _STATEFUL for name in HYBRIDS for operation in ("assisted decoding", "prompt lookup")},
+    **{(name, operation): _STATEFUL for name in RECURRENT for operation in ("assisted decoding", "prompt lookup")},
     **{
         (name, "crop"): Refusal(
             "quantcache",
             ValueError,
-            r"QuantizedInt8Cache.crop: layer 0, a LinearAttentionLayer, keeps a recurrent state",
+            r"QuantizedInt8Cache.crop: layer 0, a LinearAttention\w+, keeps a recurrent state",
             "a recurrent state cannot forget tokens, which transformers' own cache ignores without a word; "
             "go back to a `copy.deepcopy` of the cache",
         )
-        for name in HYBRIDS
+        for name in RECURRENT
     },
     **{
         (name, "without a config"): Refusal(

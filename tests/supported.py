@@ -10,8 +10,9 @@ from tests.matrix import BY_IMPLEMENTATION, OLDER_REFUSED, OPERATIONS, REFUSED
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 NATIVE = {
-    "DynamicSlidingWindowLayer": "window, transformers' own",
-    "LinearAttentionLayer": "linear attention, transformers' own",
+    "DynamicSlidingWindowLayer": "small window, transformers' own",
+    "LinearAttentionLayer": "linear attention or convolution, transformers' own",
+    "LinearAttentionAndFullAttentionLayer": "both in one, transformers' own",
 }
 
 

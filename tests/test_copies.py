@@ -192,8 +192,8 @@ def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sli
     for step in range(80):
         query_len = 150 if step == 0 else 1 + step % 3
         for layer_idx in range(3):
-            new = random_states(2, HEADS, query_len, HEAD_DIM, seed=step * 3 + layer_idx, device=device)
-            query, _ = random_states(2, HEADS, query_len, HEAD_DIM, seed=step, device=device)
+            new = random_states(2, HEADS, query_len, 16, seed=step * 3 + layer_idx, device=device)
+            query, _ = random_states(2, HEADS, query_len, 16, seed=step, device=device)
             outputs = [
                 torch.nn.functional.scaled_dot_product_attention(query, *cache.update(*new, layer_idx))
                 for cache in caches

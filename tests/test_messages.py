@@ -377,8 +377,8 @@ def test_a_recurrent_state_says_that_it_cannot_go_back() -> None:
     linear.update_recurrent_state(torch.ones(1, 4))
     cache.layers.append(linear)
     message = (
-        "QuantizedInt8Cache.crop: layer 1, a LinearAttentionLayer, keeps a recurrent state that cannot forget tokens, "
-        "got -1. Go back to a copy.deepcopy of the cache."
+        "QuantizedInt8Cache.crop: layer 1, a LinearAttentionLayer, keeps a recurrent state that cannot forget tokens; "
+        "go back to a copy.deepcopy of the cache, got -1."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         cache.crop(-1)
@@ -411,3 +411,34 @@ def test_strict_refuses_gradients_through_restored_pages_alone() -> None:
         cache.update(key, value, 0)  # nothing is quantised yet
     with pytest.raises(FallbackError, match="got gradients are enabled, and stop at the tokens of earlier calls"):
         cache.update(key, value, 0)
+
+
+def test_layers_of_transformers_that_kept_no_past_are_named_before_any_layer_is_cropped() -> None:
+    from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+
+    window, convolution = DynamicSlidingWindowLayer(32), LinearAttentionLayer()
+    window.update(*random_states(1, 2, 100, 8))
+    window.update(*random_states(1, 2, 1, 8))
+    convolution.update_conv_state(torch.ones(1, 4, 3))
+    for layer, message in (
+        (window, "a DynamicSlidingWindowLayer, does not hold the window before them; call activate_past_recording() "),
+        (convolution, "a LinearAttentionLayer, kept no past; call activate_past_recording() before the update that "),
+    ):
+        cache = QuantizedInt8Cache()
+        cache.update(*random_states(1, 2, 101, 8), 0)
+        cache.layers.append(layer)
+        with pytest.raises(ValueError, match=re.escape(f"QuantizedInt8Cache.crop: layer 1, {message}")):
+            cache.crop(-1)
+        cache.crop(0)
+        assert cache.get_seq_length() == 101
+
+
+def test_a_model_that_insists_on_its_own_cache_is_refused_at_once() -> None:
+    from transformers import MiniMaxConfig
+
+    message = (
+        "QuantizedInt8Cache: config must be that of a model that takes a cache of transformers' general kind, got "
+        "MiniMaxConfig, whose model insists on its MiniMaxCache."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        QuantizedInt8Cache(MiniMaxConfig(num_hidden_layers=2))

@@ -5,6 +5,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation import compare_teacher_forced
@@ -51,3 +52,21 @@ def test_one_token_steps_read_the_same_cache(real_model: tuple[torch.nn.Module, 
     result = compare_teacher_forced(model, texts[:1, :224], QuantizedInt8Cache, prompt_len=160, chunk_len=1)
     assert 0 < result.mean_kl <= MAX_MEAN_KL
     assert result.top1_agreement >= MIN_TOP1_AGREEMENT
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+def test_compiled_steps_give_the_tokens_of_the_growing_cache(
+    real_model: tuple[torch.nn.Module, object], texts: Tensor
+) -> None:
+    model, _ = real_model
+    ids = texts[:1, :100]
+    options = {"max_new_tokens": 256, "min_new_tokens": 256, "do_sample": False}
+    expected = model.generate(ids, past_key_values=QuantizedInt8Cache(model.config), **options)
+    compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    cache = QuantizedInt8Cache.for_generate(model, ids, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    actual = model.generate(ids, past_key_values=cache, compile_config=compiled, **options)
+    assert torch.equal(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

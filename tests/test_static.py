@@ -23,7 +23,7 @@ from quantcache.pages import Int8Pages
 from quantcache.scheme import PAGE_SIZE
 from quantcache.static_layers import StaticInt8Layer
 from quantcache.static_pages import StaticInt8Pages
-from tests.conftest import devices
+from tests.conftest import devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
 
@@ -134,7 +134,9 @@ def test_a_compiled_step_reads_what_an_uncompiled_one_reads(device: str, with_ma
         with torch.no_grad():
             expected, actual = Attention(eager)(query, *states, mask), step(query, *states, mask)
         assert torch.equal(eager.pages.store.lengths, compiled.pages.store.lengths)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        # On a GPU other splits of the same tokens round other 16-bit weights.
+        tolerance = 1e-5 if device == "cpu" else 2e-3
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert_same_bytes(compiled.pages, _grown_alike(70, [1] * 40 + [5, 1, 70, 1, 1, 5], device))
 
 
@@ -230,6 +232,29 @@ def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
     assert made
     assert not [line for line in made if "torch.int8" in line or f"({shape})" in line]
     assert "copy_" not in code.split("def call")[1].replace("_to_copy", "")
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inductor's
+def test_generate_on_a_gpu_replays_one_cuda_graph(attention: str, frames: Any) -> None:
+    """256 tokens over four page ends; their logits are those of the growing cache for the same tokens."""
+    model = tiny_model("cuda", attn_implementation=attention)
+    ids = prompt(100, batch=2).cuda()
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=256)
+    options = {"max_new_tokens": 256, "return_dict_in_generate": True, "output_logits": True}
+    output = generated(model, cache, ids, **options)
+    assert frames() == 1
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert cache.report().layers[0].kernel == "cuda, compiled"
+    growing, expected = QuantizedInt8Cache(model.config), []
+    with torch.no_grad():
+        step = ids
+        for position in range(256):
+            expected.append(model(step, past_key_values=growing).logits[:, -1].float())
+            step = output.sequences[:, 100 + position, None]
+    torch.testing.assert_close(torch.stack(list(output.logits)), torch.stack(expected), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
