@@ -36,8 +36,9 @@ bench: $(STAMP) ## compare the caches that generate() takes (BENCH_ARGS="--size 
 	$(BIN)/python -m pytest tests/benchmarks/peers/bench_caches.py -q -c tests/benchmarks/pytest.ini --rootdir . \
 		--benchmark-json=$(BENCH_OUT) --benchmark-columns=median,mean,iqr,rounds --benchmark-group-by=group $(BENCH_ARGS)
 
-docs: $(STAMP) ## build the documentation in site/, strictly
-	$(BIN)/python -m mkdocs build --strict --quiet
+docs: $(STAMP) ## write the measured tables into the pages and build the site in site/, strictly
+	$(BIN)/python -m tools.pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 build: $(STAMP) ## make the wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

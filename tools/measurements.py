@@ -48,6 +48,6 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     cores = f", {hardware['threads']} threads" if "threads" in hardware else ""
     versions = report.get("versions", {})
     kept = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if versions.get(key))
-    load_average = report.get("load_average")
-    load = f", load average {load_average}" if load_average else ""
-    return f"Measured on {device}{cores}{load}; {kept}. `{report['command']}` → [{name}.json]({link}{name}.json)"
+    average = report.get("load_average")
+    busy = f", load average {average}" if average else ""
+    return f"Measured on {device}{cores}{busy}; {kept}. `{report['command']}` → [{name}.json]({link}{name}.json)"
