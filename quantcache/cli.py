@@ -179,8 +179,15 @@ def chat(
             sampling=sampling,
             load=load,
             save=save,
-            ask=lambda: str(typer.prompt("you", prompt_suffix="> ", err=True)),
+            ask=_ask,
         )
+
+
+def _ask() -> str:
+    try:
+        return str(typer.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True))
+    except typer.Abort as error:
+        raise EOFError from error
 
 
 @app.command()
@@ -243,7 +250,8 @@ def evaluate(
         typer.Option(help="prose, code, or a UTF-8 file; may be given several times.  [default: prose and code]"),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="owner/name[/config]:column[@split] on the hub, in place of --text.")
+        str | None,
+        typer.Option(help="owner/name:column on the hub (owner/name/config:column@split), in place of --text."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 1024,
@@ -286,6 +294,27 @@ def evaluate(
             caches=None if caches is None else [name.strip() for name in caches.split(",")],
         )
         room.run(model, settings, where, as_json, plot)
+
+
+@app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model [bold]quantcache[/bold], whose scores are read through the int8 cache.
+
+    All arguments are the harness's own; --help prints them.
+
+    [bold]Example[/bold]
+
+    quantcache lm-eval --model quantcache --model_args pretrained=Qwen/Qwen2.5-0.5B --tasks mmlu --num_fewshot 5
+    """
+    import sys
+
+    with _failing("lm-eval"):
+        from quantcache.adapters import lm_eval as room
+
+        sys.argv[1:] = context.args
+        room.main()
 
 
 @app.command()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import __version__, fingerprint, host_layers
+from quantcache import __version__, fingerprint, gathering, host_layers
 from quantcache.layers import Int8Layer
+from quantcache.parallel import device_of_layer, ranks_of, world_size
 from quantcache.prompts import KnownPrompt, watch_generate
+from quantcache.saving import contents_of
 from quantcache.scheme import PAGE_SIZE
 from quantcache.sliding import Int8SlidingLayer
 from quantcache.storage import container, schema
@@ -48,9 +50,13 @@ class CacheFiles(KnownPrompt):
         The file appears in one step; what ``path`` was before stays until then. Of a cache on a GPU no more than 32 MiB
         are on the CPU at a time, of one on the CPU nothing is copied but a tail.
 
+        Where tensor parallelism spreads the KV heads over processes, every rank calls it and rank 0 writes the file
+        that one process would write.
+
         Args:
             path: of the file; its folder must exist.
-            model: whose cache it is. Its fingerprint goes into the file, and ``load`` compares it.
+            model: whose cache it is. Its fingerprint goes into the file, and ``load`` compares it. Needed among
+                several processes.
             input_ids: int64 (batch, at least seq_len), the tokens that were fed; the first ``seq_len`` are stored, so
                 what ``generate`` returned can be passed as it is. None: those the cache was loaded with, if it still
                 holds no others.
@@ -59,48 +65,36 @@ class CacheFiles(KnownPrompt):
 
         Raises:
             TypeError: ``input_ids`` are no integers.
-            ValueError: an empty cache, ``input_ids`` that cannot be its tokens, or a layer that no file holds.
-            OSError: the file cannot be written.
+            ValueError: an empty cache, ``input_ids`` that cannot be its tokens, a layer that no file holds, or ranks
+                that do not hold parts of one cache.
+            NotImplementedError: several processes and a layer with more than keys and values.
+            OSError: the file cannot be written; of several processes each says so.
         """
-        batch, seq_len = _size_of(self)
-        ids = _ids_to_save(self, input_ids, batch, seq_len)
-        specs: schema.Specs = {}
-        pieces: dict[str, Callable[[], Any]] = {}
-        layers: list[dict[str, Any]] = []
-        residual_length = 0
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, Int8Layer):
-                residual_length = layer.residual_length
-                layers.append(_described(layer))
-                if layer.pages is not None and not layer.pages.is_empty:
-                    view = layer.pages.stored()
-                    specs.update(schema.pages_specs(layer_idx, view))
-                    for part in schema.PARTS:
-                        name = schema.part_name(layer_idx, part)
-                        pieces[name] = functools.partial(schema.pages_pieces, view, part)
-                continue
-            try:
-                tensors = host_layers.state_of(layer, seq_len)
-            except host_layers.HostLayerError as error:
-                raise ValueError(f"QuantizedInt8Cache.save: {error} in layer {layer_idx}.") from error
-            layers.append({"storage": type(layer).__name__})
-            for part, tensor in tensors.items():
-                name = schema.part_name(layer_idx, part)
-                specs[name] = (tensor.dtype, tuple(tensor.shape))
-                pieces[name] = functools.partial(schema.staged, tensor)
-        if ids is not None:
-            specs[schema.INPUT_IDS] = (torch.int64, tuple(ids.shape))
-            pieces[schema.INPUT_IDS] = lambda: [ids]
+        ranks = ranks_of(model)
+        if model is None and world_size() > 1:
+            raise ValueError(
+                "QuantizedInt8Cache.save: among several processes the model must be given, since it says which heads "
+                f"this one holds, got model=None in one of {world_size()}. Pass model=..., on every rank."
+            )
+        contents = contents_of(self, input_ids, model)
         description = {
             "layout": schema.LAYOUT,
             "quantcache": __version__,
             "page_size": PAGE_SIZE,
-            "residual_length": residual_length,
+            "residual_length": contents.residual_length,
             "from_config": self.layer_class_to_replicate is None,
             "model": None if model is None else fingerprint.of_model(model, digest_weights),
-            "layers": layers,
+            "layers": contents.layers,
         }
-        container.write(Path(path), arrange(specs), description, lambda name: pieces[name](), on_progress)
+        entries = arrange(contents.specs)
+
+        def write(pieces: Callable[[str], Any]) -> None:
+            container.write(Path(path), entries, description, pieces, on_progress)
+
+        if ranks is None:
+            write(lambda name: contents.pieces[name]())
+        else:
+            gathering.write_together(ranks, list(entries), contents.pieces, write)
 
     @classmethod
     def load(
@@ -119,7 +113,8 @@ class CacheFiles(KnownPrompt):
         """A cache with the bytes of a file that ``save`` wrote.
 
         All that the header says is held against the size of the file, the layout and the model before memory is taken
-        for a tensor.
+        for a tensor. Where tensor parallelism spreads the KV heads of ``model`` over processes, each takes its own,
+        however many processes saved them.
 
         Args:
             path: of the file.
@@ -142,6 +137,7 @@ class CacheFiles(KnownPrompt):
             OSError: the file cannot be read.
         """
         where = None if device is None else torch.device(device)
+        ranks = ranks_of(model)
         _check_arguments(model, config, where, max_tokens, mmap)
         verify = not mmap if verify is None else verify
         with Container(Path(path)) as file:
@@ -150,6 +146,7 @@ class CacheFiles(KnownPrompt):
             cache = _empty_cache(cls, file, description, config if model is None else model.config, strict)
             stored = _check_layers(file, description, cache)
             seq_len = _check_length(file, stored)
+            gathering.check_shares(file.entries, ranks)
             _check_prefix(description, seq_len, max_tokens)
             total = sum(entry.nbytes for entry in file.entries.values())
             done = 0
@@ -159,10 +156,10 @@ class CacheFiles(KnownPrompt):
                 done += file.entries[name].nbytes
                 tensor = file.mapped(name, rows) if mmap else file.read(name, rows, verify)
                 on_progress(done, total)
-                return tensor
+                return gathering.local_heads(name, tensor, ranks)
 
             for layer_idx, (layer, held) in enumerate(zip(cache.layers, stored, strict=True)):
-                place = _device_of(model, layer_idx) if where is None else where
+                place = device_of_layer(model, layer_idx) if where is None else where
                 if isinstance(layer, Int8Layer):
                     if held is not None:
                         closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
@@ -201,49 +198,6 @@ class CacheFiles(KnownPrompt):
             options: ``model`` and the other arguments of ``load``.
         """
         return cls.load(Path(directory) / FILE_NAME, **options)
-
-
-def _size_of(cache: KnownPrompt) -> tuple[int, int]:
-    """Sequences and tokens of a cache; every int8 layer that holds any has the same."""
-    held = [layer.pages for layer in cache.layers if isinstance(layer, Int8Layer) and layer.pages is not None]
-    sizes = {(pages.batch_size, pages.seq_len) for pages in held if not pages.is_empty}
-    if len(sizes) != 1:
-        raise ValueError(
-            "QuantizedInt8Cache.save: int8 layers must hold the same tokens, at least one, got (batch, seq_len) of "
-            f"{sorted(sizes) or 'none'}."
-        )
-    return sizes.pop()
-
-
-def _described(layer: Int8Layer) -> dict[str, Any]:
-    """What the header says of an int8 layer."""
-    if layer.pages is None or layer.pages.is_empty:
-        described: dict[str, Any] = {"storage": "empty"}
-    else:
-        described = {"storage": "int8"}
-    if isinstance(layer, Int8SlidingLayer):
-        described["sliding_window"] = layer.sliding_window
-        described["first_page"] = 0 if layer.pages is None else layer.pages.first_page
-        if layer.record_past:
-            raise ValueError("QuantizedInt8Cache.save: no layer must wait for crop, got record_past=True.")
-    return described
-
-
-def _ids_to_save(cache: KnownPrompt, input_ids: Tensor | None, batch: int, seq_len: int) -> Tensor | None:
-    """The tokens that the cache holds, int64 on the CPU, or None if nobody knows them."""
-    place = "QuantizedInt8Cache.save"
-    if input_ids is None:
-        known = cache.input_ids
-        return known if known is not None and known.shape[1] == seq_len else None
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"{place}: input_ids must be an int64 tensor, got {got}.")
-    if input_ids.dim() != 2 or len(input_ids) != batch or input_ids.shape[1] < seq_len:
-        raise ValueError(
-            f"{place}: input_ids must be the ({batch}, {seq_len}) tokens stored, or begin with them, "
-            f"got {tuple(input_ids.shape)}."
-        )
-    return input_ids[:, :seq_len].to("cpu", torch.int64)
 
 
 def _check_arguments(
@@ -367,15 +321,3 @@ def _check_prefix(description: dict[str, Any], seq_len: int, max_tokens: int | N
                 "QuantizedInt8Cache.load: max_tokens needs layers that hold every token, "
                 f"got {layer['storage']} as layer {layer_idx}, whose first ones are gone. Load all tokens."
             )
-
-
-def _device_of(model: PreTrainedModel | None, layer_idx: int) -> torch.device:
-    """Where ``model`` has its decoder layer ``layer_idx``; accelerate notes it where a model is spread over devices."""
-    if model is None:
-        return torch.device("cpu")
-    spread: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
-    for name, place in spread.items():
-        if name.endswith(f"layers.{layer_idx}") and place not in ("cpu", "disk"):
-            return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    device: torch.device = model.device
-    return device

@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedConfig
 
+from quantcache.parallel import whole_tensor
+
 FIELDS: Final = (
     "model_type",
     "num_hidden_layers",
@@ -59,11 +61,14 @@ def differences(stored: Mapping[str, Any], model: Mapping[str, Any]) -> list[str
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all weights, one weight in memory at a time."""
+    """SHA-256 over the names, dtypes, shapes and bytes of all weights, one weight in memory at a time.
+
+    Where several processes share the weights, each takes part and gets the digest that one process would.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
+        flat = whole_tensor(tensor.detach()).cpu().contiguous().view(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -65,11 +65,16 @@ class LayerOperations:
                     f"got {tokens_to_remove}."
                 )
         for layer in self.layers:
-            if tokens_to_remove or isinstance(layer, Int8Layer) or getattr(layer, "record_past", True):
+            if tokens_to_remove or getattr(layer, "record_past", hasattr(layer, "crop")):
                 layer.crop(tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order."""
+        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order.
+
+        Raises:
+            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
+        """
+        self._check_rows("batch_select_indices")
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
@@ -78,13 +83,26 @@ class LayerOperations:
                 layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side."""
+        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side.
+
+        Raises:
+            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
+        """
+        self._check_rows("batch_repeat_interleave")
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
                 layer.reorder_cache(rows)  # type: ignore[arg-type]
             else:
                 layer.batch_repeat_interleave(repeats)
+
+    def _check_rows(self, method: str) -> None:
+        for layer_idx, layer in enumerate(self.layers):
+            if not isinstance(layer, LinearAttentionCacheLayerMixin) and not hasattr(layer, method):
+                raise ValueError(
+                    f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, "
+                    "keeps its batch. Use QuantizedInt8Cache without max_cache_len."
+                )
 
     def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
         layer = self.layers[layer_idx]
@@ -102,6 +120,8 @@ class LayerOperations:
 
 def _why_not_back(layer: Any, tokens: int) -> str | None:
     """Why a layer of transformers cannot forget its newest ``tokens``, or None."""
+    if not hasattr(layer, "crop"):
+        return "has a fixed capacity and cannot forget tokens; use a cache without max_cache_len"
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         if any(layer.is_recurrent_states_initialized.values()):
             return "keeps a recurrent state that cannot forget tokens; go back to a copy.deepcopy of the cache"

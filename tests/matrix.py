@@ -1,195 +1,37 @@
-"""What is asked of every architecture: the operations, and the cells that are refused and why.
+"""What is asked of every architecture: operations, functions of a ``Case`` that raise where their promise is broken.
 
-An operation is a function of a ``Case`` that raises where its promise is broken. Three measures are used.
-``same_reading``: attention over int8 gives what a ``DynamicCache`` with the restored states gives, to float error.
-``faithful``: logits are those of the exact model, to the quality that the format promises. ``as_exact``: they are those
-of the same calls with a ``DynamicCache``, to that quality, which leaves out what transformers does differently between
-a cached and a whole forward pass.
+Their docstrings are the promises that docs/supported.md prints.
 """
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import parse
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers import EncoderDecoderCache
 
-from quantcache import FallbackWarning, Int8Tensor, QuantizedInt8Cache
+from quantcache import FallbackWarning, QuantizedInt8Cache
 from quantcache.layers import Int8Layer
 from quantcache.scheme import PAGE_SIZE
 from quantcache.sliding import Int8SlidingLayer
-from tests.architectures import SIZES, Architecture
 from tests.bounds import assert_within, cast_bound
-
-MAX_MEAN_KL = 1.0e-4
-"""Nats a token, the quality that the format promises on a real model; tiny random ones stay below."""
-
-PROMPT = 150
-
-
-def tokens(length: int, batch: int = 1, seed: int = 2) -> Tensor:
-    """Random token ids, none of them special."""
-    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass
-class Case:
-    """One model with one attention implementation on one device."""
-
-    architecture: Architecture
-    implementation: str
-    device: str = "cpu"
-
-    @cached_property
-    def model(self) -> Any:
-        return self.architecture.make(self.implementation).to(self.device)
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    def cache(self, **options: Any) -> Any:
-        """An int8 cache as a user makes it for this model."""
-        if self.architecture.is_encoder_decoder:
-            return QuantizedInt8Cache.for_encoder_decoder(self.config, **options)
-        return QuantizedInt8Cache(self.config, **options)
-
-    def exact_cache(self) -> Any:
-        if self.architecture.is_encoder_decoder:
-            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        return DynamicCache(config=self.config)
-
-    def source(self, batch: int) -> dict[str, Tensor]:
-        """What the encoder gets, the same for every row, so that rows can be moved about."""
-        generator = torch.Generator().manual_seed(7)
-        if self.architecture.model_class == "T5ForConditionalGeneration":
-            return {"input_ids": tokens(130, seed=7).expand(batch, -1).to(self.device)}
-        if self.architecture.model_class == "WhisperForConditionalGeneration":
-            features = torch.randn(1, self.config.num_mel_bins, 300, generator=generator)
-            return {"input_features": features.expand(batch, -1, -1).to(self.device)}
-        return {}
-
-    def named(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Arguments of the model for decoder tokens."""
-        prefix = "decoder_" if self.architecture.is_encoder_decoder else ""
-        named = {f"{prefix}input_ids": ids.to(self.device)}
-        if mask is not None:
-            named[f"{prefix}attention_mask"] = mask.to(self.device)
-        return named | self.source(ids.shape[0])
-
-    def logits(self, ids: Tensor, cache: Any = None) -> Tensor:
-        """Logits of a forward pass over ``ids`` behind what ``cache`` holds."""
-        options: dict[str, Any] = {"use_cache": False}
-        if cache is not None:
-            options = {"past_key_values": cache, "use_cache": True}
-        if "VL" in self.architecture.name:  # which otherwise goes on from the positions of its last call
-            past = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(past, past + ids.shape[1], device=self.device)
-            options["position_ids"] = positions.expand(3, ids.shape[0], -1)
-        with torch.no_grad():
-            return self.model(**self.named(ids), **options).logits
-
-    def generate(self, ids: Tensor, cache: Any, mask: Tensor | None = None, **options: Any) -> Any:
-        """``generate`` with what every call here wants; Whisper's own is for audio longer than its window."""
-        if self.architecture.is_encoder_decoder:
-            ids = ids.clone()
-            ids[:, 0] = self.config.decoder_start_token_id  # else it is put in front
-        options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True} | options
-        return GenerationMixin.generate(self.model, **self.named(ids, mask), past_key_values=cache, **options)
-
-
-class WithExactCache(Case):
-    """The same with transformers' own cache: what it refuses has nothing to do with int8."""
-
-    def cache(self, **options: Any) -> Any:
-        return self.exact_cache()
-
-
-def parts(cache: Any) -> list[QuantizedInt8Cache]:
-    """The int8 caches in ``cache``."""
-    both = (
-        [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
-    )
-    return [part for part in both if isinstance(part, QuantizedInt8Cache)]
-
-
-def int8_layers(cache: Any) -> list[Int8Layer]:
-    return [layer for part in parts(cache) for layer in part.layers if isinstance(layer, Int8Layer)]
-
-
-def restored(cache: Any) -> Any:
-    """A ``DynamicCache``, or a pair of them, with what ``cache`` holds."""
-    if isinstance(cache, EncoderDecoderCache):
-        return EncoderDecoderCache(cache.self_attention_cache.to_dynamic(), cache.cross_attention_cache.to_dynamic())
-    return cache.to_dynamic()
-
-
-def dense(states: Tensor) -> Tensor:
-    return states.restore() if isinstance(states, Int8Tensor) else states
-
-
-def is_native(case: Case) -> bool:
-    """Whether no layer of the model is int8."""
-    return not any("int8" in storage for storage in case.architecture.storage)
-
-
-def same_reading(case: Case, cache: Any, ids: Tensor) -> None:
-    """The next tokens ``ids`` see in ``cache`` exactly what it restores to."""
-    theirs = case.logits(ids, restored(cache))
-    ours = case.logits(ids, cache)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=reading_error(case))
-
-
-def reading_error(case: Case) -> float:
-    """How far logits may be from those of another order of summing.
-
-    They are of the order of 10, sums of up to a few hundred float32 terms through a few layers. The CUDA kernels
-    multiply probabilities and values as 16-bit floats, 2**-11 of them off, where torch multiplies float32.
-    """
-    return 2e-3 if case.device == "cpu" else 1e-2
-
-
-def close_in_quality(exact: Tensor, scores: Tensor) -> None:
-    """The mean divergence of ``scores`` from the ``exact`` logits is what the format promises."""
-    log_exact, log_int8 = exact.double().log_softmax(-1), scores.double().log_softmax(-1)
-    kl = (log_exact.exp() * (log_exact - log_int8)).sum(-1)
-    assert kl.mean() <= MAX_MEAN_KL
-
-
-def faithful(case: Case, output: Any, cache: Any) -> None:
-    """The logits of every generated token are those of the exact model on the same tokens, to the format's quality."""
-    sequences, scores = output.sequences, torch.stack(list(output.logits), dim=1)
-    exact = case.logits(sequences)[:, -scores.shape[1] - 1 : -1]
-    close_in_quality(exact, scores)
-    if not is_native(case):
-        assert any(layer.pages is not None and layer.pages.num_pages for layer in int8_layers(cache))
-
-
-def as_exact(case: Case, run: Callable[[Any], Any]) -> Any:
-    """``run``, which generates greedily with a cache, gives with an int8 one what it gives with an exact one."""
-    cache = case.cache()
-    ours, theirs = run(cache), run(case.exact_cache())
-    prompt = ours.sequences.shape[1] - len(ours.logits)
-    same = (ours.sequences == theirs.sequences).all(0)[prompt:]
-    # After a step at which two tokens were as good as equal the texts are two texts.
-    steps = len(same) if bool(same.all()) else int((~same).nonzero()[0]) + 1
-    exact, int8 = (torch.stack(list(output.logits), dim=1)[:, :steps] for output in (theirs, ours))
-    close_in_quality(exact, int8)
-    if not is_native(case):
-        assert any(layer.pages is not None and layer.pages.num_pages for layer in int8_layers(cache))
-        assert steps > 1
-    return cache
-
-
-# The operations. Each states its promise, which the docs print.
+from tests.cases import (
+    PROMPT,
+    Case,
+    as_exact,
+    close_in_quality,
+    faithful,
+    int8_layers,
+    is_native,
+    parts,
+    reading_error,
+    restored,
+    same_reading,
+    tokens,
+)
 
 
 def forward(case: Case) -> None:
@@ -527,82 +369,8 @@ OPERATIONS: dict[str, Operation] = {
     "output_attentions": attentions,
 }
 
-RECURRENT = ("Qwen3-Next", "Qwen3.5", "Jamba", "Falcon-H1")
-HYBRIDS = (*RECURRENT, "LFM2")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A cell that cannot work.
-
-    Attributes:
-        by: who says so, "transformers" (with any cache) or "quantcache".
-        error: what is raised.
-        match: what it says.
-        reason: what the docs say.
-    """
-
-    by: str
-    error: type[Exception] | tuple[type[Exception], ...]
-    match: str
-    reason: str
-
-
-_STATEFUL = Refusal(
-    "transformers",
-    ValueError,
-    "assisted generation is not supported with stateful models",
-    "drafts cannot be taken back from the recurrent state of a linear-attention layer",
-)
-
-NEWEST = parse(transformers.__version__) >= parse("5.23")
-
-OLDER_REFUSED: dict[tuple[str, str], Refusal] = {
-    # before 5.23
-    ("Qwen2.5-VL", "chunked prefill"): Refusal(
-        "transformers",
-        (RuntimeError, ValueError),
-        "agree in batch|[Ss]izes of tensors",
-        "before 5.23 the model mixes up its positions between chunks",
-    ),
-}
-
-REFUSED: dict[tuple[str, str], Refusal] = {
-    **{(name, operation): _STATEFUL for name in RECURRENT for operation in ("assisted decoding", "prompt lookup")},
-    **{
-        (name, "crop"): Refusal(
-            "quantcache",
-            ValueError,
-            r"QuantizedInt8Cache.crop: layer 0, a LinearAttention\w+, keeps a recurrent state",
-            "a recurrent state cannot forget tokens, which transformers' own cache ignores without a word; "
-            "go back to a `copy.deepcopy` of the cache",
-        )
-        for name in RECURRENT
-    },
-    **{
-        (name, "without a config"): Refusal(
-            "quantcache",
-            ValueError,
-            "a hybrid model, whose layers hold more than keys and values, needs a cache made from its config",
-            "which layers are linear attention is known from the config alone",
-        )
-        for name in HYBRIDS
-    },
-    ("Whisper", "chunked prefill"): Refusal(
-        "transformers", TypeError, "WhisperDecoder", "Whisper's decoder is not given its tokens in chunks"
-    ),
-}
-"""Cells of (architecture, operation) that are refused, and why."""
-
 BY_IMPLEMENTATION: dict[str, tuple[str, ...]] = {
     "eager": ("forward pass", "greedy decoding", "left padding", "output_attentions"),
     "flex_attention": ("forward pass", "greedy decoding", "left padding"),
 }
 """What is asked of an implementation that is not the model's first."""
-
-
-@contextmanager
-def quiet_flex() -> Iterator[None]:
-    """flex_attention uncompiled: compiling takes half a minute a model on a CPU, and is not what is asked here."""
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.architectures import ARCHITECTURES, Architecture
-from tests.matrix import BY_IMPLEMENTATION, OLDER_REFUSED, OPERATIONS, REFUSED
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.refusals import OLDER_REFUSED, REFUSED
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")

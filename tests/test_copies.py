@@ -11,7 +11,7 @@ import torch
 from quantcache import Int8Tensor, QuantizedInt8Cache
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
-from tests.conftest import devices
+from tests.conftest import devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.twins import HEAD_DIM, HEADS, dense, stored
 
@@ -178,6 +178,24 @@ def test_nbytes_counts_host_memory() -> None:
     before = layer.nbytes
     layer.pages.evict()
     assert layer.nbytes == before
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+def test_offloading_leaves_little_on_the_gpu() -> None:
+    held = []
+    for offloading in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = QuantizedInt8Cache(offloading=offloading)
+        for layer_idx in range(8):
+            cache.update(*random_states(1, 8, 4096, 128, dtype=torch.float16, device="cuda"), layer_idx)
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # at which the allocator takes back what other streams had
+        held.append(torch.cuda.memory_allocated() - before)
+        del cache
+    # One of eight layers, on its way back, and the exact tails of all.
+    assert held[1] < 0.25 * held[0]
 
 
 @pytest.mark.parametrize("device", devices())

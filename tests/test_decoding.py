@@ -19,8 +19,8 @@ from quantcache.layers import Int8Layer
 from quantcache.scheme import PAGE_SIZE
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, SIZES, Architecture
+from tests.cases import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.conftest import devices
-from tests.matrix import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.strategies import random_states
 from tests.twins import stored
 
@@ -28,6 +28,11 @@ BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 WINDOW = 1088
 SLIDING = Architecture(
     "Mistral", "MistralForCausalLM", ("int8 window",) * 2, {"sliding_window": WINDOW, "max_position_embeddings": 8192}
+)
+CHUNKED = dataclasses.replace(
+    BY_NAME["Llama 4"],
+    storage=("int8 window", "int8"),
+    config=BY_NAME["Llama 4"].config | {"attention_chunk_size": WINDOW},
 )
 NEW = 160  # three pages are closed on the way
 
@@ -163,19 +168,21 @@ def test_a_row_that_ends_early_leaves_the_others_as_they_are() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+@pytest.mark.parametrize("architecture", [SLIDING, CHUNKED], ids=["windows", "chunks"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunk", [None, 400])
-def test_a_model_goes_on_beyond_its_window(implementation: str, chunk: int | None) -> None:
-    case = Case(SLIDING, implementation)
+def test_a_model_goes_on_beyond_its_window(architecture: Architecture, implementation: str, chunk: int | None) -> None:
+    case = Case(architecture, implementation)
     cache, exact = case.cache(), case.exact_cache()
-    assert all(type(layer) is Int8SlidingLayer for layer in cache.layers)
+    windows = [layer for layer in cache.layers if type(layer) is Int8SlidingLayer]
+    assert len(windows) == architecture.storage.count("int8 window")
     ids = tokens(1500)
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
     outputs = [case.generate(ids, one, max_new_tokens=150, **options) for one in (cache, exact)]
     steps = int((outputs[0].sequences != outputs[1].sequences)[0, 1500:].int().cumsum(0).eq(0).sum()) or 1
     close_in_quality(*(torch.stack(output.logits, 1)[:, :steps] for output in reversed(outputs)))
     assert steps > 20
-    for layer in cache.layers:
+    for layer in windows:
         assert layer.pages.first_page
         assert layer.get_seq_length() == 1649
         assert layer.get_mask_sizes(1)[0] < WINDOW + 32 + 5 * PAGE_SIZE
@@ -201,10 +208,12 @@ def test_early_initialization_takes_shapes_and_stores_nothing() -> None:
     assert cache.is_initialized
     assert cache.get_seq_length() == 0
     assert cache.nbytes == 0
+    assert cache.get_mask_sizes(5, 1) == (5, 0)
     for layer_idx in range(2):
         states = random_states(2, 2, 200, 16, seed=layer_idx)
         for one in (cache, plain):
             one.update(*states, layer_idx)
+    assert cache.get_query_offset() == cache.get_query_offset(1) == 200
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
         for one, two in zip(stored(ours.pages), stored(theirs.pages), strict=True):
             assert torch.equal(one, two)
@@ -232,6 +241,23 @@ def test_one_cache_for_an_encoder_decoder_model_is_refused(name: str) -> None:
     case = Case(BY_NAME[name], "sdpa")
     with pytest.raises(ValueError, match=r"needs two caches, got one.*for_encoder_decoder\(model.config\)"):
         case.generate(tokens(10), QuantizedInt8Cache(case.config), max_new_tokens=2)
+
+
+def test_rows_take_their_cross_attention_along() -> None:
+    case = Case(BY_NAME["T5"], "sdpa")
+    ids, cache = tokens(130, 2), case.cache()
+    sources = tokens(200, 2, seed=8)
+
+    def logits(decoder_ids: Tensor, rows: list[int], held: Any) -> Tensor:
+        with torch.no_grad():
+            return case.model(input_ids=sources[rows], decoder_input_ids=decoder_ids, past_key_values=held).logits
+
+    logits(ids, [0, 1], cache)
+    expected = logits(tokens(1, 2, seed=9), [0, 1], copy.deepcopy(cache))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = logits(tokens(1, 2, seed=9)[[1, 0]], [1, 0], cache)
+    torch.testing.assert_close(swapped, expected[[1, 0]], rtol=1e-4, atol=2e-3)
+    assert not torch.allclose(expected[0], expected[1], atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["T5", "Whisper"])

@@ -5,8 +5,10 @@ from contextlib import nullcontext
 import pytest
 
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.cases import NEWEST, Case, WithExactCache, host_warnings, quiet_flex
 from tests.conftest import devices
-from tests.matrix import BY_IMPLEMENTATION, NEWEST, OLDER_REFUSED, OPERATIONS, REFUSED, Case, WithExactCache, quiet_flex
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.refusals import OLDER_REFUSED, REFUSED
 
 CELLS = [
     (architecture, implementation, operation)
@@ -29,9 +31,7 @@ def models() -> dict[tuple[str, str, str], Case]:
 
 
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
+@host_warnings
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize(("architecture", "implementation", "operation"), CELLS, ids=identity)
 def test_the_operation_keeps_its_promise(

@@ -442,3 +442,17 @@ def test_a_model_that_insists_on_its_own_cache_is_refused_at_once() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         QuantizedInt8Cache(MiniMaxConfig(num_hidden_layers=2))
+
+
+def test_a_window_of_fixed_capacity_says_what_it_cannot_do() -> None:
+    config = LlamaConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=32)
+    cache = QuantizedInt8Cache(config, max_cache_len=256)
+    layer = "layer 0, a StaticSlidingWindowLayer"
+    for action, message in (
+        (lambda: cache.crop(-1), f"crop: {layer}, has a fixed capacity and cannot forget tokens; use a cache without"),
+        (lambda: cache.batch_repeat_interleave(2), f"batch_repeat_interleave: {layer} of fixed capacity, keeps"),
+        (lambda: cache.batch_select_indices(torch.tensor([0])), f"batch_select_indices: {layer} of fixed capacity,"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"QuantizedInt8Cache.{message}")):
+            action()
+    cache.crop(0)

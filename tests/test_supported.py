@@ -9,7 +9,7 @@ from quantcache import FallbackWarning, QuantizedInt8Cache, ops
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
-from tests.matrix import NEWEST, PROMPT, Case, int8_layers, parts, quiet_flex, tokens
+from tests.cases import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
 from tests.supported import PAGE, page, reading
 
 
@@ -27,6 +27,7 @@ def kind(layer: object) -> str:
     return "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
 
 
+@host_warnings
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name)
 def test_each_layer_is_stored_as_the_page_says(architecture: Architecture) -> None:
     # Before 5.23 transformers has no layers for shared states.
@@ -34,9 +35,7 @@ def test_each_layer_is_stored_as_the_page_says(architecture: Architecture) -> No
     assert [kind(layer) for layer in QuantizedInt8Cache(architecture.make_config()).layers] == expected
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
+@host_warnings
 @pytest.mark.parametrize(
     ("architecture", "implementation"),
     [(one, implementation) for one in ARCHITECTURES for implementation in one.implementations],

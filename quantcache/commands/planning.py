@@ -81,6 +81,9 @@ def run(
         print(json.dumps(made.to_dict(), indent=1))
         return
     console = Console()
+    params = "" if made.num_params is None else f", {made.num_params / 1e9:.2f} B weights"
+    layers = ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
+    console.print(f"[bold]{made.model}[/bold]{params}; layers: {layers}", highlight=False)
     for table in tables(made):
         console.print(table)
     if plot is not None:
@@ -105,9 +108,7 @@ def list_presets() -> None:
 
 def tables(made: Plan) -> list[Table]:
     """The cache, and what fits."""
-    params = "" if made.num_params is None else f", {made.num_params / 1e9:.2f} B weights"
-    layers = ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
-    size = Table("", "bf16 cache", "int8 cache", "int8 / bf16", title=f"{made.model}{params}; layers: {layers}")
+    size = Table("", "bf16 cache", "int8 cache", "int8 / bf16")
     size.add_row("one more token, bytes", f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}", _ratio(made, True))
     size.add_row(
         f"{made.batch} x {made.tokens:,} tokens", _gib(made.bf16_nbytes), _gib(made.int8_nbytes), _ratio(made, False)

@@ -83,14 +83,17 @@ class Talk:
         self.cache, self.ids = cache, cache.input_ids
 
     def save(self, file: Path) -> None:
-        """Keep what was said so far."""
+        """Keep what was said so far, the last token of the last answer, which nothing has read yet, included."""
+        unread = self.ids[:, self.cache.get_seq_length() :]
+        if unread.shape[1]:
+            self.read(unread)
         self.cache.save(file, model=self.model, input_ids=self.ids)
 
     def read(self, ids: Tensor) -> None:
-        """Take tokens (1, n) into the cache without an answer."""
+        """Take tokens (1, n) behind those in the cache, without an answer."""
         with torch.no_grad():
             self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.ids = torch.cat([self.ids, ids], dim=1)
+        self.ids = torch.cat([self.ids[:, : self.cache.get_seq_length() - ids.shape[1]], ids], dim=1)
 
     def answer(self, ids: Tensor) -> str:
         """Take tokens (1, n), stream an answer to the console and keep both.
@@ -121,8 +124,7 @@ class Talk:
             **self.sampling.options(),
         )
         self.ids = said.cpu()
-        text: str = self.tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True))
 
     def turn_ids(self, text: str, system: str | None = None) -> Tensor:
         """Token ids (1, n) that put a user's turn behind what was said, up to where the answer begins."""
@@ -138,7 +140,7 @@ class Talk:
             {"role": "user", "content": text},
         ]
         behind = self._template(turns).rpartition(_MARK)[2] if _MARK not in text else ""
-        last = self.tokenizer.decode(self.ids[0, -1:])
+        last = str(self.tokenizer.decode(self.ids[0, -1:]))
         return self._encode(behind.removeprefix(last))
 
     def plain_ids(self, text: str) -> Tensor:

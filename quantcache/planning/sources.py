@@ -47,8 +47,8 @@ def find_geometry(spec: str) -> Geometry:
         return Geometry.from_config(_presets()[name]["config"], name)
     if path.exists() or spec.count("/") != 1:
         raise GeometryError(
-            f"plan: {spec!r} must be a preset, a hub id (owner/name), or a folder with a config.json, got neither. "
-            "quantcache plan --list names the presets."
+            f"find_geometry: {spec!r} must be a preset, a hub id (owner/name), or a folder with a config.json, "
+            "got neither. quantcache plan --list names the presets."
         )
     return Geometry.from_config(_fetched(spec), spec)
 
@@ -64,7 +64,7 @@ def _fetched(hub_id: str) -> dict[str, Any]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GeometryError(
-            f"plan: the config.json of {hub_id!r} must be on the hub or in its cache, got: {reason} "
+            f"find_geometry: the config.json of {hub_id!r} must be on the hub or in its cache, got: {reason} "
             "quantcache plan --list names the presets, which need no network."
         ) from error
 
@@ -73,9 +73,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise GeometryError(f"plan: {file} must be JSON, got: {error}.") from error
+        raise GeometryError(f"find_geometry: {file} must be JSON, got: {error}.") from error
     if not isinstance(config, dict):
-        raise GeometryError(f"plan: {file} must be a JSON object, got {type(config).__name__}.")
+        raise GeometryError(f"find_geometry: {file} must be a JSON object, got {type(config).__name__}.")
     return config
 
 

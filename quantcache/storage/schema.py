@@ -23,9 +23,11 @@ INPUT_IDS: Final = "input_ids"
 STAGED_BYTES: Final = 32 << 20
 """A tensor of a GPU comes to the CPU in pieces of about this size."""
 
-_PAGE_PARTS: Final = ("key_qdata", "key_metadata", "value_qdata", "value_metadata")
+PAGE_PARTS: Final = ("key_qdata", "key_metadata", "value_qdata", "value_metadata")
+"""Of these, the closed pages; the first axis counts them."""
+
 _TAILS: Final = ("key_tail", "value_tail")
-PARTS: Final = (*_PAGE_PARTS, *_TAILS)
+PARTS: Final = (*PAGE_PARTS, *_TAILS)
 """What an int8 layer has in a file: ``layers.{layer_idx}.{part}``."""
 
 _TAIL_DTYPES: Final = ("F16", "BF16", "F32", "F64")
@@ -167,7 +169,7 @@ def read_pages(
     wanted = stored.held if max_tokens is None else min(max_tokens, stored.held)
     num_pages = min(stored.num_pages, -(-wanted // PAGE_SIZE))
     tail_len = max(0, wanted - stored.num_pages * PAGE_SIZE)
-    parts = (read(part_name(stored.layer_idx, part), num_pages).to(device) for part in _PAGE_PARTS)
+    parts = (read(part_name(stored.layer_idx, part), num_pages).to(device) for part in PAGE_PARTS)
     closed = Segment(*parts) if num_pages else None
     tails = []
     for part in _TAILS:

@@ -5,8 +5,8 @@
 Raw writing is one large ``write`` and ``fsync`` of as many bytes to the same folder; raw reading is ``readinto`` of the
 same file into fresh memory, once into memory as torch allocates it and once as numpy does (huge pages), and the faster
 counts. Files are in the page cache when they are read. Every load is compared with what was saved. Candidates are timed
-in turn; medians and their ratios are written as JSON. Peak memory is the growth of the process's high-water mark
-(``VmHWM``, reset before each call), less the bytes of the cache that a load makes.
+in turn; medians and their ratios are written as JSON. Extra memory is the peak that tracemalloc sees, which is all but
+what torch allocates: of a save all but copies of tails, of a load all but the tails, less the size of the file.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,15 @@ def read_raw(path: Path, memory: memoryview) -> memoryview:
     return memory
 
 
-def high_water(call: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most during the call; None where the system does not tell."""
+def peak(call: Callable[[], object]) -> int:
+    """Most bytes that numpy and Python held at once during the call beyond those before it."""
+    tracemalloc.start()
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-
-        def status(field: str) -> int:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-
-        before = status("VmRSS")
         result = call()
-        after = status("VmHWM")
         del result
-        return after - before
-    except OSError:
-        return None
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def assert_same(cache: QuantizedInt8Cache, expected: QuantizedInt8Cache) -> None:
@@ -127,7 +121,7 @@ def main() -> None:
             },
             arguments.repeats,
         )
-        saving, loading = high_water(lambda: cache.save(path)), high_water(lambda: QuantizedInt8Cache.load(path))
+        saving, loading = peak(lambda: cache.save(path)), peak(lambda: QuantizedInt8Cache.load(path))
     fastest_read = min(seconds["read raw, torch memory"], seconds["read raw, numpy memory"])
     report: dict[str, Any] = {
         "command": f"python tests/benchmarks/bench_files.py --mib {arguments.mib} --repeats {arguments.repeats}",
@@ -147,7 +141,7 @@ def main() -> None:
         "target_share": 0.7,
         "layer_bytes": cache.nbytes // LAYERS,
         "extra_bytes_saving": saving,
-        "extra_bytes_loading": None if loading is None else loading - size,
+        "extra_bytes_loading": loading - size,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
     text = json.dumps(report, indent=1)

@@ -157,6 +157,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, int, tuple[Any, An
         batches, lengths, batch_tokens = BATCH_ROWS[:2], LENGTH_ROWS[:1], 256
     rows = [("batch", batch, batch_tokens, (without, with_), "chunks") for batch, without, with_ in batches]
     rows += [("length", 1, tokens, (without, with_), "chunks") for tokens, without, with_ in lengths]
+    if options.without_generate:
+        return rows
     # The same by generate(): the smallest row and the largest one.
     rows.append(("length", 1, lengths[0][0], lengths[0][1:], "generate"))
     if not options.quick:
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two batches and two lengths, one of them by generate() too"
     )
+    parser.add_argument("--without-generate", action="store_true", help="the rows by chunks alone, in a minute")
     parser.add_argument("--weights", nargs="*", default=["bf16", "int4"])
     parser.add_argument("--out", default="docs/benchmarks/qwen-memory.json")
     options = parser.parse_args()
@@ -203,7 +206,8 @@ def main() -> None:
         properties = torch.cuda.get_device_properties(device)
         hardware |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / GIB, 1)}
     result = {
-        "command": "PYTHONPATH=. python tests/benchmarks/bench_qwen_memory.py" + (" --quick" if options.quick else ""),
+        "command": "PYTHONPATH=. python tests/benchmarks/bench_qwen_memory.py"
+        + "".join(f" --{name.replace('_', '-')}" for name in ("quick", "without_generate") if vars(options)[name]),
         "hardware": hardware,
         "versions": {
             "python": sys.version.split()[0],

@@ -599,37 +599,61 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
 #if MASK
   const int lane = threadIdx.x & 31;
   const bool by_head = args.mask_stride[1] != 0, by_query = args.mask_stride[2] != 0;
-  constexpr int at_once = 8;
+  // Rows whose masks are those of the row before are left out.
+  auto differs = [&](int row) { return row == block.first_row || by_query || (by_head && query_of(block, row) == 0); };
+  const int last_row = block.first_row + block.num_rows;
+
+  const i64 strides = args.mask_stride[0] | args.mask_stride[1] | args.mask_stride[2];
+  if (args.mask_dtype == kBool && args.mask_stride[3] == 1 && ((reinterpret_cast<i64>(args.mask) | strides) & 7) == 0) {
+    // Eight keys a lane and eight lanes a page: two loads bring eight pages.
+    constexpr u64 ones = 0x0101010101010101u;
+    const int slot = lane >> 3;
+    for (int first = 0; first < count; first += 8) {
+      u64 any[2] = {0, 0}, all[2] = {ones, ones};
+      for (int row = block.first_row; row < last_row; row++) {
+        if (!differs(row)) continue;
+        const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, block, row) + 8 * (lane & 7);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const int i = min(first + 4 * k + slot, count - 1);
+          const u64 x = *reinterpret_cast<const u64*>(keys + (page + i * WARPS) * kPageSize);
+          any[k] |= x, all[k] &= x;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const u32 has = __ballot_sync(~0u, any[k] != 0), lacks = __ballot_sync(~0u, all[k] != ones);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+          const int i = first + 4 * k + s;
+          if (i < count && has >> 8 * s & 0xFF) seen |= 1u << i;
+          if (i < count && lacks >> 8 * s & 0xFF) partly |= 1u << i;
+        }
+      }
+    }
+    return;
+  }
+  constexpr int at_once = 2;  // more would take registers from the loop over the pages
   for (int first = 0; first < count; first += at_once) {
     bool any[at_once], all[at_once];
     for (int i = 0; i < at_once; i++) any[i] = false, all[i] = true;
-    for (int row = block.first_row; row < block.first_row + block.num_rows; row++) {
-      if (row > block.first_row && !by_query && (!by_head || query_of(block, row))) continue;
+    for (int row = block.first_row; row < last_row; row++) {
+      if (!differs(row)) continue;
       const i64 start = mask_start(args, block, row);
-      i64 index[at_once][2];
 #pragma unroll
       for (int i = 0; i < at_once; i++)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-          index[i][h] = start + ((page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h) *
-                                    args.mask_stride[3];
-      if (args.mask_dtype == kBool) {
-        u8 x[at_once][2];
-#pragma unroll
-        for (int i = 0; i < at_once; i++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) x[i][h] = static_cast<const u8*>(args.mask)[index[i][h]];
-#pragma unroll
-        for (int i = 0; i < at_once; i++) any[i] |= x[i][0] || x[i][1], all[i] &= x[i][0] && x[i][1];
-      } else {
-#pragma unroll
-        for (int i = 0; i < at_once; i++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const float x = load_element(args.mask, args.mask_dtype, index[i][h]);
+        for (int h = 0; h < 2; h++) {
+          const int key = (page + min(first + i, count - 1) * WARPS) * kPageSize + lane + 32 * h;
+          const i64 index = start + key * args.mask_stride[3];
+          if (args.mask_dtype == kBool) {
+            const bool x = static_cast<const u8*>(args.mask)[index];
+            any[i] |= x, all[i] &= x;
+          } else {
+            const float x = load_element(args.mask, args.mask_dtype, index);
             any[i] |= x != -infinity(), all[i] &= x == 0.0f;
           }
-      }
+        }
     }
 #pragma unroll
     for (int i = 0; i < at_once; i++) {
@@ -668,7 +692,10 @@ struct Walk {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads) attention(const __grid_constant__ Args args) {
+// Sixteen warps a processor, where 128 registers are enough: without a bound, reading masks would cost a quarter of them.
+constexpr int kMinBlocks = NT == 1 && DTYPE != kFloat32 && DK <= 128 && DV <= 128 ? 16 / WARPS : 1;
+
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ u32 is_last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;

@@ -1,0 +1,269 @@
+"""Do the commands do what their help says, and end in a message and an exit code where they cannot?"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from quantcache import QuantizedInt8Cache
+from quantcache.cli import app
+from quantcache.commands import bench, talking
+from quantcache.commands.planning import GPUS, parse_gpu
+from quantcache.planning import GIB
+
+COMMANDS = ("demo", "generate", "chat", "plan", "eval", "bench", "inspect", "doctor")
+
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model that reads bytes and has a chat template."""
+    path = tmp_path_factory.mktemp("model")
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, env={"COLUMNS": "160"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_every_command_has_help_with_its_options() -> None:
+    code, output, _ = run("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command in output
+        assert run(command, "-h")[0] == 0
+    for command in ("generate", "chat", "plan", "eval", "bench", "inspect"):
+        assert f"quantcache {command}" in run(command, "--help")[1], "an example"
+
+
+def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from quantcache.cli import app; app(prog_name='quantcache')"],
+        env={"_QUANTCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "quantcache in", "COMP_CWORD": "1", "PATH": ""}
+        | {"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["inspect"], done.stderr
+
+
+def test_generate_keeps_a_cache_and_goes_on_from_it(folder: Path, tmp_path: Path) -> None:
+    file, both = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    model = ("--model", str(folder), "--device", "cpu")
+    code, _, notes = run("generate", "abc " * 40, *model, "-n", "30", "--save", str(file))
+    assert code == 0
+    assert f"saved: {file}" in notes
+    assert "read by" in notes
+    stored = QuantizedInt8Cache.load(file).input_ids
+    assert stored is not None
+    assert stored.shape == (1, 160 + 30)
+    # Going on in a second run is what one run over the whole text gives.
+    code, second, _ = run("generate", " and so on", *model, "-n", "20", "--load", str(file), "--save", str(both))
+    assert code == 0
+    loaded, whole = QuantizedInt8Cache.load(both).input_ids, LlamaForCausalLM.from_pretrained(folder).eval()
+    prompt = loaded[:, :-20]
+    expected = whole.generate(
+        prompt, max_new_tokens=20, do_sample=False, past_key_values=QuantizedInt8Cache(whole.config)
+    )
+    assert torch.equal(expected, loaded)
+    assert second
+
+
+def test_a_long_text_is_read_once(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "book.safetensors"
+    code, answer, _ = run(
+        *("generate", "-", "--only-read", "--save", str(file), "--model", str(folder), "--device", "cpu"),
+        stdin="It was a dark and stormy night. " * 20,
+    )
+    assert (code, answer) == (0, "")
+    assert QuantizedInt8Cache.load(file).get_seq_length() == 640
+
+
+def test_sampling_with_a_seed_repeats_itself(folder: Path) -> None:
+    arguments = ("generate", "abc", "--model", str(folder), "--device", "cpu", "-n", "20", "--temperature", "2")
+    answers = [run(*arguments, "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_chat_stays_in_one_cache(folder: Path, tmp_path: Path) -> None:
+    file, middle = tmp_path / "talk.safetensors", tmp_path / "middle.safetensors"
+    typed = f"hello\n/save {middle}\n/nonsense\n\nagain\n/quit\n"
+    code, _, notes = run(
+        "chat", "--model", str(folder), "--device", "cpu", "-n", "10", "--save", str(file), stdin=typed
+    )
+    assert code == 0
+    assert "no such command: /nonsense" in notes
+    ids = QuantizedInt8Cache.load(file).input_ids
+    text = bytes_of(folder, ids)
+    assert text.startswith("<user>hello\n<assistant>")
+    assert "\n<user>again\n<assistant>" in text
+    assert torch.equal(
+        QuantizedInt8Cache.load(middle).input_ids, ids[:, : QuantizedInt8Cache.load(middle).get_seq_length()]
+    )
+    code, _, notes = run(
+        "chat", "--model", str(folder), "--device", "cpu", "-n", "5", "--load", str(middle), stdin="more\n"
+    )
+    assert code == 0
+    assert f"tokens from {middle}" in notes
+
+
+def bytes_of(folder: Path, ids: torch.Tensor) -> str:
+    return str(PreTrainedTokenizerFast.from_pretrained(folder).decode(ids[0]))
+
+
+def test_a_turn_is_what_the_template_writes(folder: Path) -> None:
+    """Turn by turn the tokens are those of the whole conversation at once."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    talk = talking.Talk(model, tokenizer, talking.Sampling(max_new_tokens=1), talking.Console(quiet=True))
+    talk.ids = talk.turn_ids("one", system="be brief")
+    assert tokenizer.decode(talk.ids[0]) == "<system>be brief\n<user>one\n<assistant>"
+    talk.ids = torch.cat([talk.ids, talk.plain_ids("reply")], dim=1)
+    assert tokenizer.decode(talk.turn_ids("two")[0]) == "\n<user>two\n<assistant>"
+    talk.ids = torch.cat([talk.ids, talk.plain_ids("\n")], dim=1)
+    assert tokenizer.decode(talk.turn_ids("two")[0]) == "<user>two\n<assistant>", "an end that was said is not repeated"
+
+
+def test_plan_prints_a_table_json_and_a_picture(tmp_path: Path) -> None:
+    code, output, _ = run("plan", "Llama-3.1-8B", "--gpu", "80GiB", "--plot", str(tmp_path / "plan.png"))
+    assert code == 0
+    assert "131,072" in output
+    assert "int4" in output
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, output, _ = run("plan", "Llama-3.1-8B", "--gpu", "80GiB", "--json")
+    planned = json.loads(output)
+    assert (code, planned["bf16_per_token"], len(planned["fits"])) == (0, 131072, 6)
+    assert "DeepSeek-V3" in run("plan", "--list")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("24", 24 * GIB), ("80GB", 80 * 10**9), ("1.5 GiB", 3 * GIB // 2), ("H100", int(GPUS["h100"] * GIB))],
+)
+def test_sizes_of_gpus_are_read(text: str, nbytes: int) -> None:
+    assert parse_gpu(text) == nbytes
+
+
+def test_eval_measures_what_is_there(folder: Path, tmp_path: Path) -> None:
+    small = ("--rows", "2", "--tokens", "200", "--prompt", "120", "--greedy", "8", "--needle", "300", "--device", "cpu")
+    code, output, notes = run("eval", "--model", str(folder), *small, "--json", "--plot", str(tmp_path / "quality.png"))
+    assert code == 0, notes
+    found: dict[str, Any] = json.loads(output)
+    assert {"int8 cache", "bf16 cache", "bf16 model", "QuantizedCache fp8"} <= found["caches"].keys()
+    int8, fp8 = found["caches"]["int8 cache"], found["caches"]["QuantizedCache fp8"]
+    assert int8["tokens"] == 2 * 80
+    assert 0 < int8["mean_kl"] < fp8["mean_kl"]
+    assert len(int8["key_errors"]) == 2
+    assert 0 < int8["key_errors"][0] < 0.02
+    assert [needle["depth"] for needle in int8["needles"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert len(int8["greedy_first_difference"]) == 2
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    code, output, _ = run(
+        "eval", "--model", str(folder), *small[:8], "--needle", "0", "--caches", "int8", "--device", "cpu"
+    )
+    assert code == 0
+    assert "int8 cache" in output
+    assert "fp8" not in output
+
+
+def test_bench_times_both_caches(folder: Path) -> None:
+    arguments = ("bench", "--model", str(folder), "-t", "64", "-t", "200", "--steps", "2", "--device", "cpu", "-b", "2")
+    code, output, _ = run(*arguments, "--json")
+    assert code == 0
+    rows = json.loads(output)["rows"]
+    assert [(row["batch"], row["seq_len"]) for row in rows] == [(2, 64), (2, 200)]
+    assert all(row["default_seconds"] > 0 and row["int8_seconds"] > 0 for row in rows)
+    assert "tokens/s" in run(*arguments)[1]
+
+
+def test_inspect_reads_the_header_alone(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    run("generate", "abc " * 40, "--model", str(folder), "--device", "cpu", "-n", "3", "--save", str(file))
+    code, output, _ = run("inspect", str(file))
+    assert code == 0
+    assert "0 to 1" in output
+    assert "2 + 35" in output  # pages + tail of 163 tokens
+    code, output, _ = run("inspect", str(file), "--json")
+    assert json.loads(output)["layers"][1]["seq_len"] == 163
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert run("inspect", str(file))[0] == 0
+    code, _, message = run("inspect", str(file), "--verify")
+    assert code == 1
+    assert "must have the checksum" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan"], 2, "name a model, or pass --list"),
+        (["plan", "nonsense"], 1, "'nonsense' must be a preset, a hub id"),
+        (["plan", "Qwen3-8B", "--gpu", "big"], 2, "must be a size such as 24"),
+        (["eval", "--tokens", "100", "--prompt", "100"], 2, "must be less than --tokens, 100, got 100"),
+        (
+            ["eval", "--model", "MODEL", "--text", "missing.txt"],
+            1,
+            "must be 'prose', 'code' or a file, got 'missing.txt'",
+        ),
+        (["eval", "--model", "MODEL", "--caches", "int3"], 1, "a cache must be one of int8, bf16-cache"),
+        (["eval", "--model", "MODEL", "--tokens", "90000", "--rows", "1"], 1, "must have 90000 tokens, got"),
+        (["bench", "--dtype", "int3"], 2, "must be float32, bfloat16 or float16, got 'int3'"),
+        (["bench", "--model", "MODEL", "-t", "4000"], 1, "the model reads 2048 tokens, got 4000"),
+        (["inspect", "missing"], 1, "No such file"),
+        (["generate", "a", "--only-read"], 2, "needs --save"),
+        (["generate", "a", "--load", "missing"], 1, "missing must be a prompt cache, got no such file"),
+        (["generate", "", "--model", "MODEL"], 1, "at least one token that is not in the cache, got none"),
+        (["generate", "a", "--model", "MODEL", "-n", "9000"], 1, "must fit the 2048 tokens"),
+        (["generate", "a", "--model", "missing.gguf"], 1, "missing.gguf must be a GGUF file"),
+        (["chat", "--device", "warp"], 2, "must be a device of this machine"),
+    ],
+)
+def test_what_cannot_be_done_is_said(folder: Path, arguments: list[str], code: int, message: str) -> None:
+    filled = [str(folder) if argument == "MODEL" else argument for argument in arguments]
+    got, _, error = run(*filled, *(["--device", "cpu"] if "MODEL" in arguments else []))
+    assert message in " ".join(error.replace("│", " ").split())
+    assert got == code
+    assert "Traceback" not in error
+
+
+def test_figures_name_the_machine(folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    about = bench.machine(model, "tiny")
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["dtype"] == "float32"
