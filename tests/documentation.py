@@ -88,16 +88,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(kind: str = "llama") -> Any:
+    """A tiny random model that generates 8 tokens if nothing else is said."""
     torch.manual_seed(0)
     ids = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     if kind == "encoder-decoder":
         config = T5Config(
             vocab_size=258, d_model=64, d_kv=32, d_ff=96, num_layers=2, num_heads=2, decoder_start_token_id=0
         )
-        return T5ForConditionalGeneration(config).eval()
-    if kind == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**SIZES, **ids)).eval()
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **ids)).eval()
+        model: Any = T5ForConditionalGeneration(config)
+    else:
+        model = (
+            Qwen2ForCausalLM(Qwen2Config(**SIZES, **ids))
+            if kind == "qwen2"
+            else LlamaForCausalLM(LlamaConfig(**SIZES, **ids))
+        )
+    model.generation_config.max_new_tokens = 8
+    return model.eval()
 
 
 def write_stand_in(model_id: str, folder: Path) -> None:

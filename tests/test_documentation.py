@@ -1,6 +1,7 @@
 """Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -9,12 +10,18 @@ import typer
 from typer.main import get_command
 
 from quantcache.cli import app
-from tests.documentation import DOCS, PREPARATIONS, ROOT, RUN_ELSEWHERE, Snippet, names, pages, snippets, write_stand_ins
+from tests.documentation import DOCS, PREPARATIONS, ROOT, RUN_ELSEWHERE, Snippet, names, pages, snippets, write_stand_in, write_stand_ins
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 WITH_SNIPPETS = [name for name, page in PAGES.items() if snippets(page) and name not in RUN_ELSEWHERE]
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = {
+    "long_document_chat.py": ["document.txt", "Who?", "Why?", "--max-new-tokens", "4"],
+    "batch_generation.py": ["document.txt", "--batch-size", "2", "--max-new-tokens", "4"],
+    "assisted_decoding.py": ["Who are you?", "--assistant", "Qwen/Qwen2.5-0.5B-Instruct", "--max-new-tokens", "20"],
+    "int4_weights.py": ["Hello!", "And?"],
+}
+"""Arguments of each example."""
 
 
 def run(snippet: Snippet, page: Path, known: dict[str, object]) -> None:
@@ -55,6 +62,32 @@ def test_getting_started_prints_what_it_shows(capsys: pytest.CaptureFixture[str]
     assert shown is not None
     run(snippet, page, {})
     assert capsys.readouterr().out == shown[1]
+
+
+def test_every_example_is_run_and_described() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    described = PAGES["docs/examples.md"].read_text(encoding="utf-8")
+    assert all(name in described for name in EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    named = re.findall(r"Qwen/Qwen[\w.-]+", source)
+    for model_id in dict.fromkeys(named):
+        write_stand_in(model_id, tmp_path / model_id)
+    (tmp_path / "document.txt").write_text("\n".join(f"Line {number} of a document." for number in range(9)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *EXAMPLES[name]])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    first = capsys.readouterr().out
+    assert "int8" in first or ">" in first
+    if name == "long_document_chat.py":  # again, from the file that the first run left
+        assert (tmp_path / "document.txt.safetensors").exists()
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        assert capsys.readouterr().out.split("\n", 1)[1] == first.split("\n", 1)[1]
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -23,7 +23,8 @@ class Refused(RuntimeError):
 class QwenRuleLayer(DynamicLayer):
     """The original Qwen's quantised cache in plain torch: uint8, one range for each call and head, no rounding.
 
-    As there, the prompt too attends to what was quantised, and storage grows by ``torch.cat``.
+    As there, the prompt too attends to what was quantised, and storage grows by ``torch.cat``. Later tokens are quantised
+    one by one, as decoding does, also where several come at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,11 +32,13 @@ class QwenRuleLayer(DynamicLayer):
         self.stored: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = [quantize_cache_v(states) for states in (key_states, value_states)]
-        if self.stored:
-            pairs = zip(self.stored, new, strict=True)
-            new = [tuple(torch.cat(parts, dim=2) for parts in zip(*pair, strict=True)) for pair in pairs]  # type: ignore[misc]
-        self.stored, self.is_initialized = new, True
+        for count in (1,) * key_states.shape[2] if self.stored else (key_states.shape[2],):
+            new = [quantize_cache_v(states[:, :, :count]) for states in (key_states, value_states)]
+            key_states, value_states = key_states[:, :, count:], value_states[:, :, count:]
+            if self.stored:
+                pairs = zip(self.stored, new, strict=True)
+                new = [tuple(torch.cat(parts, dim=2) for parts in zip(*pair, strict=True)) for pair in pairs]  # type: ignore[misc]
+            self.stored, self.is_initialized = new, True
         keys, values = (dequantize_cache_torch(*parts) for parts in self.stored)
         return keys, values
 
