@@ -1,6 +1,7 @@
 """Figures of the documentation as SVG, each drawn from one measurement, for a light and for a dark page."""
 
 import io
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +24,14 @@ THEMES = {
 }
 Theme = dict[str, str]
 
+WIDTH = 5.4
+"""Inches, a little more than a phone is wide, so that words of 11 points stay legible there."""
+
 GIB = 2**30
 
 
 @contextmanager
-def drawn(theme: Theme, width: float = 7.2, height: float = 3.6) -> Iterator[tuple[Any, Axes]]:
+def drawn(theme: Theme, width: float = WIDTH, height: float = 3.4) -> Iterator[tuple[Any, Axes]]:
     """Axes in a theme's colours on a transparent ground."""
     ink = theme["ink"]
     settings: dict[Any, Any] = {
@@ -49,9 +53,15 @@ def svg(figure: Any) -> str:
     return out.getvalue()
 
 
+def wrapped(name: str, width: int = 26) -> str:
+    """A label in as many lines as it needs beside a plot."""
+    return "\n".join(textwrap.wrap(name, width))
+
+
 def bars(theme: Theme, names: list[str], values: list[float], label: str, line: float | None = 1.0) -> str:
     """Horizontal bars, the first on top, each with its number."""
-    with drawn(theme, height=0.42 * len(names) + 1.0) as (figure, axes):
+    with drawn(theme, height=0.5 * len(names) + 1.0) as (figure, axes):
+        names = [wrapped(name) for name in names]
         axes.barh(range(len(names)), values, color=theme[INT8], height=0.62)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -90,13 +100,13 @@ def quality(theme: Theme) -> str:
     if not kl:
         raise NotMeasured(f"Not measured yet: `quality.json` has no row of {model}.")
     names = sorted(kl, key=lambda name: kl[name])
-    with drawn(theme, height=0.4 * len(names) + 1.0) as (figure, axes):
+    with drawn(theme, height=0.5 * len(names) + 1.0) as (figure, axes):
         colours = [theme[INT8 if name == "quantcache int8" else OTHER] for name in names]
         axes.scatter([kl[name] for name in names], range(len(names)), color=colours, s=48, zorder=3)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel(f"mean KL to the exact cache, nats a token ({model}); left is better")
+        axes.set_xlabel(f"KL to the exact cache, nats a token\n({model}; left is better)")
         axes.grid(axis="x")
         return svg(figure)
 
@@ -109,7 +119,7 @@ def channels(theme: Theme) -> str:
             largest = shown["largest_of_channel"][kind]
             axes.plot(range(len(largest)), largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s")
         axes.set_yscale("log")
-        axes.set_xlabel(f"channel of head {shown['head']} in layer {shown['layer']} of {report['model']}")
+        axes.set_xlabel(f"channel (layer {shown['layer']}, head {shown['head']} of {report['model']})")
         axes.set_ylabel(f"largest magnitude, {report['tokens']:,} tokens")
         axes.legend(frameon=False, loc="upper left")
         axes.grid(axis="y")
@@ -130,8 +140,8 @@ def rounding(theme: Theme) -> str:
         axes.set_yscale("log")
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=theme["grid"], linewidth=1)
-        axes.set_xlabel("error with a scale for each token, % of a channel's RMS")
-        axes.set_ylabel("with a scale for each channel, %")
+        axes.set_xlabel("% of RMS, a scale for each token")
+        axes.set_ylabel("%, a scale for each channel")
         axes.legend(frameon=False)
         return svg(figure)
 
@@ -139,13 +149,13 @@ def rounding(theme: Theme) -> str:
 def cuda_attention(theme: Theme) -> str:
     found = rows("cuda-attention", "attention")
     names = [row["row"].removeprefix("attention, ").replace(", query_len 1", "") for row in found]
-    return bars(theme, names, [row["ratio"] for row in found], "times as fast as bfloat16 SDPA, one NVIDIA H200")
+    return bars(theme, names, [row["ratio"] for row in found], "times as fast as bfloat16 SDPA, H200")
 
 
 def cpu_generate(theme: Theme) -> str:
     found = rows("cpu-attention", "generate()")
     names = [row["row"].removeprefix("generate(), ") for row in found]
-    return bars(theme, names, [row["ratio"] for row in found], "generate(): times as fast as DynamicCache, CPU")
+    return bars(theme, names, [row["ratio"] for row in found], "times as fast as DynamicCache")
 
 
 def peers(theme: Theme) -> str:
@@ -153,44 +163,42 @@ def peers(theme: Theme) -> str:
     report = load("peers-cpu")
     groups = [group for name, group in report["groups"].items() if name.startswith("attention")]
     names = list(dict.fromkeys(row["cache"] for group in groups for row in group if row["cache"] != "DynamicCache"))
-    with drawn(theme, height=0.42 * len(names) + 1.1) as (figure, axes):
+    with drawn(theme, height=0.5 * len(names) + 1.2) as (figure, axes):
         for place, name in enumerate(names):
             ratios = [row["times_as_fast_as_dynamic"] for group in groups for row in group if row["cache"] == name]
             colour = theme[INT8 if name == report["subject"] else OTHER]
             axes.scatter(ratios, [place] * len(ratios), color=colour, s=40, zorder=3)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.axvline(1, color=theme[EXACT], linewidth=1.2)
-        axes.set_xlabel("update and attention of one layer: times as fast as DynamicCache (CPU, one dot a geometry)")
+        axes.set_xlabel("times as fast as DynamicCache\n(CPU, one layer, one dot a geometry)")
         axes.grid(axis="x")
         return svg(figure)
 
 
 def page(theme: Theme) -> str:
     """What one page holds: which numbers share a scale. A drawing, not a measurement."""
-    with drawn(theme, height=3.4) as (figure, axes):
+    columns, lines = 12, 8
+    with drawn(theme, height=2.9) as (figure, axes):
         axes.set_axis_off()
         axes.set_aspect("equal")
-        columns, lines = 16, 8
-        for left, title, per_channel in ((0, "key page", True), (columns + 6, "value page", False)):
+        for left, title, per_channel in ((0, "key page", True), (columns + 4, "value page", False)):
+            shared = 4 if per_channel else 3
             for column in range(columns):
                 for line in range(lines):
-                    chosen = column == 5 if per_channel else line == 3
-                    face = theme[INT8] if chosen else "none"
+                    face = theme[INT8] if shared == (column if per_channel else line) else "none"
                     axes.add_patch(Rectangle((left + column, -line), 0.9, 0.9, facecolor=face, edgecolor=theme["grid"]))
             for place in range(columns if per_channel else lines):
-                at = (left + place, -lines - 0.6) if per_channel else (left + columns + 0.5, -place)
-                chosen = place == (5 if per_channel else 3)
-                face = theme[EXACT] if chosen else "none"
+                at = (left + place, -lines - 0.5) if per_channel else (left + columns + 0.5, -place)
+                face = theme[EXACT] if place == shared else "none"
                 axes.add_patch(Rectangle(at, 0.9, 0.9, facecolor=face, edgecolor=theme[EXACT]))
-            axes.text(left + columns / 2, 2.6, title, ha="center", weight="bold")
-            axes.text(left + columns / 2, 1.4, "head_dim channels →", ha="center", fontsize=9)
-            axes.text(left - 1.1, -lines / 2 + 1, "64 tokens →", rotation=-90, ha="center", va="center", fontsize=9)
-            says = "a scale and a zero point for each " + ("channel" if per_channel else "token")
-            axes.text(left + columns / 2, -lines - 2.4, says, ha="center", fontsize=9)
-        axes.set_xlim(-2, 2 * columns + 8)
-        axes.set_ylim(-lines - 3.4, 3.8)
+            axes.text(left + columns / 2, 1.6, title, ha="center", weight="bold")
+            says = "a scale a channel" if per_channel else "a scale a token"
+            axes.text(left + columns / 2, -lines - 2.2, says, ha="center", color=theme[EXACT])
+        axes.text(-0.8, -lines / 2 + 1, "64 tokens →", rotation=-90, ha="center", va="center")
+        axes.set_xlim(-1.8, 2 * columns + 6)
+        axes.set_ylim(-lines - 2.6, 3)
         return svg(figure)
 
 
