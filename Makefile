@@ -20,11 +20,12 @@ demo: $(STAMP) ## answer a prompt with the default cache and with the int8 cache
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop")
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-check: $(STAMP) ## lint, formatting, types, import rules
+check: $(STAMP) ## lint, formatting, types, import rules, tables of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/python -m tools.pages --check
 
 format: $(STAMP) ## rewrite the code as check wants it
 	$(BIN)/ruff check --fix .

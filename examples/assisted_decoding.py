@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="a hub id or a folder")
-    parser.add_argument("--assistant", help="a smaller model with the same tokenizer, such as Qwen/Qwen2.5-0.5B-Instruct")
+    parser.add_argument(
+        "--assistant", help="a smaller model with the same tokenizer, such as Qwen/Qwen2.5-0.5B-Instruct"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200)
     options = parser.parse_args()
 

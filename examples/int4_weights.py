@@ -1,13 +1,12 @@
 """Int4 weights and an int8 cache: Qwen-7B-Chat-Int4 without remote code, compiler or gptqmodel.
 
-    python examples/int4_weights.py "What is a KV cache?"
+python examples/int4_weights.py "What is a KV cache?"
 """
 
 import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import quantcache.adapters.qwen  # registers Qwen's first generation with transformers
 from quantcache.adapters.qwen import memory_report
 
 

@@ -1,8 +1,8 @@
 """The python snippets of the documentation, and the small models that stand in for the ones they name.
 
 Snippets run as they stand, in their order, page by page. A page runs in a folder that holds, for every model id that it
-names, a folder of that name with a tiny random model of the architecture, which ``from_pretrained`` finds before it asks
-a hub; nothing is patched. Names that a page takes for granted, ``model``, ``tokenizer`` and ``inputs``, are there.
+names, a folder of that name with a tiny random model of the architecture, which ``from_pretrained`` finds before it
+asks a hub; nothing is patched. Names that a page takes for granted, ``model``, ``tokenizer`` and ``inputs``, are there.
 
 Two comments before a snippet change this: ``<!-- not run: reason -->``, and ``<!-- snippet: NAME -->`` for one of
 ``PREPARATIONS``.
@@ -16,8 +16,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, T5Config
-from transformers import Qwen2ForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from quantcache import QuantizedInt8Cache
 from tests.qwen_checkpoint import float_weights, gptq_weights, write_checkpoint
@@ -31,7 +38,9 @@ RUN_ELSEWHERE = {
 }
 """Pages whose snippets another test runs, with more to it."""
 
-_SNIPPET = re.compile(r"(?:<!-- (not run|snippet): ([^>]*?) -->\n)?^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_SNIPPET = re.compile(
+    r"(?:<!-- (not run|snippet): ([^>]*?) -->\n)?^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL
+)
 _MODEL_ID = re.compile(r"""from_pretrained\(\s*"([\w.-]+/[\w.-]+)""")
 
 PROMPT_LEN = 150
@@ -67,9 +76,7 @@ def snippets(page: Path) -> list[Snippet]:
         kind, words, indent, code = match.groups()
         code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
         line = text[: match.start(4)].count("\n") + 1
-        found.append(
-            Snippet(code, line, words if kind == "not run" else None, words if kind == "snippet" else None)
-        )
+        found.append(Snippet(code, line, words if kind == "not run" else None, words if kind == "snippet" else None))
     return found
 
 

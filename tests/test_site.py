@@ -27,16 +27,20 @@ const scrolls = (e) => { for (e = e.parentElement; e && e !== document.body; e =
     if (getComputedStyle(e).overflowX !== 'visible') return true; } return false; };
 for (const e of document.querySelectorAll('.md-content *')) {
     const box = e.getBoundingClientRect();
-    if (box.width && box.right > width + 1 && !scrolls(e)) found.push(e.tagName + ' ' + e.className + ': ' + e.textContent.slice(0, 60));
+    if (box.width && box.right > width + 1 && !scrolls(e))
+        found.push(e.tagName + ' ' + e.className + ': ' + e.textContent.slice(0, 60));
 }
-if (document.documentElement.scrollWidth > width) found.push('the page itself is ' + document.documentElement.scrollWidth + ' wide');
+const whole = document.documentElement.scrollWidth;
+if (whole > width) found.push('the page itself is ' + whole + ' wide');
 return found;
 """
 FIGURES = """
 return [...document.querySelectorAll('.md-content img')].filter((e) => e.offsetParent !== null)
     .map((e) => ({name: e.src.split('/').pop(), shown: e.getBoundingClientRect().width, natural: e.naturalWidth}));
 """
-FOREIGN = "return performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith(location.origin));"
+FOREIGN = (
+    "return performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith(location.origin));"
+)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,8 @@ def test_every_page_fits_and_complains_of_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "page"), [("residual_length", "glossary/"), ("use_cache_quantization", "moving-from-use-cache-quantization/")]
+    ("words", "page"),
+    [("residual_length", "glossary/"), ("use_cache_quantization", "moving-from-use-cache-quantization/")],
 )
 def test_search_finds(browser: Any, address: str, words: str, page: str) -> None:
     from selenium.webdriver.common.by import By

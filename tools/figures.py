@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from tools.measurements import NotMeasured, load, rows
+from tools.measurements import GIB, NotMeasuredError, load, rows
 
 matplotlib.use("agg")
 
@@ -26,8 +26,6 @@ Theme = dict[str, str]
 
 WIDTH = 5.4
 """Inches, a little more than a phone is wide, so that words of 11 points stay legible there."""
-
-GIB = 2**30
 
 
 @contextmanager
@@ -98,7 +96,7 @@ def quality(theme: Theme) -> str:
     model = "SmolLM2-135M"
     kl = {row["cache"]: row["mean_kl"] for row in measured if row["model"] == model}
     if not kl:
-        raise NotMeasured(f"Not measured yet: `quality.json` has no row of {model}.")
+        raise NotMeasuredError(f"Not measured yet: `quality.json` has no row of {model}.")
     names = sorted(kl, key=lambda name: kl[name])
     with drawn(theme, height=0.5 * len(names) + 1.0) as (figure, axes):
         colours = [theme[INT8 if name == "quantcache int8" else OTHER] for name in names]
@@ -117,7 +115,9 @@ def channels(theme: Theme) -> str:
     with drawn(theme) as (figure, axes):
         for kind, colour in (("key", INT8), ("value", EXACT)):
             largest = shown["largest_of_channel"][kind]
-            axes.plot(range(len(largest)), largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s")
+            axes.plot(
+                range(len(largest)), largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s"
+            )
         axes.set_yscale("log")
         axes.set_xlabel(f"channel (layer {shown['layer']}, head {shown['head']} of {report['model']})")
         axes.set_ylabel(f"largest magnitude, {report['tokens']:,} tokens")

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from tools.figures import FIGURES, THEMES
-from tools.measurements import DOCS, ROOT, NotMeasured
+from tools.measurements import DOCS, ROOT, NotMeasuredError
 
 log = logging.getLogger("mkdocs.hooks.quantcache")
 
@@ -34,7 +34,7 @@ def figures() -> tuple[dict[str, str], dict[str, str]]:
         try:
             for theme, colours in THEMES.items():
                 drawn[f"figures/{name}-{theme}.svg"] = draw(colours)
-        except NotMeasured as reason:
+        except NotMeasuredError as reason:
             missing[name] = str(reason)
             log.info("figure %s: %s", name, reason)
     return drawn, missing
@@ -77,13 +77,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "changelog.md": changelog(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
+    made |= {f"examples/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put figures in their places."""
+    """Put figures in their places, and lead links to the repository's examples to their copies in the site."""
+    markdown = markdown.replace("](../examples/", "](examples/")
     up = "../" * (len(Path(page.file.src_uri).parts) - 1)
 
     def place(match: re.Match[str]) -> str:

@@ -10,8 +10,10 @@ FOLDER = DOCS / "benchmarks"
 
 Row = dict[str, Any]
 
+GIB = 2**30
 
-class NotMeasured(LookupError):
+
+class NotMeasuredError(LookupError):
     """A measurement is not there, or lacks what is asked of it; the message says so to the reader."""
 
 
@@ -19,11 +21,11 @@ def load(name: str) -> Row:
     """``docs/benchmarks/NAME.json``.
 
     Raises:
-        NotMeasured: there is no such file.
+        NotMeasuredError: there is no such file.
     """
     path = FOLDER / f"{name}.json"
     if not path.exists():
-        raise NotMeasured(f"Not measured yet: there is no `{path.relative_to(ROOT)}`.")
+        raise NotMeasuredError(f"Not measured yet: there is no `{path.relative_to(ROOT)}`.")
     loaded: Row = json.loads(path.read_text(encoding="utf-8"))
     return loaded
 
@@ -32,11 +34,11 @@ def rows(name: str, starting: str = "") -> list[Row]:
     """Rows of a measurement whose name begins with ``starting``.
 
     Raises:
-        NotMeasured: there are none.
+        NotMeasuredError: there are none.
     """
     found = [row for row in load(name)["rows"] if row.get("row", "").startswith(starting)]
     if not found:
-        raise NotMeasured(f"Not measured yet: `{name}.json` has no row that begins with “{starting}”.")
+        raise NotMeasuredError(f"Not measured yet: `{name}.json` has no row that begins with “{starting}”.")
     return found
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools.measurements import DOCS, ROOT, NotMeasured
+from tools.measurements import DOCS, ROOT, NotMeasuredError
 from tools.tables import TABLES
 
 _TABLE = re.compile(r"(<!-- table ([a-z0-9-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -35,7 +35,7 @@ def filled(text: str, page: Path) -> str:
             raise KeyError(f"{page.name}: a table must be one of {', '.join(TABLES)}, got {match[2]!r}.")
         try:
             written = TABLES[match[2]]()
-        except NotMeasured as reason:
+        except NotMeasuredError as reason:
             written = str(reason)
         to_benchmarks = "docs/benchmarks/" if depth < 0 else "../" * depth + "benchmarks/"
         return f"{match[1]}\n{written.replace('](benchmarks/', f']({to_benchmarks}')}\n\n{match[3]}"
@@ -54,6 +54,7 @@ def stale() -> dict[Path, str]:
 
 
 def main() -> int:
+    """Write or check; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from quantcache.planning import GIB, find_geometry, plan
-from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8, Refused, held_nbytes
+from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8, RefusedError, held_nbytes
 from tests.benchmarks.peers.geometries import Geometry
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ PLANNED = (("Qwen-7B", 1024), ("Qwen-7B", 8192), ("Llama-3.1-8B", 8192), ("Qwen2
 def held_row(geometry: Geometry, tokens: int, name: str) -> Row | None:
     try:
         cache = CACHES[name](geometry.config(1), tokens)
-    except Refused:
+    except RefusedError:
         return None
     shape = (1, geometry.num_kv_heads, tokens, geometry.head_dim)
     states = torch.randn(shape, dtype=torch.bfloat16)

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import transformers
-from tests.benchmarks.peers.candidates import CACHES, EMULATED, EmulatedCache, Refused, held_nbytes
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from quantcache.evaluation import Candidate, compare_caches
 from quantcache.models import load_model
+from tests.benchmarks.peers.candidates import CACHES, EMULATED, EmulatedCache, RefusedError, held_nbytes
 
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ def measure(name: str, gemma: str | None) -> list[Row]:
             states = torch.randn(2, 1, config.num_key_value_heads, SIZED_TOKENS, head_dim, dtype=torch.bfloat16)
             for layer in range(config.num_hidden_layers):
                 filled.update(*states, layer)
-        except Refused as reason:
+        except RefusedError as reason:
             rows.append({"model": label, "cache": cache, "refused": str(reason)})
             continue
         held[cache] = round(held_nbytes(filled) / numbers, 4)
@@ -109,7 +109,9 @@ def measure(name: str, gemma: str | None) -> list[Row]:
 
     passes = [(PROMPT, compared), (ODD_PROMPT, {cache: compared[cache] for cache in ODD_CACHES if cache in compared})]
     for prompt_len, candidates in passes:
-        results = compare_caches(model, ids if prompt_len == PROMPT else ids[:1], candidates, prompt_len=prompt_len, chunk_len=CHUNK)
+        results = compare_caches(
+            model, ids if prompt_len == PROMPT else ids[:1], candidates, prompt_len=prompt_len, chunk_len=CHUNK
+        )
         for cache, result in results.items():
             row = {
                 "model": label,

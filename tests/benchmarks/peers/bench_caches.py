@@ -2,8 +2,8 @@
 
     make bench [BENCH_ARGS="--size full -k attention"]
 
-Three questions for each geometry and cache: ``update`` stores one token; ``attention`` stores one and attends to all of
-them, which is a layer's part of a decode step; ``generate`` is a whole model of random weights that decodes a few tokens
+Three questions for each geometry and cache: ``update`` stores one token; ``attention`` stores one and attends to all,
+which is a layer's part of a decode step; ``generate`` is a whole model of random weights that decodes a few tokens
 behind a full context. Quantised caches of transformers do most of their work, restoring, in ``update``. Every cache's
 output is first compared with that of float64 attention over the exact states; its error stands in the row.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from tests.benchmarks.peers.candidates import CACHES, INT8, Refused, held_nbytes
+from tests.benchmarks.peers.candidates import CACHES, INT8, RefusedError, held_nbytes
 from tests.benchmarks.peers.geometries import Geometry
 
 ROUNDS, WARM_UP = 20, 3
@@ -44,7 +44,7 @@ class Attending(torch.nn.Module):
 def make_cache(cache_name: str, geometry: Geometry, num_layers: int, steps: int) -> Cache:
     try:
         return CACHES[cache_name](geometry.config(num_layers), geometry.tokens + steps)
-    except Refused as reason:
+    except RefusedError as reason:
         pytest.skip(str(reason))
 
 

@@ -16,15 +16,15 @@ Rule = Callable[[Tensor], Tensor]
 """What a format makes of new states (batch, num_kv_heads, query_len, head_dim): their restored values."""
 
 
-class Refused(RuntimeError):
+class RefusedError(RuntimeError):
     """A cache does not take a model, a device or a package is missing; the message is the reason."""
 
 
 class QwenRuleLayer(DynamicLayer):
     """The original Qwen's quantised cache in plain torch: uint8, one range for each call and head, no rounding.
 
-    As there, the prompt too attends to what was quantised, and storage grows by ``torch.cat``. Later tokens are quantised
-    one by one, as decoding does, also where several come at once.
+    As there, the prompt too attends to what was quantised, and storage grows by ``torch.cat``. Later tokens are
+    quantised one by one, as decoding does, also where several come at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,18 +103,18 @@ def groups_of_32(states: Tensor) -> Tensor:
 def _quantized(backend: str, package: str | None = None, **options: Any) -> Callable[[PreTrainedConfig, int], Cache]:
     def make(config: PreTrainedConfig, capacity: int) -> Cache:
         if package is not None and find_spec(package.split(".")[0]) is None:
-            raise Refused(f"{package} is not installed")
+            raise RefusedError(f"{package} is not installed")
         try:
             return QuantizedCache(backend, config, **options)
         except (ImportError, ValueError) as error:
-            raise Refused(str(error).strip().splitlines()[0]) from error
+            raise RefusedError(str(error).strip().splitlines()[0]) from error
 
     return make
 
 
 def _offloaded(config: PreTrainedConfig, capacity: int) -> Cache:
     if not torch.cuda.is_available():
-        raise Refused("offloading needs an accelerator")
+        raise RefusedError("offloading needs an accelerator")
     return DynamicCache(config=config, offloading=True)
 
 

@@ -66,9 +66,12 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     for entry in output_json["benchmarks"]:
         stats = entry["stats"]
         rows.append(
-            {**entry["extra_info"], "median_ms": _digits(1e3 * stats["median"]), "mean_ms": _digits(1e3 * stats["mean"]),
-             "iqr_ms": _digits(1e3 * stats["iqr"]), "rounds": stats["rounds"]}
-        )  # fmt: skip
+            {
+                **entry["extra_info"],
+                **{f"{name}_ms": _digits(1e3 * stats[name]) for name in ("median", "mean", "iqr")},
+                "rounds": stats["rounds"],
+            }
+        )
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(f"{row['question']}: {row['geometry']}", []).append(row)
