@@ -35,7 +35,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(LayerOperations, CacheFiles, DynamicCache):
+class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())

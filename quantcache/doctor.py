@@ -49,6 +49,14 @@ def _finding(device: torch.device) -> Finding:
     return Finding(str(device), backend, "the fastest there is for this device")
 
 
+def _described(device: str) -> str:
+    """A device with what tells one GPU from another."""
+    if not device.startswith("cuda"):
+        return device
+    found = torch.cuda.get_device_properties(device)
+    return f"{device}: {found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.1f} GiB"
+
+
 def run() -> None:
     """Print what was found."""
     console = Console()
@@ -59,5 +67,5 @@ def run() -> None:
     console.print(f"built kernels and downloads: {cache_folder()}", soft_wrap=True)
     table = Table("device", "backend", "why")
     for finding in examine():
-        table.add_row(finding.device, finding.backend, finding.reason)
+        table.add_row(_described(finding.device), finding.backend, finding.reason)
     console.print(table)

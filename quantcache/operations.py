@@ -106,7 +106,10 @@ class LayerOperations:
 
     def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
         layer = self.layers[layer_idx]
-        return hasattr(layer, "offload") and not (only_non_sliding and getattr(layer, "is_sliding", False))
+        # Linear attention reads its states before anything is updated, where nobody would bring them back.
+        if not hasattr(layer, "offload") or isinstance(layer, LinearAttentionCacheLayerMixin):
+            return False
+        return not (only_non_sliding and getattr(layer, "is_sliding", False))
 
     def _prefetch_next(self, layer_idx: int) -> None:
         """Have the layer, and begin with the next int8 one, or after the last with the first."""

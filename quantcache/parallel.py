@@ -88,11 +88,7 @@ def device_of_layer(model: PreTrainedModel | None, layer_idx: int) -> torch.devi
     """
     if model is None:
         return torch.device("cpu")
-    try:
-        decoder: torch.nn.Module = model.get_decoder()
-    except (AttributeError, NotImplementedError):  # a few models have none that transformers finds
-        decoder = model
-    for module in decoder.modules():
+    for module in _decoder_of(model).modules():
         if getattr(module, "layer_idx", None) != layer_idx:
             continue
         for part in module.modules():
@@ -107,7 +103,22 @@ def device_of_layer(model: PreTrainedModel | None, layer_idx: int) -> torch.devi
 
 
 def _splits_heads(model: PreTrainedModel) -> bool:
-    plan: dict[str, str] = model.tp_plan or {}
-    return any(
-        name.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and style not in _WHOLE_OUTPUTS for name, style in plan.items()
-    )
+    """Whether a module that makes keys is cut, and its output is not put together again.
+
+    The plan alone does not say: layers that are quantised may have been left whole.
+    """
+    styles = {name.rpartition(".")[2]: style for name, style in (model.tp_plan or {}).items()}
+    for name, module in _decoder_of(model).named_modules():
+        last = name.rpartition(".")[2]
+        if last in _KEY_PROJECTIONS and styles.get(last, "replicate") not in _WHOLE_OUTPUTS:
+            return any(hasattr(weight, "placements") for weight in module.parameters())
+    return False
+
+
+def _decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The part that has the decoder layers, apart from the towers of images and sound."""
+    try:
+        decoder: torch.nn.Module = model.get_decoder()
+    except (AttributeError, NotImplementedError):  # a few models have none that transformers finds
+        return model
+    return decoder

@@ -144,8 +144,9 @@ class StaticInt8Layer(Int8Layer):
         """
         if torch.compiler.is_compiling():
             return self.max_cache_len, 0
-        if self._at_most + query_length > self.max_cache_len and self.pages is not None:
-            self._at_most = self.pages.seq_len
+        if self._at_most + query_length > self.max_cache_len:
+            # The host may ask twice before one step.
+            self._at_most = 0 if self.pages is None else self.pages.seq_len
         check_room(self.max_cache_len, query_length, self._at_most)
         self._at_most += query_length
         return (query_length if self._is_empty else self.max_cache_len), 0

@@ -200,6 +200,11 @@ class StaticInt8Pages:
         """All tokens stored, for reading."""
         return self._view(self.num_pages, self.key_tail, self.value_tail)
 
+    def stored(self) -> PagesView:
+        """As ``view``, once the pages that are due are closed. For copying."""
+        self.close_due_pages()
+        return self.view()
+
     def restore(self) -> tuple[Tensor, Tensor]:
         """Keys and values, dense, in the model's dtype; see ``PagesView``."""
         self.close_due_pages()

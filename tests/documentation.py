@@ -147,11 +147,11 @@ def names() -> dict[str, Any]:
     }
 
 
-def _encoder_decoder() -> dict[str, Any]:
+def _encoder_decoder(known: dict[str, Any]) -> dict[str, Any]:
     return {"model": make_model("encoder-decoder")}
 
 
-def _shared_prefix() -> dict[str, Any]:
+def _shared_prefix(known: dict[str, Any]) -> dict[str, Any]:
     prefix = torch.randint(2, 258, (1, PROMPT_LEN))
     longer = [torch.cat([prefix, torch.randint(2, 258, (1, 9))], dim=1) for _ in range(2)]
     return {
@@ -160,8 +160,20 @@ def _shared_prefix() -> dict[str, Any]:
     }
 
 
-PREPARATIONS: dict[str, Callable[[], dict[str, Any]]] = {
+def _filled_cache(known: dict[str, Any]) -> dict[str, Any]:
+    cache = QuantizedInt8Cache(known["model"].config)
+    known["model"].generate(**known["inputs"], past_key_values=cache)
+    return {"cache": cache}
+
+
+def _requests(known: dict[str, Any]) -> dict[str, Any]:
+    return {"requests": [known["inputs"], {name: kept[:, :70] for name, kept in known["inputs"].items()}]}
+
+
+PREPARATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "with an encoder-decoder model": _encoder_decoder,
     "with a shared prefix": _shared_prefix,
+    "with a filled cache": _filled_cache,
+    "with several requests": _requests,
 }
 """Names that a snippet needs beyond those of ``names``."""

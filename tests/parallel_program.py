@@ -23,11 +23,12 @@ NEW_TOKENS = 24
 
 def generated(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
     """What one process does, too."""
+    ids = ids.to(model.device)
     mask = torch.ones_like(ids)
     if len(ids) > 1:
         mask[0, :5] = 0  # padding on the left
     defaults = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
-    return model.generate(ids.to(model.device), past_key_values=cache, **(defaults | options))
+    return model.generate(ids, past_key_values=cache, **(defaults | options)).cpu()
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def described(cache: QuantizedInt8Cache) -> dict[str, Any]:
     return {
         "nbytes": cache.nbytes,
         "rows": [(row.storage, row.seq_len, row.nbytes, row.kernel) for row in report.layers],
-        "stored": {name: tensor.clone() for name, tensor in stored_tensors(cache).items()},
+        "stored": {name: tensor.cpu().clone() for name, tensor in stored_tensors(cache).items()},
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,13 @@ def test_what_cannot_be_done_is_said(folder: Path, arguments: list[str], code: i
     assert message in " ".join(error.replace("│", " ").split())
     assert got == code
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
+def test_a_missing_package_is_named_with_its_extra(folder: Path) -> None:
+    code, _, error = run("eval", "--model", str(folder), "--dataset", "owner/name:text", "--device", "cpu")
+    assert code == 1
+    assert "Install it: pip install 'quantcache[eval]'." in error
 
 
 def test_figures_name_the_machine(folder: Path) -> None:

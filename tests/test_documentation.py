@@ -31,6 +31,7 @@ EXAMPLES = {
     "batch_generation.py": ["document.txt", "--batch-size", "2", "--max-new-tokens", "4"],
     "assisted_decoding.py": ["Who are you?", "--assistant", "Qwen/Qwen2.5-0.5B-Instruct", "--max-new-tokens", "20"],
     "int4_weights.py": ["Hello!", "And?"],
+    "several_gpus.py": ["Qwen/Qwen2.5-7B-Instruct"],
 }
 """Arguments of each example."""
 
@@ -38,7 +39,7 @@ EXAMPLES = {
 def run(snippet: Snippet, page: Path, known: dict[str, object]) -> None:
     """As if the snippet stood alone in its lines of the page, so that a traceback points there."""
     if snippet.preparation is not None:
-        known.update(PREPARATIONS[snippet.preparation]())
+        known.update(PREPARATIONS[snippet.preparation](known))
     exec(compile("\n" * (snippet.line - 1) + snippet.code, str(page), "exec"), known)
 
 

@@ -154,6 +154,21 @@ def test_an_offloaded_cache_is_saved_from_where_it_is(path: Path) -> None:
     assert_bit_equal(QuantizedInt8Cache.load(path), resident)
 
 
+@pytest.mark.parametrize("tokens", [40, 96, 150, 160])
+def test_a_cache_of_fixed_capacity_comes_back_as_one_that_grows(path: Path, tokens: int) -> None:
+    model = llama()
+    cache = QuantizedInt8Cache(model.config, max_cache_len=300)
+    first = max(1, tokens - 7)
+    with torch.no_grad():
+        for chunk in (prompt(tokens)[:, :first], prompt(tokens)[:, first:]):
+            model(chunk, past_key_values=cache, use_cache=True)
+    cache.save(path, model=model, input_ids=prompt(tokens))
+    loaded = QuantizedInt8Cache.load(path, model=model)
+    assert_bit_equal(loaded, cache)
+    assert type(loaded.layers[0]) is Int8Layer
+    model.generate(torch.cat([prompt(tokens), prompt(5)], dim=1), past_key_values=loaded, **GREEDY)
+
+
 def test_folders_work_as_transformers_users_expect(tmp_path: Path) -> None:
     model, folder = llama(), tmp_path / "a" / "b"
     cache = read_prompt(model, prompt(150))

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from quantcache import QuantizedInt8Cache, peers
 from quantcache.evaluation import Candidate, compare_caches, held_states
 from quantcache.needle import DEPTHS, EXACT, find_needles
-from quantcache.texts import read_text, token_rows
+from quantcache.texts import read_dataset, read_text, token_rows
 from tests.file_cases import gemma, llama, prompt
 from tests.test_cli import folder as folder
 
@@ -123,3 +123,20 @@ def test_texts_are_real_and_rows_do_not_overlap(folder: Path, tmp_path: Path) ->
     assert [tokenizer.decode(row) for row in rows] == ["abcd", "ABCD", "efgh"]
     with pytest.raises(ValueError, match=r"^token_rows: text 2 must have 8 tokens, got 3"):
         token_rows(tokenizer, ["abcdefgh", "ABC"], 4, 4)
+
+
+def test_a_column_of_a_dataset_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    rows = "".join(f'{{"text": "row {index}", "other": 1}}\n' for index in range(9))
+    (tmp_path / "owner" / "name" / "test.jsonl").write_text(rows)
+    assert read_dataset("owner/name:text", 12) == "row 0\n\nrow 1\n\nrow 2"
+    with pytest.raises(ValueError, match=r"^read_dataset: the column must be one of text, other, got 'none'"):
+        read_dataset("owner/name:none", 12)
+    with pytest.raises(
+        ValueError, match=r"^read_dataset: must be owner/name\[/config\]:column\[@split\], got 'owner/name'"
+    ):
+        read_dataset("owner/name", 12)
+    with pytest.raises(ValueError, match=r"^read_dataset: 'no/such:text' must be a dataset that can be read"):
+        read_dataset("no/such:text", 12)

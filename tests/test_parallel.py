@@ -1,6 +1,8 @@
 """Tensor parallelism over two processes: whole heads on each rank, the answers of one process, files of any of them."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from quantcache import QuantizedInt8Cache, fingerprint
 from tests.file_cases import SIZES, prompt, stored_tensors
 from tests.parallel_program import MODES, described, generated, runs
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, launch, skip_below_two_gpus
 
 MODELS: dict[str, tuple[Any, Any]] = {
     # Whose plan gives each rank its share of the KV heads, and whose plan gives each all of them.
@@ -27,28 +38,16 @@ HEADS = {"llama": 1, "olmo2": 2}
 """Of the two KV heads, those that each of two ranks holds."""
 
 
-def launch(program: Path, *arguments: object, processes: int = 2, timeout: int = 300, **variables: str) -> str:
-    """Run ``program`` in several processes on a free port; what it wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(program), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+CONFIG = {**SIZES, "hidden_size": 64, "vocab_size": VOCAB}
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, skip_below_two_gpus])]
 
 
-def checkpoints(folder: Path) -> dict[str, PreTrainedModel]:
+def checkpoints(folder: Path, device: str) -> dict[str, PreTrainedModel]:
     made = {}
     for name, (model_class, config_class) in MODELS.items():
         torch.manual_seed(1)
-        model_class(config_class(**SIZES | {"vocab_size": VOCAB})).save_pretrained(folder / name)
-        made[name] = model_class.from_pretrained(folder / name, dtype=torch.float32).eval()
+        model_class(config_class(**CONFIG)).save_pretrained(folder / name)
+        made[name] = model_class.from_pretrained(folder / name, dtype=torch.float32).eval().to(device)
     return made
 
 
@@ -66,22 +65,22 @@ class Both:
         return {name: tensor.narrow(1 if name.endswith("tail") else 2, first, heads) for name, tensor in stored.items()}
 
 
-@pytest.fixture(scope="module")
-def all_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+@pytest.fixture(scope="module", params=DEVICES)
+def all_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
     """Every model in one process and in two, once for the tests of this module."""
     folder = tmp_path_factory.mktemp("parallel")
     ids = prompt(150, batch=2)
     torch.save(ids, folder / "ids.pt")
     alone: dict[str, Any] = {}
     with torch.no_grad():
-        for name, model in checkpoints(folder).items():
+        for name, model in checkpoints(folder, request.param).items():
             cache = QuantizedInt8Cache()
             sequences = generated(model, ids, cache)
             cache.save(folder / f"{name}.one.safetensors", model, sequences)
             alone[name] = {"model": model, "runs": runs(model, ids), "sequences": sequences, **described(cache)}
             loaded = QuantizedInt8Cache.load(folder / f"{name}.one.safetensors", model)
             alone[name]["continued"] = generated(model, sequences, loaded)
-    launch(ROOT / "tests" / "parallel_program.py", folder, *MODELS)
+    launch(ROOT / "tests" / "parallel_program.py", folder, *MODELS, device=request.param)
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     return {name: Both(name, folder, alone[name], ranks) for name in MODELS}
 
@@ -108,7 +107,7 @@ def test_each_rank_holds_and_counts_its_own_heads(both: Both) -> None:
         assert cache["nbytes"] == sum(row[2] for row in cache["rows"])
         assert cache["nbytes"] == both.alone["nbytes"] * HEADS[both.name] // 2
         assert [row[:2] for row in cache["rows"]] == [row[:2] for row in both.alone["rows"]]
-        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch"}
+        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch", "cuda"}
         assert cache["stored"]["0.key_qdata"].shape[0] == both.alone["stored"]["0.key_qdata"].shape[0] > 0
 
 
@@ -161,3 +160,43 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(both: Both) -> None:
         assert seen["other tokens"].startswith("ValueError: QuantizedInt8Cache.save: every rank must hold the same")
         assert "int8 layers must hold the same tokens, at least one" in seen["one empty"]
     assert not (both.folder / "file").exists()
+
+
+def test_the_example_runs_by_heads_and_by_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both print the same answer, and load each other's file."""
+    checkpoints(tmp_path, "cpu")
+    words = {f"w{index}": index for index in range(VOCAB)}
+    core = Tokenizer(WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path / "llama")
+    prompt_text = " ".join(f"w{index % VOCAB}" for index in range(130))
+    arguments = [str(tmp_path / "llama"), "--prompt", prompt_text, "--new-tokens", "8"]
+    example = ROOT / "examples" / "several_gpus.py"
+    by_heads = launch(example, *arguments, "--tp", "--save", tmp_path / "file")
+    monkeypatch.setattr("sys.argv", [str(example), *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    by_layers = capsys.readouterr().out.splitlines()
+    assert by_layers[0] in by_heads
+    assert by_layers[0].startswith(prompt_text)
+    assert len(by_layers[0].split()) == 138
+    assert by_heads.count("of int8 cache on cpu, read by") == 2
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert QuantizedInt8Cache.load(tmp_path / "file", model).get_seq_length() == 137
+
+
+def test_the_benchmark_fills_every_cell(tmp_path: Path) -> None:
+    """On a CPU, with a tiny model; what fails or takes too long would be null with a reason."""
+    program = ROOT / "tests" / "benchmarks" / "bench_parallel.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The rows of one process come first; they are short of nothing that those of two do not need, too.
+    command = [sys.executable, str(program), "--tiny", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    rows = ["--rows", "split/tiny", "tp/tiny/int8"]
+    subprocess.run([*command, *rows], env=environment, check=True, timeout=300, capture_output=True)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [len(row["ms"]) for row in report["rows"]] == [2, 2]
+    for row in report["rows"]:
+        assert row["why"] == {}
+        assert all(row["tokens_per_s"].values())
+        assert 0 < row["logits_error"] < 0.25

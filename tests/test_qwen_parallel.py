@@ -1,9 +1,6 @@
 """Tensor parallelism of Qwen v1 over two processes: whole heads on each rank, and the answers of one process."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenLMHeadModel, gptq
+from tests.processes import launch
 from tests.qwen_checkpoint import HIDDEN, VOCAB, float_weights, gptq_weights, write_checkpoint
-
-ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import json, sys
@@ -39,10 +36,14 @@ for name in ("float", "int4"):
     result = model.generate(ids, return_dict_in_generate=True, **options)
     heads = [layer.pages.key_tail.shape[1] for layer in result.past_key_values.layers]
     pages = [layer.pages.num_pages for layer in result.past_key_values.layers]
+    result.past_key_values.save(f"{out}/{name}.safetensors", model, result.sequences)
+    again = type(result.past_key_values).load(f"{out}/{name}.safetensors", model)
+    continued = model.generate(result.sequences, past_key_values=again, **{**options, "attention_mask": None})
     if name == "float":
         model.save_pretrained(f"{out}/saved")
     with open(f"{out}/{name}{torch.distributed.get_rank()}.json", "w") as file:
-        json.dump({"tokens": result.sequences.tolist(), "heads": heads, "pages": pages}, file)
+        found = {"tokens": result.sequences.tolist(), "heads": heads, "pages": pages, "on": continued.tolist()}
+        json.dump(found, file)
 torch.distributed.destroy_process_group()
 """
 
@@ -59,17 +60,7 @@ def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path, monkeypatch
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(program), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(program, tmp_path)
     monkeypatch.setattr(gptq, "gptqmodel_is_there", lambda: False)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
     for name, heads in (("float", 1), ("int4", 2)):
@@ -77,11 +68,17 @@ def test_two_ranks_share_the_heads_and_answer_as_one(tmp_path: Path, monkeypatch
             tmp_path / name, dtype=torch.float32, use_cache_quantization=True
         ).eval()
         expected = model.generate(ids, **options).tolist()
+        # The ranks' file has both heads, and one process goes on as they do.
+        loaded = QuantizedInt8Cache.load(tmp_path / f"{name}.safetensors", model)
+        assert loaded.layers[0].pages.key_tail.shape[1] == 2
+        more = options | {"attention_mask": None}
+        continued = model.generate(torch.tensor(expected), past_key_values=loaded, **more).tolist()
         for rank in range(2):
             seen = json.loads((tmp_path / f"{name}{rank}.json").read_text())
             assert seen["heads"] == [heads, heads]
             assert min(seen["pages"]) > 0
             assert seen["tokens"] == expected
+            assert seen["on"] == continued
     before, after = load_file(tmp_path / "float" / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -351,6 +351,15 @@ def test_generate_is_refused_before_the_step_that_does_not_fit(frames: Any) -> N
         generated(model, QuantizedInt8Cache(model.config, max_cache_len=60), ids)
 
 
+def test_a_prompt_that_fills_most_of_the_capacity_is_not_refused() -> None:
+    """Without padding transformers asks for the sizes of the mask twice."""
+    model = tiny_model()
+    ids = prompt(100)
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=5)
+    expected = generated(model, QuantizedInt8Cache(model.config), ids, max_new_tokens=5)
+    assert torch.equal(generated(model, cache, ids, max_new_tokens=5), expected)
+
+
 def test_a_compiled_step_too_many_is_seen_afterwards() -> None:
     pages = StaticInt8Pages(*new_states(0, 0), 100)
     pages.append(*new_states(100, 0))

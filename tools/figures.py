@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from tools.measurements import GIB, NotMeasuredError, load, rows
+from tools.measurements import GIB, NotMeasuredError, Row, load, rows
 
 matplotlib.use("agg")
 
@@ -89,6 +89,32 @@ def memory(theme: Theme) -> str:
         axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
         axes.grid(axis="y")
         return svg(figure)
+
+
+def qwen_memory(theme: Theme) -> str:
+    found = [
+        row for row in rows_of("qwen-memory", "batch") if row["weights"] == "bf16" and row["measured_by"] == "chunks"
+    ]
+    with drawn(theme) as (figure, axes):
+        for key, name, colour in (
+            ("original_without_gib", "original, float cache", OTHER),
+            ("original_with_gib", "original, quantised cache", EXACT),
+            ("peak_reserved_gib", "quantcache, peak reserved", INT8),
+        ):
+            points = [(row["batch"], row[key]) for row in found if row[key] is not None]
+            axes.plot(*zip(*points, strict=True), "o-", color=theme[colour], markersize=4, label=name)
+        axes.set_xlabel("sequences of 1,024 tokens, Qwen-7B in bfloat16")
+        axes.set_ylabel("whole model, GiB")
+        axes.set_xlim(0)
+        axes.set_ylim(0)
+        axes.legend(frameon=False)
+        axes.grid(axis="y")
+        return svg(figure)
+
+
+def rows_of(name: str, table: str) -> list[Row]:
+    """Rows of one of a measurement's tables."""
+    return [row for row in load(name)["rows"] if row["table"] == table]
 
 
 def quality(theme: Theme) -> str:
@@ -204,6 +230,7 @@ def page(theme: Theme) -> str:
 
 FIGURES: dict[str, Callable[[Theme], str]] = {
     "memory": memory,
+    "qwen-memory": qwen_memory,
     "quality": quality,
     "channels": channels,
     "rounding": rounding,

@@ -52,4 +52,5 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     kept = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if versions.get(key))
     average = report.get("load_average")
     busy = f", load average {average}" if average else ""
-    return f"Measured on {device}{cores}{busy}; {kept}. `{report['command']}` → [{name}.json]({link}{name}.json)"
+    incomplete = f" {report['incomplete']}" if report.get("incomplete") else ""
+    return f"Measured on {device}{cores}{busy}; {kept}. `{report['command']}` → [{name}.json]({link}{name}.json).{incomplete}"

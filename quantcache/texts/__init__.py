@@ -53,7 +53,7 @@ def read_dataset(spec: str, characters: int) -> str:
     place, _, split = spec.partition("@")
     path, _, column = place.rpartition(":")
     name = path.split("/")
-    if not column or len(name) not in (1, 2, 3):
+    if not path or not column or len(name) > 3:
         raise ValueError(f"read_dataset: must be owner/name[/config]:column[@split], got {spec!r}.")
     config = name[2] if len(name) == 3 else None
     try:

@@ -197,10 +197,16 @@ def main() -> None:
                 continue  # the cache is the same; what differs is in the row of one sequence
             rows.append(measure(model, weights, table, batch, tokens, figures, how))
             print(json.dumps(rows[-1]), flush=True)
+            write(rows, options, device)  # after each row: a run that is cut short keeps what it has
         del model
         gc.collect()
         if device.type == "cuda":  # the next weights must not lie in pieces of what these leave
             torch.cuda.empty_cache()
+    print(as_table(rows))
+
+
+def write(rows: list[Row], options: argparse.Namespace, device: torch.device) -> None:
+    """The file, with the rows that there are."""
     hardware: dict[str, Any] = {"device": str(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -221,7 +227,6 @@ def main() -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(as_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""A model over several devices: each layer's bytes on its layer's device, in memory and from files.
+
+Where there is no second GPU, ``meta`` is the second device: torch refuses to mix it with the CPU in an operation.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from quantcache import QuantizedInt8Cache
+from quantcache.parallel import device_of_layer
+from tests.file_cases import llama, prompt, read_prompt, stored_tensors
+from tests.processes import skip_below_two_gpus
+from tests.qwen_checkpoint import write_checkpoint
+from tests.strategies import random_states
+
+PLACES = ("cpu", "cpu", "meta", "meta")
+
+
+def feed(cache: QuantizedInt8Cache, tokens: int, seed: int, batch: int = 2, places: tuple[str, ...] = PLACES) -> None:
+    for layer_idx, place in enumerate(places):
+        key, value = random_states(batch, 2, tokens, 16, seed=10 * seed + layer_idx)
+        for states in cache.update(key.to(place), value.to(place), layer_idx):
+            assert states.device == torch.device(place)
+
+
+def tensors_of(held: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor that an object of quantcache keeps, at any depth."""
+    seen = set() if seen is None else seen
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from tensors_of(value, seen)
+    elif isinstance(held, (list, tuple)):
+        for value in held:
+            yield from tensors_of(value, seen)
+    elif type(held).__module__.startswith("quantcache"):
+        yield from tensors_of(getattr(held, "__dict__", {}), seen)
+
+
+def assert_in_place(cache: QuantizedInt8Cache, places: tuple[str, ...] = PLACES) -> None:
+    for layer, place in zip(cache.layers, places, strict=True):
+        scratch = vars(layer).get("_scratch", {})  # of all layers, by device
+        assert set(scratch) <= set(map(torch.device, places))
+        assert all(memory.device == device for device, memory in scratch.items())
+        shared = {id(memory) for memory in scratch.values()}
+        found = [tensor.device for tensor in tensors_of(layer) if id(tensor) not in shared]
+        assert len(found) >= 6
+        assert set(found) == {torch.device(place)}
+
+
+@pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that runs on any device."""
+    monkeypatch.setenv("QUANTCACHE_BACKEND", "torch")
+
+
+@pytest.mark.usefixtures("torch_backend")
+@pytest.mark.parametrize("max_cache_len", [None, 400])
+def test_every_byte_of_a_layer_is_where_its_states_come_from(max_cache_len: int | None) -> None:
+    """Through updates and whatever else a cache does; the layers on the CPU hold what they would hold alone."""
+    config = llama(num_hidden_layers=4).config
+    mixed, alone = (QuantizedInt8Cache(config, max_cache_len=max_cache_len) for _ in range(2))
+    for cache, places in ((mixed, PLACES), (alone, ("cpu",) * 4)):
+        for seed, tokens in enumerate((150, 1, 1, 90, 1)):
+            feed(cache, tokens, seed, places=places)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-40)
+        feed(cache, 70, 7, places=places)
+        if max_cache_len is None:
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([0, 2, 3]))
+            feed(cache, 3, 8, batch=3, places=places)
+    assert_in_place(mixed)
+    assert mixed.nbytes == alone.nbytes
+    assert [row.seq_len for row in mixed.report().layers] == [row.seq_len for row in alone.report().layers]
+    for mixed_layer, layer in zip(mixed.layers[:2], alone.layers[:2], strict=True):
+        for have, want in zip(mixed_layer.pages.restore(), layer.pages.restore(), strict=True):
+            assert torch.equal(have, want)
+
+
+@pytest.mark.usefixtures("torch_backend")
+def test_a_layer_refuses_states_of_another_layers_device() -> None:
+    cache = QuantizedInt8Cache()
+    feed(cache, 100, 0)
+    key, value = random_states(2, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"key_states must be on the layer's device, meta, got cpu\."):
+        cache.update(key, value, 2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [100] * 4
+
+
+def spread(model: PreTrainedModel, layers: Any) -> None:
+    """Move the second half of the layers to ``meta``."""
+    for layer in layers[len(layers) // 2 :]:
+        layer.to("meta")
+
+
+@pytest.mark.usefixtures("torch_backend")
+def test_a_file_puts_each_layer_where_the_model_has_it(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=4)
+    cache = read_prompt(model, prompt(150, batch=2))
+    cache.save(tmp_path / "file", model)
+    spread(model, model.model.layers)
+    loaded = QuantizedInt8Cache.load(tmp_path / "file", model)
+    assert_in_place(loaded)
+    feed_places = [layer.pages.device.type for layer in loaded.layers]
+    assert feed_places == list(PLACES)
+    kept, whole = stored_tensors(loaded), stored_tensors(cache)
+    for name, tensor in whole.items():
+        if int(name[0]) < 2:
+            assert torch.equal(kept[name], tensor), name
+
+
+def test_the_device_of_a_layer_is_found_whatever_its_module_is_called(tmp_path: Path) -> None:
+    """Device maps name modules as coarsely as they like, and Qwen v1 has ``transformer.h``."""
+    from quantcache.adapters.qwen import QWenLMHeadModel
+
+    qwen = QWenLMHeadModel.from_pretrained(write_checkpoint(tmp_path))
+    for model, layers in ((qwen, qwen.transformer.h), (llama(), None)):
+        layers = model.model.layers if layers is None else layers
+        spread(model, layers)
+        assert [device_of_layer(model, index).type for index in range(len(layers))] == ["cpu", "meta"]
+    assert device_of_layer(None, 0) == torch.device("cpu")
+    assert device_of_layer(llama(), 99) == torch.device("cpu")
+
+
+def test_layers_that_accelerate_keeps_on_disk_use_the_cache_where_they_run(tmp_path: Path) -> None:
+    """Same tokens; the weights are on ``meta`` between the steps, and the cache is not."""
+    model, ids = llama(), prompt(150, batch=2)
+    options = {"do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(ids, past_key_values=QuantizedInt8Cache(), **options)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    split = type(model).from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights", dtype=torch.float32
+    )
+    assert split.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+    cache = QuantizedInt8Cache()
+    sequences = split.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(sequences, expected)
+    cache.save(tmp_path / "file", split, sequences)
+    loaded = QuantizedInt8Cache.load(tmp_path / "file", split)
+    assert [layer.pages.device.type for layer in loaded.layers] == ["cpu", "cpu"]
+    expected = model.generate(sequences, past_key_values=QuantizedInt8Cache.load(tmp_path / "file"), **options)
+    assert torch.equal(split.generate(sequences, past_key_values=loaded, **options), expected)
+
+
+GPUS = ("cuda:0", "cuda:0", "cuda:1", "cuda:1")
+
+
+def on_two_gpus(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model on one GPU, and the same one over two."""
+    alone = llama(num_hidden_layers=4, hidden_size=64)
+    alone.save_pretrained(folder)
+    places: dict[str, int] = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{index}": index // 2 for index in range(4)}
+    split = type(alone).from_pretrained(folder, device_map=places, dtype=torch.float32).eval()
+    return alone.to("cuda:0"), split
+
+
+@pytest.mark.cuda
+@skip_below_two_gpus
+@pytest.mark.parametrize("kind", ["growing", "offloaded", "static", "static compiled", "beams"])
+def test_two_gpus_give_the_tokens_of_one(kind: str, tmp_path: Path) -> None:
+    """Each layer is read by the CUDA kernels of its GPU, whichever GPU is the current one."""
+    alone, split = on_two_gpus(tmp_path / "model")
+    ids = prompt(250, batch=2).to("cuda:0")
+    options = {"do_sample": False, "max_new_tokens": 80, "disable_compile": kind != "static compiled"}
+    options |= {"num_beams": 3} if kind == "beams" else {}
+    if kind == "static compiled":
+        try:
+            split.generate(ids, past_key_values=StaticCache(config=split.config, max_cache_len=330), **options)
+        except Exception as error:
+            pytest.skip(f"transformers' own StaticCache goes no further: {type(error).__name__}: {error}")
+    made: dict[str, Any] = {"offloading": kind == "offloaded", "max_cache_len": 330 if "static" in kind else None}
+    expected = alone.generate(ids, past_key_values=QuantizedInt8Cache(alone.config, **made), **options)
+    cache = QuantizedInt8Cache(split.config, **made)
+    assert torch.equal(split.generate(ids, past_key_values=cache, **options), expected)
+    assert [str(layer.pages.device) for layer in cache.layers] == list(GPUS)
+    assert {row.kernel.partition(",")[0] for row in cache.report().layers} == {"cuda"}
+    if kind in ("growing", "beams"):
+        assert_in_place(cache, GPUS)
+
+
+@pytest.mark.cuda
+@skip_below_two_gpus
+def test_files_load_each_layer_to_its_gpu(tmp_path: Path) -> None:
+    """From one GPU to two and back, with an offloaded cache in between; the bytes stay what they are."""
+    alone, split = on_two_gpus(tmp_path / "model")
+    ids = prompt(250, batch=2).to("cuda:0")
+    options = {"do_sample": False, "max_new_tokens": 40}
+    cache = QuantizedInt8Cache(split.config, offloading=True)
+    sequences = split.generate(ids, past_key_values=cache, **options)
+    cache.save(tmp_path / "file", split, sequences)
+    loaded = QuantizedInt8Cache.load(tmp_path / "file", split)
+    assert_in_place(loaded, GPUS)
+    for name, tensor in stored_tensors(cache).items():
+        assert torch.equal(stored_tensors(loaded)[name].cpu(), tensor.cpu()), name
+    one = QuantizedInt8Cache.load(tmp_path / "file", alone)
+    assert {str(layer.pages.device) for layer in one.layers} == {"cuda:0"}
+    expected = alone.generate(sequences, past_key_values=one, **options)
+    assert torch.equal(split.generate(sequences, past_key_values=loaded, **options), expected)
