@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from tools.measurements import GIB, NotMeasuredError, Row, load, rows
+from tools.measurements import GIB, NotMeasuredError, load, rows
 
 matplotlib.use("agg")
 
@@ -92,9 +92,8 @@ def memory(theme: Theme) -> str:
 
 
 def qwen_memory(theme: Theme) -> str:
-    found = [
-        row for row in rows_of("qwen-memory", "batch") if row["weights"] == "bf16" and row["measured_by"] == "chunks"
-    ]
+    wanted = ("batch", "bf16", "chunks")
+    found = [r for r in load("qwen-memory")["rows"] if (r["table"], r["weights"], r["measured_by"]) == wanted]
     with drawn(theme) as (figure, axes):
         for key, name, colour in (
             ("original_without_gib", "original, float cache", OTHER),
@@ -110,11 +109,6 @@ def qwen_memory(theme: Theme) -> str:
         axes.legend(frameon=False)
         axes.grid(axis="y")
         return svg(figure)
-
-
-def rows_of(name: str, table: str) -> list[Row]:
-    """Rows of one of a measurement's tables."""
-    return [row for row in load(name)["rows"] if row["table"] == table]
 
 
 def quality(theme: Theme) -> str:

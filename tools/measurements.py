@@ -53,4 +53,5 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     average = report.get("load_average")
     busy = f", load average {average}" if average else ""
     incomplete = f" {report['incomplete']}" if report.get("incomplete") else ""
-    return f"Measured on {device}{cores}{busy}; {kept}. `{report['command']}` → [{name}.json]({link}{name}.json).{incomplete}"
+    source = f"`{report['command']}` → [{name}.json]({link}{name}.json)."
+    return f"Measured on {device}{cores}{busy}; {kept}. {source}{incomplete}"
