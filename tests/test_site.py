@@ -82,8 +82,9 @@ def address(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["light", "dark"])
+def browser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium of a reader who prefers light or dark; one each, since the theme remembers what it chose."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
@@ -97,16 +98,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     running = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
     running.set_page_load_timeout(60)
+    running.scheme = request.param
+    preference = {"features": [{"name": "prefers-color-scheme", "value": request.param}]}
+    running.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
     yield running
     running.quit()
 
 
-def show(browser: Any, size: tuple[int, int], scheme: str) -> None:
-    """Screen size in CSS pixels, and what the reader's system prefers, "light" or "dark"."""
+def resize(browser: Any, size: tuple[int, int]) -> None:
+    """Set the screen's size in CSS pixels."""
     metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    preference = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
 
 
 def test_the_site_has_the_pages_of_the_navigation(pages: list[str]) -> None:
@@ -114,18 +116,18 @@ def test_the_site_has_the_pages_of_the_navigation(pages: list[str]) -> None:
     assert wanted | {"changelog/", "contributing/", "supported/"} <= set(pages)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_every_page_fits_and_complains_of_nothing(
-    browser: Any, address: str, pages: list[str], size: tuple[int, int], scheme: str
+    browser: Any, address: str, pages: list[str], size: tuple[int, int]
 ) -> None:
-    show(browser, size, scheme)
-    browser.get(address)
-    browser.execute_script("localStorage.clear()")  # the theme remembers what it chose
+    scheme = browser.scheme
+    resize(browser, size)
     browser.get_log("browser")
     shots = os.environ.get("QUANTCACHE_SCREENSHOTS")
     for page in pages:
         browser.get(address + page)
+        shown = browser.execute_script("return document.body.dataset.mdColorScheme")
+        assert shown == {"light": "default", "dark": "slate"}[scheme], f"{page} is {shown}"
         wrong = browser.execute_script(OVERFLOWING)
         assert not wrong, f"{page} at {size[0]} pixels: {wrong}"
         for figure in browser.execute_script(FIGURES):
@@ -142,7 +144,7 @@ def test_every_page_fits_and_complains_of_nothing(
             metrics = {"width": size[0], "height": min(height, 6000), "deviceScaleFactor": 1, "mobile": size == PHONE}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
             browser.save_screenshot(str(Path(shots) / name))
-            show(browser, size, scheme)
+            resize(browser, size)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_search_finds(browser: Any, address: str, words: str, page: str) -> None
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    show(browser, DESKTOP, "light")
+    resize(browser, DESKTOP)
     browser.get(address)
     field = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
     browser.execute_script("arguments[0].focus()", field)
