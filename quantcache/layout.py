@@ -58,6 +58,11 @@ class LayerFactory:
         return native
 
 
+BY_NUMBER_OF_KEYS: Final = frozenset({"gpt_neo"})
+"""Model types whose attention takes the number of keys for the position of the query, which is wrong where there is
+memory for more; transformers' ``StaticCache`` gives them wrong tokens without a word."""
+
+
 def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
     """A layer for each decoder layer of the model of ``config``; transformers says what kind each is.
 
@@ -68,6 +73,11 @@ def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
         raise ValueError(
             "QuantizedInt8Cache: config must be that of a model that takes a cache of transformers' general kind, got "
             f"{type(config).__name__}, whose model insists on its {_OWN_CACHE[config.model_type]}."
+        )
+    if make.max_cache_len is not None and getattr(config, "model_type", None) in BY_NUMBER_OF_KEYS:
+        raise ValueError(
+            "QuantizedInt8Cache: max_cache_len needs a model that does not take the number of keys for a position, "
+            f"got config.model_type={config.model_type!r}. Leave max_cache_len out."
         )
     try:
         if make.max_cache_len is None:

@@ -9,7 +9,7 @@ from quantcache import static_ops
 from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.static_ops import Store
+from quantcache.static_ops import Layout, Memory
 from quantcache.static_pages import StaticInt8Pages, check_room
 from quantcache.static_tensor import StaticInt8Tensor
 
@@ -84,7 +84,7 @@ class StaticInt8Layer(Int8Layer):
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
         if self.pages is not None and not torch.compiler.is_compiling():
-            for tensor in (*self.pages.store, self._scratch[self.device]):
+            for tensor in (*self.pages.memory, self._scratch[self.device]):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -107,12 +107,12 @@ class StaticInt8Layer(Int8Layer):
                 "Use torch.no_grad(), or QuantizedInt8Cache without max_cache_len."
             )
         was_empty = self._is_empty
-        view, store = self.pages.append(key_states, value_states)
+        view, memory, layout = self.pages.append(key_states, value_states)
         self._is_empty, self._at_most = False, self.pages.seq_len
         if was_empty:
             self.read_log.ran("exact")
             return key_states, value_states
-        pair = self._pair(store)
+        pair = self._pair(memory, layout)
         for states in pair:
             states.view_of_host, states.read_log = view, self.read_log
         return pair
@@ -125,12 +125,12 @@ class StaticInt8Layer(Int8Layer):
             )
         self._is_empty = False
         self.read_log.kernel = self._compiled_kernel
-        return self._pair(self.pages.append_compiled(key_states, value_states))
+        return self._pair(*self.pages.append_compiled(key_states, value_states))
 
-    def _pair(self, store: Store) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
+    def _pair(self, memory: Memory, layout: Layout) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
         policy = self.read_log.policy
         on_restore = "raise" if policy.strict else "quiet" if policy.warned else "warn"
-        parts = (*store, self._scratch[self.device], self.max_cache_len)
+        parts = (*memory, self._scratch[self.device], layout, self.max_cache_len)
         return (
             StaticInt8Tensor(*parts, is_key=True, on_restore=on_restore),
             StaticInt8Tensor(*parts, is_key=False, on_restore=on_restore),

@@ -7,6 +7,7 @@ A compiled step can use them: nothing in it depends on how many tokens there are
 A tail has room for page_size + residual_length tokens; when an operation finds it full, it closes a page first.
 """
 
+import math
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,8 +21,72 @@ NUM_LENGTHS: Final = 4
 PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
 
 
+class Memory(NamedTuple):
+    """The memory of one layer as a compiled step gets it: no more tensors than transformers' static layer has.
+
+    Every tensor that a compiled step takes is checked before each call, which with one for each part of the pages would
+    cost as much again as all other checks.
+
+    pages: uint8 (bytes,), codes and metadata of the keys, then of the values
+    tails: (elements,) in the model's dtype, keys and then values
+    lengths: int32 (4,)
+    """
+
+    pages: Tensor
+    tails: Tensor
+    lengths: Tensor
+
+
+class Layout(NamedTuple):
+    """Where the parts of a layer lie in its ``Memory``: the sizes from which their shapes follow."""
+
+    num_pages: int
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    tail_capacity: int
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> Memory:
+        """Memory without a token in it."""
+        shapes = self._shapes()
+        nbytes = sum(math.prod(shape) * part_type.itemsize for shape, part_type in shapes[:4])
+        elements = sum(math.prod(shape) for shape, _ in shapes[4:])
+        return Memory(
+            torch.empty(nbytes, dtype=torch.uint8, device=device),
+            torch.zeros(elements, dtype=dtype, device=device),
+            torch.zeros(NUM_LENGTHS, dtype=torch.int32, device=device),
+        )
+
+    def unpack(self, pages: Tensor, tails: Tensor, lengths: Tensor) -> "Store":
+        """The parts, sharing the memory."""
+        parts, start = [], 0
+        for shape, part_type in self._shapes()[:4]:
+            stop = start + math.prod(shape) * part_type.itemsize
+            parts.append(pages[start:stop].view(part_type).view(shape))
+            start = stop
+        key_shape, value_shape = (shape for shape, _ in self._shapes()[4:])
+        middle = math.prod(key_shape)
+        key_tail, value_tail = tails[:middle].view(key_shape), tails[middle:].view(value_shape)
+        return Store(*parts, key_tail, value_tail, lengths)  # type: ignore[call-arg]
+
+    def _shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        rows, tail = (
+            (self.num_pages, self.batch, self.num_kv_heads),
+            (self.batch, self.num_kv_heads, self.tail_capacity),
+        )
+        return [
+            ((*rows, PAGE_SIZE, self.head_dim), torch.int8),
+            ((*rows, self.head_dim, 2), torch.int16),
+            ((*rows, PAGE_SIZE, self.v_head_dim), torch.int8),
+            ((*rows, PAGE_SIZE, 2), torch.int16),
+            ((*tail, self.head_dim), torch.float32),
+            ((*tail, self.v_head_dim), torch.float32),
+        ]
+
+
 class Store(NamedTuple):
-    """The memory of one layer.
+    """The parts of one layer's ``Memory``.
 
     key_qdata: int8 (capacity, batch, num_kv_heads, page_size, head_dim)
     key_metadata: int16 (capacity, batch, num_kv_heads, head_dim, 2)
@@ -41,35 +106,37 @@ class Store(NamedTuple):
     lengths: Tensor
 
 
-_STORE: Final = (
-    "Tensor(a!) key_qdata, Tensor(b!) key_metadata, Tensor(c!) value_qdata, Tensor(d!) value_metadata, "
-    "Tensor(e!) key_tail, Tensor(f!) value_tail, Tensor(g!) lengths, int residual_length"
-)
+_WRITTEN: Final = "Tensor(a!) pages, Tensor(b!) tails, Tensor(c!) lengths, int[] layout, int residual_length"
 _library = torch.library.Library("quantcache", "FRAGMENT")
-_library.define(f"static_append(Tensor key_states, Tensor value_states, {_STORE}) -> ()")
-_library.define(f"static_store(Tensor key_source, Tensor value_source, Tensor source_lengths, {_STORE}) -> ()")
+_library.define(f"static_append(Tensor key_states, Tensor value_states, {_WRITTEN}) -> ()")
+_library.define(f"static_store(Tensor key_source, Tensor value_source, Tensor source_lengths, {_WRITTEN}) -> ()")
 # The scratch is written, but what is in it before and after means nothing, so it counts as read-only.
 _library.define(
-    "static_attention(Tensor query, Tensor key_qdata, Tensor key_metadata, Tensor value_qdata, Tensor value_metadata, "
-    "Tensor key_tail, Tensor value_tail, Tensor lengths, Tensor scratch, Tensor? attn_mask, bool is_causal, "
-    "float softmax_scale, int? window, float? softcap, Tensor? sinks) -> Tensor"
+    "static_attention(Tensor query, Tensor pages, Tensor tails, Tensor lengths, int[] layout, Tensor scratch, "
+    "Tensor? attn_mask, bool is_causal, float softmax_scale, int? window, float? softcap, Tensor? sinks) -> Tensor"
 )
 
 
-def append(key_states: Tensor, value_states: Tensor, store: Store, residual_length: int) -> None:
+def append(key_states: Tensor, value_states: Tensor, memory: Memory, layout: Layout, residual_length: int) -> None:
     """Close a page if the tail has one to close, then write at most one new token behind the tail.
 
     Args:
         key_states: (batch, num_kv_heads, query_len, head_dim), query_len 0 or 1.
         value_states: (batch, num_kv_heads, query_len, v_head_dim).
-        store: written. A token for which there is no room is counted and not stored.
+        memory: written. A token for which there is no room is counted and not stored.
+        layout: of the memory.
         residual_length: newer tokens that a page waits for.
     """
-    torch.ops.quantcache.static_append(key_states, value_states, *store, residual_length)
+    torch.ops.quantcache.static_append(key_states, value_states, *memory, layout, residual_length)
 
 
 def store_tokens(
-    key_source: Tensor, value_source: Tensor, source_lengths: Tensor, store: Store, residual_length: int
+    key_source: Tensor,
+    value_source: Tensor,
+    source_lengths: Tensor,
+    memory: Memory,
+    layout: Layout,
+    residual_length: int,
 ) -> None:
     """Make the tokens of ``key_source`` the new end of the layer: pages that are due, and the rest as the tail.
 
@@ -77,15 +144,17 @@ def store_tokens(
         key_source: (batch, num_kv_heads, any, head_dim), the exact tokens behind the closed pages, any strides.
         value_source: (batch, num_kv_heads, any, v_head_dim).
         source_lengths: int32 (4,), the lengths with ``key_source`` as the tail.
-        store: written, ``lengths`` included. What there is no room for is counted and not stored.
+        memory: written, ``lengths`` included. What there is no room for is counted and not stored.
+        layout: of the memory.
         residual_length: newer tokens that a page waits for.
     """
-    torch.ops.quantcache.static_store(key_source, value_source, source_lengths, *store, residual_length)
+    torch.ops.quantcache.static_store(key_source, value_source, source_lengths, *memory, layout, residual_length)
 
 
 def attention(
     query: Tensor,
-    store: Store,
+    memory: Memory,
+    layout: Layout,
     scratch: Tensor,
     *,
     attn_mask: Tensor | None = None,
@@ -99,7 +168,8 @@ def attention(
 
     Args:
         query: (batch, num_q_heads, query_len, head_dim); the last query sits on the last key.
-        store: what is read. Nothing behind its lengths is, and the time follows them.
+        memory: what is read. Nothing behind its lengths is, and the time follows them.
+        layout: of the memory.
         scratch: see ``make_scratch``.
         attn_mask: see ``ops.attention``; its last axis may be longer than there are keys.
         is_causal: see ``ops.attention``, as for the arguments that follow.
@@ -114,23 +184,24 @@ def attention(
     if softmax_scale is None:
         softmax_scale = float(query.shape[-1]) ** -0.5
     output: Tensor = torch.ops.quantcache.static_attention(
-        query, *store, scratch, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+        query, *memory, layout, scratch, attn_mask, is_causal, softmax_scale, window, softcap, sinks
     )
     return output
 
 
-def restore(store: Store, capacity: int, is_key: bool) -> Tensor:
+def restore(memory: Memory, layout: Layout, capacity: int, is_key: bool) -> Tensor:
     """All tokens as one dense tensor, (batch, num_kv_heads, capacity, head_dim), zeros behind the last."""
+    store = layout.unpack(*memory)
     qdata, metadata, tail = store[:2] + store[4:5] if is_key else store[2:4] + store[5:6]
     make = torch.ops.quantcache.restore_keys if is_key else torch.ops.quantcache.restore_values
     dense = make([qdata], [metadata], tail)
-    positions = torch.arange(dense.shape[2], device=dense.device)
+    positions = torch.arange(capacity, device=dense.device)
     # The tail follows the pages there are, not the pages there is room for.
     moved = positions - store.lengths[PAGES] * PAGE_SIZE + len(qdata) * PAGE_SIZE
     is_tail = positions >= store.lengths[PAGES] * PAGE_SIZE
     dense = dense.index_select(2, torch.where(is_tail, moved.clamp(max=dense.shape[2] - 1), positions))
     seen = (positions < store.lengths[SEQ_LEN])[:, None]
-    return torch.where(seen, dense, 0)[:, :, :capacity]
+    return torch.where(seen, dense, 0)
 
 
 def make_scratch(key_states: Tensor, value_states: Tensor) -> Tensor:
@@ -149,7 +220,8 @@ def why_not_compileable(key_states: Tensor, value_states: Tensor) -> str | None:
 
 
 def _unpacked(args: tuple[Any, ...]) -> tuple[Store, int]:
-    return Store(*args[:-1]), args[-1]
+    *memory, layout, residual_length = args
+    return Layout(*layout).unpack(*memory), residual_length
 
 
 def _run_append(key_states: Tensor, value_states: Tensor, *args: Any) -> None:
@@ -205,13 +277,10 @@ def _set_lengths(lengths: Tensor, pages: int, tail_len: int, seq_len: int) -> No
 
 def _run_attention(
     query: Tensor,
-    key_qdata: Tensor,
-    key_metadata: Tensor,
-    value_qdata: Tensor,
-    value_metadata: Tensor,
-    key_tail: Tensor,
-    value_tail: Tensor,
+    pages: Tensor,
+    tails: Tensor,
     lengths: Tensor,
+    layout: list[int],
     scratch: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
@@ -221,23 +290,23 @@ def _run_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     options = (is_causal, softmax_scale, window, softcap, sinks)
-    backend, _ = ops.backend_for(query, value_tail)
+    store = Layout(*layout).unpack(pages, tails, lengths)
+    backend, _ = ops.backend_for(query, store.value_tail)
     if backend == "cuda":
-        store = Store(key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail, lengths)
         return cuda_backend.static_attention(query, store, scratch, attn_mask, *options)
-    pages, tail_len, *_ = lengths.tolist()
+    num_pages, tail_len, *_ = lengths.tolist()
     if attn_mask is not None and attn_mask.shape[-1] > 1:
-        attn_mask = attn_mask[..., : pages * PAGE_SIZE + tail_len]
-    keys, values = (key_qdata, key_metadata), (value_qdata, value_metadata)
+        attn_mask = attn_mask[..., : num_pages * PAGE_SIZE + tail_len]
     run: Any = ops.BACKENDS[backend].attention
-    pages_of = ([part[:pages]] for part in (*keys, *values))
-    output: Tensor = run(query, *pages_of, key_tail[:, :, :tail_len], value_tail[:, :, :tail_len], attn_mask, *options)
+    parts = ([part[:num_pages]] for part in store[:4])
+    tails_of = (tail[:, :, :tail_len] for tail in store[4:6])
+    output: Tensor = run(query, *parts, *tails_of, attn_mask, *options)
     return output
 
 
-def _fake_attention(query: Tensor, *args: Tensor) -> Tensor:
+def _fake_attention(query: Tensor, *args: Any) -> Tensor:
     batch, num_q_heads, query_len, _ = query.shape
-    return query.new_empty(batch, query_len, num_q_heads, args[5].shape[-1])
+    return query.new_empty(batch, query_len, num_q_heads, Layout(*args[3]).v_head_dim)
 
 
 for _name, _run, _fake in (

@@ -4,13 +4,15 @@ Every address stays what it is, so a compiled step and a CUDA graph can run on t
 makes the steps itself; after compiled ones it has to ask the device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quantcache import ops, static_ops
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.segments import ClosedPages, PagesView, Segment
-from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, Store
+from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, Layout, Memory
 
 
 def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
@@ -47,22 +49,32 @@ class StaticInt8Pages:
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
     ) -> None:
         self.capacity, self.residual_length = capacity, residual_length
-        num_pages = max(0, (capacity - residual_length) // PAGE_SIZE)
-        tail_capacity = min(PAGE_SIZE + residual_length, capacity)
-        tails = (
-            states.new_zeros(*states.shape[:2], tail_capacity, states.shape[3]) for states in (key_states, value_states)
+        self.layout = Layout(
+            num_pages=max(0, (capacity - residual_length) // PAGE_SIZE),
+            batch=key_states.shape[0],
+            num_kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[3],
+            v_head_dim=value_states.shape[3],
+            tail_capacity=min(PAGE_SIZE + residual_length, capacity),
         )
-        lengths = torch.zeros(static_ops.NUM_LENGTHS, dtype=torch.int32, device=key_states.device)
-        segment = Segment.allocate(num_pages, key_states, value_states)
-        self.store = Store(*segment, *tails, lengths)  # type: ignore[call-arg]
+        self.memory = self.layout.allocate(key_states.dtype, key_states.device)
+        self.store = self.layout.unpack(*self.memory)
         self.is_stale = False
         """Whether compiled steps ran since the host last knew the lengths."""
         self._pages = self._tail_len = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The memory, and not once more the parts that share it."""
+        return {name: value for name, value in vars(self).items() if name != "store"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.store = self.layout.unpack(*self.memory)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(part.nbytes for part in self.store)
+        return sum(part.nbytes for part in self.memory)
 
     @property
     def batch_size(self) -> int:
@@ -111,7 +123,7 @@ class StaticInt8Pages:
     @property
     def device_seq_len(self) -> Tensor:
         """Tokens stored, int32 () on the device; sees every later step."""
-        return self.store.lengths[SEQ_LEN]
+        return self.memory.lengths[SEQ_LEN]
 
     def synchronize(self) -> None:
         """Learn the lengths from the device, if compiled steps have changed them.
@@ -132,7 +144,7 @@ class StaticInt8Pages:
         self._pages, self._tail_len = lengths[PAGES], lengths[TAIL_LEN]
         self.is_stale = False
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, Store]:
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, Memory, Layout]:
         """Store new tokens and return what their queries read, in two forms; for steps that are not compiled.
 
         In both the new tokens are exact. The tail of the view of an empty layer is the arguments themselves.
@@ -150,9 +162,9 @@ class StaticInt8Pages:
         self.close_due_pages()
         store, pages = self.store, self._pages
         if new_tokens == 1:
-            static_ops.append(key_states, value_states, store, self.residual_length)
+            static_ops.append(key_states, value_states, self.memory, self.layout, self.residual_length)
             self._tail_len += 1
-            return self.view(), store
+            return self.view(), self.memory, self.layout
         if not self._tail_len:
             key_tail, value_tail = key_states, value_states
         else:
@@ -161,39 +173,42 @@ class StaticInt8Pages:
                 for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
             )
         view, lengths = self._view(pages, key_tail, value_tail), self._lengths_with(new_tokens)
-        static_ops.store_tokens(key_tail, value_tail, lengths, store, self.residual_length)
+        read = self._with_tails(key_tail, value_tail, lengths)
+        static_ops.store_tokens(key_tail, value_tail, lengths, self.memory, self.layout, self.residual_length)
         closed = max(0, (key_tail.shape[2] - self.residual_length) // PAGE_SIZE)
         self._pages, self._tail_len = pages + closed, key_tail.shape[2] - closed * PAGE_SIZE
-        return view, Store(*store[:4], key_tail, value_tail, lengths)
+        return view, *read
 
-    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> Store:
+    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Memory, Layout]:
         """``append`` for a step that is being compiled: nothing is asked of the device, and no room is checked.
 
         Returns:
             What the queries read, see ``static_ops.attention``.
         """
         self.is_stale = True
-        store, new_tokens = self.store, key_states.shape[2]
+        memory, layout, new_tokens = self.memory, self.layout, key_states.shape[2]
         if new_tokens == 1:
-            static_ops.append(key_states, value_states, store, self.residual_length)
-            return store
+            static_ops.append(key_states, value_states, memory, layout, self.residual_length)
+            return memory, layout
         none = key_states[:, :, :0], value_states[:, :, :0]
-        static_ops.append(*none, store, self.residual_length)
+        static_ops.append(*none, memory, layout, self.residual_length)
         lengths = self._lengths_with(new_tokens)
-        places = store.lengths[TAIL_LEN] + torch.arange(new_tokens, device=self.device)
+        places = memory.lengths[TAIL_LEN] + torch.arange(new_tokens, device=memory.lengths.device)
+        store = layout.unpack(*memory)
         key_tail, value_tail = (
             torch.nn.functional.pad(tail, (0, 0, 0, new_tokens)).index_copy(2, places, states)
             for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
         )
-        static_ops.store_tokens(key_tail, value_tail, lengths, store, self.residual_length)
-        return Store(*store[:4], key_tail, value_tail, lengths)
+        read = self._with_tails(key_tail, value_tail, lengths)
+        static_ops.store_tokens(key_tail, value_tail, lengths, memory, layout, self.residual_length)
+        return read
 
     def close_due_pages(self) -> None:
         """Quantise a page that has as many newer tokens as it waits for, as the next step would."""
         self.synchronize()
         if self._tail_len >= PAGE_SIZE + self.residual_length:
             none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
-            static_ops.append(*none, self.store, self.residual_length)
+            static_ops.append(*none, self.memory, self.layout, self.residual_length)
             self._pages, self._tail_len = self._pages + 1, self._tail_len - PAGE_SIZE
 
     def view(self) -> PagesView:
@@ -240,13 +255,18 @@ class StaticInt8Pages:
         for tail in self.store[4:6]:
             tail.copy_(tail[indices])
 
+    def _with_tails(self, key_tail: Tensor, value_tail: Tensor, lengths: Tensor) -> tuple[Memory, Layout]:
+        """The pages with other tokens behind them."""
+        tails = torch.cat([key_tail.reshape(-1), value_tail.reshape(-1)])
+        return Memory(self.memory.pages, tails, lengths), self.layout._replace(tail_capacity=key_tail.shape[2])
+
     def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor) -> PagesView:
         segments = (Segment(*(part[:pages] for part in self.store[:4])),) if pages else ()
         return PagesView(ClosedPages(segments), key_tail, value_tail)
 
     def _lengths_with(self, new_tokens: int) -> Tensor:
         """The lengths if ``new_tokens`` were part of the tail, on the device."""
-        lengths = self.store.lengths.clone()
+        lengths = self.memory.lengths.clone()
         lengths[TAIL_LEN : SEQ_LEN + 1] += new_tokens
         return lengths
 

@@ -12,7 +12,7 @@ from quantcache import static_ops, tensor
 from quantcache.errors import FallbackError, FallbackWarning
 from quantcache.report import ReadLog
 from quantcache.segments import PagesView
-from quantcache.static_ops import Store
+from quantcache.static_ops import Layout, Memory
 
 
 class StaticInt8Tensor(Tensor):
@@ -22,7 +22,8 @@ class StaticInt8Tensor(Tensor):
     the last token reads as zero. It is made of plain tensors alone, so that torch.compile can take it apart.
 
     Attributes:
-        key_qdata: see ``Store``, as for the other tensors up to the scratch.
+        pages: see ``Memory``, as for the tails and the lengths.
+        memory_layout: of the memory.
         scratch: see ``static_ops.make_scratch``.
         capacity: tokens that its shape shows.
         is_key: keys if True, values if False.
@@ -31,8 +32,9 @@ class StaticInt8Tensor(Tensor):
         read_log: where reads are then noted.
     """
 
-    _PARTS = (*Store._fields, "scratch")
+    _PARTS = (*Memory._fields, "scratch")
 
+    memory_layout: Layout
     capacity: int
     is_key: bool
     on_restore: str
@@ -42,45 +44,41 @@ class StaticInt8Tensor(Tensor):
     @staticmethod
     def __new__(
         cls,
-        key_qdata: Tensor,
-        key_metadata: Tensor,
-        value_qdata: Tensor,
-        value_metadata: Tensor,
-        key_tail: Tensor,
-        value_tail: Tensor,
+        pages: Tensor,
+        tails: Tensor,
         lengths: Tensor,
         scratch: Tensor,
+        memory_layout: Layout,
         capacity: int,
         is_key: bool,
         on_restore: str,
     ) -> "StaticInt8Tensor":
-        """The keys or the values of a ``Store``."""
-        tail = key_tail if is_key else value_tail
-        batch, num_kv_heads, _, head_dim = tail.shape
-        shape = (batch, num_kv_heads, capacity, head_dim)
-        made: StaticInt8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
-        parts = (key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail, lengths, scratch)
+        """The keys or the values of a ``Memory``."""
+        head_dim = memory_layout.head_dim if is_key else memory_layout.v_head_dim
+        shape = (memory_layout.batch, memory_layout.num_kv_heads, capacity, head_dim)
+        made: StaticInt8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tails.dtype, device=tails.device)
+        parts = (pages, tails, lengths, scratch)
         for name, part in zip(cls._PARTS, parts, strict=True):
             setattr(made, name, part)
-        made.capacity, made.is_key, made.on_restore = capacity, is_key, on_restore
+        made.memory_layout, made.capacity, made.is_key, made.on_restore = memory_layout, capacity, is_key, on_restore
         return made
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, bool, str]]:
-        return list(self._PARTS), (self.capacity, self.is_key, self.on_restore)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Layout, int, bool, str]]:
+        return list(self._PARTS), (self.memory_layout, self.capacity, self.is_key, self.on_restore)
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, Tensor], meta: tuple[int, bool, str], outer_size: Any, outer_stride: Any
+        parts: dict[str, Tensor], meta: tuple[Layout, int, bool, str], outer_size: Any, outer_stride: Any
     ) -> "StaticInt8Tensor":
-        return StaticInt8Tensor(**parts, capacity=meta[0], is_key=meta[1], on_restore=meta[2])
+        return StaticInt8Tensor(**parts, memory_layout=meta[0], capacity=meta[1], is_key=meta[2], on_restore=meta[3])
 
-    def store(self) -> Store:
+    def memory(self) -> Memory:
         """What is read."""
-        return Store(*(getattr(self, name) for name in Store._fields))
+        return Memory(*(getattr(self, name) for name in Memory._fields))
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor."""
-        return static_ops.restore(self.store(), self.capacity, self.is_key)
+        return static_ops.restore(self.memory(), self.memory_layout, self.capacity, self.is_key)
 
     @classmethod
     def __torch_function__(
@@ -137,4 +135,4 @@ def read(key: StaticInt8Tensor, query: Tensor, **options: Any) -> Tensor:
         if attn_mask is not None:
             options["attn_mask"] = attn_mask[..., : key.view_of_host.seq_len]
         return tensor.read(key.view_of_host, key.read_log, query, **options)
-    return static_ops.attention(query, key.store(), key.scratch, **options)  # type: ignore[attr-defined]
+    return static_ops.attention(query, key.memory(), key.memory_layout, key.scratch, **options)  # type: ignore[attr-defined]

@@ -42,6 +42,21 @@ OLDER_REFUSED: dict[tuple[str, str], Refusal] = {
 }
 
 REFUSED: dict[tuple[str, str], Refusal] = {
+    **{
+        (name, "fixed capacity"): Refusal(
+            "quantcache",
+            ValueError,
+            "an encoder-decoder model keeps self- and cross-attention apart",
+            "the two caches of an encoder-decoder model grow",
+        )
+        for name in ("T5", "Whisper")
+    },
+    ("GPT-Neo", "fixed capacity"): Refusal(
+        "quantcache",
+        ValueError,
+        r"max_cache_len needs a model that does not take the number of keys for a position, got .*'gpt_neo'",
+        "it takes the number of keys for the position of the query; transformers' `StaticCache` gives it wrong tokens",
+    ),
     **{(name, operation): _STATEFUL for name in RECURRENT for operation in ("assisted decoding", "prompt lookup")},
     **{
         (name, "crop"): Refusal(

@@ -154,15 +154,15 @@ def test_nothing_behind_the_last_token_is_read(device: str) -> None:
     layer.update(*new_states(200, 1, device))
     query = random_states(2, HEADS, 1, HEAD_DIM, device=device)[0]
     scratch = layer._scratch[layer.device]
-    expected = static_ops.attention(query, layer.pages.store, scratch)
+    expected = static_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch)
     pages, tail_len = layer.pages.num_pages, layer.pages.key_tail.shape[2]
     for part in layer.pages.store[:4]:
         part[pages:] = -128 if part.dtype == torch.int8 else 0x7FC0
     for tail in layer.pages.store[4:6]:
         tail[:, :, tail_len:] = torch.nan
-    assert torch.equal(static_ops.attention(query, layer.pages.store, scratch), expected)
+    assert torch.equal(static_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch), expected)
     for is_key in (True, False):
-        dense = static_ops.restore(layer.pages.store, CAPACITY, is_key)
+        dense = static_ops.restore(layer.pages.memory, layer.pages.layout, CAPACITY, is_key)
         assert torch.equal(dense[:, :, :200], layer.pages.restore()[0 if is_key else 1])
         assert not dense[:, :, 200:].any()
 
@@ -226,11 +226,11 @@ def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
         output, (code,) = run_and_get_code(step, prompt(1), **arguments)
         expected = model(prompt(1), **(arguments | {"past_key_values": exact})).logits
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
-    shape = ", ".join(map(str, cache.layers[0].pages.store.key_qdata.shape))
-    assert f"({shape})" in code, "the pages are arguments of the compiled code"
+    sizes = [f"({len(tensor)}, )" for tensor in cache.layers[0].pages.memory[:2]]
+    assert all(size in code for size in sizes), "pages and tails are arguments of the compiled code"
     made = [line for line in code.splitlines() if "empty_strided" in line and "= empty" in line]
     assert made
-    assert not [line for line in made if "torch.int8" in line or f"({shape})" in line]
+    assert not [line for line in made if "int8" in line or any(size in line for size in sizes)]
     assert "copy_" not in code.split("def call")[1].replace("_to_copy", "")
 
 
@@ -289,7 +289,7 @@ def test_a_step_can_be_exported() -> None:
             super().__init__()
             self.model = model
             for index, layer in enumerate(cache.layers):
-                for name, tensor in layer.pages.store._asdict().items():
+                for name, tensor in layer.pages.memory._asdict().items():
                     self.register_buffer(f"{name}_{index}", tensor, persistent=False)
 
         def forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -314,6 +314,21 @@ def test_windows_keep_the_static_layers_of_transformers() -> None:
     assert [type(layer).__name__ for layer in ours.layers] == ["StaticSlidingWindowLayer", "StaticInt8Layer"]
     assert [type(layer).__name__ for layer in theirs.layers] == ["StaticSlidingWindowLayer", "StaticLayer"]
     assert ours.is_compileable
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_restored_states_have_the_shape_of_the_capacity(tokens: int) -> None:
+    """However few tokens are in the tail; a model that reads them otherwise views and reshapes them."""
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(70, 0))
+    states, _ = layer.update(*new_states(tokens, 1))
+    with pytest.warns(FallbackWarning):
+        dense = states * 1
+    assert dense.shape == states.shape == (2, HEADS, CAPACITY, HEAD_DIM)
+    assert dense.is_contiguous()
+    expected = torch.cat([new_states(70, 0)[0], new_states(tokens, 1)[0]], dim=2)
+    assert torch.equal(dense[:, :, : 70 + tokens], expected)
+    assert not dense[:, :, 70 + tokens :].any()
 
 
 def test_memory_is_allocated_once_and_counted() -> None:
