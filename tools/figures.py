@@ -158,6 +158,10 @@ def rounding(theme: Theme) -> str:
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=theme["grid"], linewidth=1)
         axes.set_xlabel("% of RMS, a scale for each token")

@@ -20,9 +20,6 @@ from tools.measurements import DOCS, ROOT, NotMeasuredError
 log = logging.getLogger("mkdocs.hooks.quantcache")
 
 _FIGURE = re.compile(r"<!-- figure ([a-z0-9-]+): (.*?) -->", re.DOTALL)
-MADE = ("changelog.md", "contributing.md")
-"""Pages that are made and not written."""
-
 _KINDS = {"added": "Added", "changed": "Changed", "fixed": "Fixed", "removed": "Removed"}
 
 
@@ -49,26 +46,6 @@ def changelog() -> str:
             items = (fragment.read_text(encoding="utf-8").strip().replace("\n", "\n  ") for fragment in fragments)
             parts += [f"### {title}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"
-
-
-def _existing(entries: list[Any]) -> list[Any]:
-    """Entries of the navigation without those whose page has not been written."""
-    kept: list[Any] = []
-    for entry in entries:
-        inner = next(iter(entry.values())) if isinstance(entry, dict) else entry
-        if isinstance(inner, list):
-            kept.append({next(iter(entry)): _existing(inner)})
-        elif (DOCS / inner).exists() or inner in MADE:
-            kept.append(entry)
-        else:
-            log.info("%s is in the navigation and not written yet", inner)
-    return kept
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave pages that are still to be written out of the navigation; pages that it lacks are mkdocs' warning."""
-    config.nav = _existing(config.nav or [])
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

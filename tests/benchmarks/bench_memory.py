@@ -26,11 +26,13 @@ Row = dict[str, Any]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PEER_LENGTHS = (8192,)
-NEW_TOKENS = 256
+NEW_TOKENS = 64
+"""Decode steps behind the prompt: enough for a page to close and a segment to be added."""
+
 MODELS = (
-    Geometry("Llama-3.1-8B", 32, 8, 128, 32, 14336, 1, 0),
-    Geometry("Qwen-7B", 32, 32, 128, 32, 11008, 1, 0),
-    Geometry("SmolLM2-135M", 9, 3, 64, 30, 1536, 1, 0),
+    Geometry("Llama-3.1-8B", 32, 8, 128, 32, 14336, 1, 32768),
+    Geometry("Qwen-7B", 32, 32, 128, 32, 11008, 1, 8192),
+    Geometry("SmolLM2-135M", 9, 3, 64, 30, 1536, 1, 8192),
 )
 
 GPUS_GIB = (24, 48, 80, 141)
@@ -77,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     held = []
     for geometry in MODELS:
-        for tokens in LENGTHS:
+        for tokens in (length for length in LENGTHS if length <= geometry.tokens):
             for name in CACHES if tokens in PEER_LENGTHS else (DYNAMIC, INT8):
                 if (row := held_row(geometry, tokens, name)) is not None:
                     held.append(row)

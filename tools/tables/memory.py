@@ -9,7 +9,7 @@ def memory_held() -> str:
     body = []
     for model in dict.fromkeys(row["model"] for row in report["held"]):
         found = {(row["tokens"], row["cache"]): row for row in report["held"] if row["model"] == model}
-        for tokens in dict.fromkeys(row["tokens"] for row in report["held"]):
+        for tokens in sorted({tokens for tokens, _ in found}):
             exact, int8 = found[tokens, "DynamicCache"]["held_bytes"], found[tokens, "quantcache int8"]["held_bytes"]
             body.append([model, f"{tokens:,}", number(exact / 2**20), number(int8 / 2**20), f"{int8 / exact:.3f}"])
     header = ["", "tokens", "DynamicCache, MiB", "int8, MiB", "int8 / DynamicCache"]
