@@ -97,7 +97,8 @@ class StaticInt8Layer(Int8Layer):
         if torch.compiler.is_compiling():
             return self._update_compiled(key_states, value_states)
         key_states, value_states = self._checked(key_states, value_states)
-        if self.pages is None:
+        if self.pages is None or (self._is_empty and not self.pages.is_for(key_states, value_states)):
+            # After a reset other sequences may come, for which there is other memory and another compilation.
             check_room(self.max_cache_len, key_states.shape[2])
             self.lazy_initialization(key_states, value_states)
         assert self.pages is not None

@@ -71,6 +71,12 @@ class StaticInt8Pages:
         vars(self).update(state)
         self.store = self.layout.unpack(*self.memory)
 
+    def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
+        of_states = key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        of_memory = self.memory.tails.dtype, self.memory.tails.device
+        return self.layout[1:5] == of_states and of_memory == (key_states.dtype, key_states.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""

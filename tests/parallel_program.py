@@ -111,6 +111,10 @@ def main() -> None:
         for mmap in (False, True):
             part = QuantizedInt8Cache.load(folder / f"{name}.one.safetensors", model, max_tokens=140, mmap=mmap)
             found[name][f"of one, mmap={mmap}"] = described(part)
+        static = QuantizedInt8Cache(model.config, max_cache_len=ids.shape[1] + NEW_TOKENS)
+        generated(model, ids, static, disable_compile=True)
+        static.save(folder / f"{name}.static.safetensors", model)
+        found[name]["static"] = described(static)
         found[name]["failures"] = failures(model, cache, folder, ranks.rank)
         found[name]["continued of one"] = generated(
             model, sequences, QuantizedInt8Cache.load(folder / f"{name}.one.safetensors", model)

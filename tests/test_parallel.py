@@ -127,6 +127,13 @@ def test_two_ranks_write_the_file_of_one_process(both: Both) -> None:
         assert torch.equal(rank["continued"], continued)
 
 
+def test_a_cache_of_fixed_capacity_is_saved_by_two_ranks_too(both: Both) -> None:
+    loaded = QuantizedInt8Cache.load(both.folder / f"{both.name}.static.safetensors", both.alone["model"])
+    for number, rank in enumerate(both.ranks):
+        for name, tensor in both.local(stored_tensors(loaded), number).items():
+            assert torch.equal(tensor, rank["static"]["stored"][name]), name
+
+
 def test_what_two_ranks_saved_they_load_again(both: Both) -> None:
     for rank in both.ranks:
         for name, tensor in rank["cache"]["stored"].items():

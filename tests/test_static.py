@@ -346,6 +346,20 @@ def test_memory_is_allocated_once_and_counted() -> None:
     assert nbytes < 0.34 * exact  # 1.06 of 4 bytes, and an exact tail of 96 tokens in 2048
 
 
+@pytest.mark.parametrize("change", ["batch", "dtype"])
+def test_after_a_reset_other_sequences_may_come(change: str) -> None:
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(100, 0))
+    layer.reset()
+    states = new_states(200, 1, batch=3 if change == "batch" else 2)
+    if change == "dtype":
+        states = states[0].bfloat16(), states[1].bfloat16()
+    growing = Int8Pages(states[0][:, :, :0], states[1][:, :, :0])
+    layer.update(*states)
+    growing.append(*states)
+    assert_same_bytes(layer.pages, growing)
+
+
 def test_a_full_cache_refuses_before_it_writes() -> None:
     layer = StaticInt8Layer(128)
     layer.update(*new_states(127, 0))
