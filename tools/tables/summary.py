@@ -1,7 +1,8 @@
 """One line for each thing that a reader wants to know."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from tools.measurements import NotMeasuredError, Row, load, rows
@@ -60,21 +61,29 @@ def _summary_cpu() -> list[str]:
     return [name, f"{rates['int8']:.1f} tokens/s", f"`DynamicCache` {rates['DynamicCache']:.1f} tokens/s"]
 
 
-def _summary_eager() -> list[str]:
-    name = "eager generate(), Qwen-7B geometry, batch 1, 8192 tokens"
-    times = _find(rows("cuda-attention"), row=name)["ms_per_token"]
-    name = "eager `generate()`, one sequence, Qwen-7B geometry, H200"
-    return [
-        name,
-        f"{times['int8']:.1f} ms a token",
-        f"`DynamicCache` {times['DynamicCache']:.1f} ms a token",
-    ]
+def _summary_compiled(best: bool) -> list[str]:
+    """The compiled row in which it does best, or worst."""
+    found = [row for row in load("compiled-decode")["rows"] if row.get("ratio")]
+    if len(found) < 2:
+        raise NotMeasuredError("Not measured yet: `compiled-decode.json` lacks rows with both caches.")
+    row = (max if best else min)(found, key=lambda row: row["ratio"])
+    times = row["ms"]
+    name = f"compiled `generate()`, {row['row'].split(' of ')[0]}, H200"
+    return [name, f"{times['int8']:.1f} ms a token", f"`StaticCache` {times['StaticCache']:.1f} ms a token"]
 
 
 def summary() -> str:
     """One line for each thing that a reader wants to know, what is worse included; lines that lack a measurement go."""
     body = []
-    for line in (_summary_memory, _summary_quality, _summary_gpu, _summary_cpu, _summary_eager):
+    lines: tuple[Callable[[], list[str]], ...] = (
+        _summary_memory,
+        _summary_quality,
+        _summary_gpu,
+        partial(_summary_compiled, best=True),
+        partial(_summary_compiled, best=False),
+        _summary_cpu,
+    )
+    for line in lines:
         with contextlib.suppress(NotMeasuredError):
             body.append(line())
     if not body:
