@@ -84,8 +84,12 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
                     row[kind.replace("bytes", "of_dynamic")] = _digits(row[kind] / exact[kind])
     machine = output_json["machine_info"]
     size = config.getoption("--size")
+    by_clock = not str(config.getoption("benchmark_timer")).endswith("process_time")
+    options = f"--size {size}" + ("" if by_clock else " --benchmark-timer=time.process_time")
+    threads = "" if torch.cuda.is_available() else f"OMP_NUM_THREADS={torch.get_num_threads()} "
     kept = {
-        "command": f'make bench BENCH_ARGS="--size {size}"',
+        "command": f'{threads}make bench BENCH_ARGS="{options}"',
+        "timer": "wall clock" if by_clock else "CPU time of the process",
         "hardware": machine["hardware"],
         "versions": machine["versions"],
         "load_average": round(os.getloadavg()[0], 2),
