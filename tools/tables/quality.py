@@ -11,7 +11,7 @@ def quality() -> str:
     prompts = {model: max(row["prompt_len"] for row in measured if row["model"] == model) for model in models}
     found = {(row["cache"], row["model"], row["prompt_len"]): row for row in measured}
     refused = {(row["cache"], row["model"]) for row in report["rows"] if "refused" in row}
-    sizes = {row["cache"]: row["bytes_per_number"] for row in measured if row["bytes_per_number"]}
+    sizes = {row["cache"]: row["bytes_per_number"] for row in reversed(measured) if row["bytes_per_number"]}
     body = []
     for cache in sorted(
         dict.fromkeys(row["cache"] for row in report["rows"]), key=lambda name: "int8" not in name[:16]
@@ -26,7 +26,14 @@ def quality() -> str:
         name = f"**{cache}**" if cache == "quantcache int8" else cache
         body.append([name, number(sizes.get(cache)), *cells])
     header = ["", "bytes a number", *(part for model in models for part in (f"{model}: KL", "same top token"))]
-    return table(header, body) + "\n\n" + where("quality")
+    notes = [WINDOWS] if any("Gemma" in model for model in models) else []
+    return "\n\n".join([table(header, body), *notes, where("quality")])
+
+
+WINDOWS = (
+    "Bytes are those of SmolLM2-135M at 8,192 tokens. Of Gemma 3 `QuantizedInt8Cache` quantises the layers of full attention "
+    "and leaves the small windows to transformers, exact; the other rows round every layer."
+)
 
 
 def quality_odd_prompt() -> str:
