@@ -31,8 +31,8 @@ def quality() -> str:
 
 
 WINDOWS = (
-    "Bytes are those of SmolLM2-135M at 8,192 tokens. Of Gemma 3 `QuantizedInt8Cache` quantises the layers of full attention "
-    "and leaves the small windows to transformers, exact; the other rows round every layer."
+    "Bytes are those of SmolLM2-135M at 8,192 tokens. Of Gemma 3 `QuantizedInt8Cache` quantises the layers of full "
+    "attention and leaves the small windows to transformers, exact; the other rows round every layer."
 )
 
 
