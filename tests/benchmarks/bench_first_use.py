@@ -1,0 +1,58 @@
+"""How long the first use of the CPU kernels takes: built, and found on disk.
+
+    PYTHONPATH=. python tests/benchmarks/bench_first_use.py [--out FILE]
+
+Each row is a new process that imports torch first and then times storing a small prompt and attending to it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROGRAM = """
+import time, torch
+from quantcache import QuantizedInt8Cache, ops
+from torch.nn.functional import scaled_dot_product_attention
+cache = QuantizedInt8Cache()
+states = torch.randn(1, 2, 200, 64)
+start = time.perf_counter()
+cache.update(states, states, 0)
+scaled_dot_product_attention(states[:, :, :1], *cache.update(states[:, :, :1], states[:, :, :1], 0))
+seconds = time.perf_counter() - start
+assert ops.choose_backend(torch.device("cpu")) == "cpu", "the CPU kernels do not run here"
+print(seconds)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="docs/benchmarks/first-use.json")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("CPU kernels, built by the system's compiler", "CPU kernels, found on disk"):
+            done = subprocess.run(
+                [sys.executable, "-c", PROGRAM], env={**os.environ, "QUANTCACHE_CACHE": folder}, capture_output=True,
+                text=True, check=True,
+            )  # fmt: skip
+            rows.append({"row": name, "seconds": float(f"{float(done.stdout.splitlines()[-1]):.3g}")})
+            print(rows[-1], flush=True)
+    import torch
+    import transformers
+
+    report = {
+        "command": "PYTHONPATH=. python tests/benchmarks/bench_first_use.py",
+        "hardware": {"device": "cpu", "cores": os.cpu_count()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "load_average": round(os.getloadavg()[0], 2),
+        "rows": rows,
+    }
+    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Options of the peers' suite, and what its JSON holds: groups, ratios, the machine, no more."""
+
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8
+from tests.benchmarks.peers.geometries import SIZES, Geometry
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "full" if torch.cuda.is_available() else "small"
+    parser.addoption("--size", choices=list(SIZES), default=default, help="geometries to measure")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "geometry" in metafunc.fixturenames:
+        metafunc.parametrize("geometry", SIZES[metafunc.config.getoption("--size")], ids=str)
+    if "cache_name" in metafunc.fixturenames:
+        metafunc.parametrize("cache_name", list(CACHES))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def grouped(request: pytest.FixtureRequest, benchmark: Any, geometry: Geometry, cache_name: str) -> None:
+    """One group for each question and geometry; its members are the caches."""
+    question = request.function.__name__.removeprefix("bench_")
+    benchmark.group = f"{question}: {geometry}"
+    benchmark.extra_info |= {
+        "question": question,
+        "geometry": str(geometry),
+        "cache": cache_name,
+        "batch": geometry.batch,
+        "tokens": geometry.tokens,
+    }
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["hardware"] = (
+        {"gpu": torch.cuda.get_device_properties(0).name}
+        if torch.cuda.is_available()
+        else {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    )
+    machine_info["versions"] = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        **{name: _version(name) for name in ("hqq", "optimum-quanto")},
+    }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Rows as the documentation reads them: medians, and how many times as fast and as small as ``DynamicCache``."""
+    rows = []
+    for entry in output_json["benchmarks"]:
+        stats = entry["stats"]
+        rows.append(
+            {
+                **entry["extra_info"],
+                **{f"{name}_ms": _digits(1e3 * stats[name]) for name in ("median", "mean", "iqr")},
+                "rounds": stats["rounds"],
+            }
+        )
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['question']}: {row['geometry']}", []).append(row)
+    for group in groups.values():
+        exact = next((row for row in group if row["cache"] == DYNAMIC), None)
+        for row in group if exact else ():
+            row["times_as_fast_as_dynamic"] = _digits(exact["median_ms"] / row["median_ms"])
+            for kind in ("cache_bytes", "peak_allocated_bytes", "peak_reserved_bytes"):
+                if row.get(kind) and exact.get(kind):
+                    row[kind.replace("bytes", "of_dynamic")] = _digits(row[kind] / exact[kind])
+    machine = output_json["machine_info"]
+    size = config.getoption("--size")
+    by_clock = not str(config.getoption("benchmark_timer")).endswith("process_time")
+    options = f"--size {size}" + ("" if by_clock else " --benchmark-timer=time.process_time")
+    threads = "" if torch.cuda.is_available() else f"OMP_NUM_THREADS={torch.get_num_threads()} "
+    kept = {
+        "command": f'{threads}make bench BENCH_ARGS="{options}"',
+        "timer": "wall clock" if by_clock else "CPU time of the process",
+        "hardware": machine["hardware"],
+        "versions": machine["versions"],
+        "load_average": round(os.getloadavg()[0], 2),
+        "datetime": output_json["datetime"],
+        "subject": INT8,
+        "left_out": _left_out,
+        "groups": groups,
+        "geometric_mean_ratio": {
+            question: _digits(statistics.geometric_mean(ratios))
+            for question in sorted({row["question"] for row in rows})
+            if (
+                ratios := [
+                    row["times_as_fast_as_dynamic"]
+                    for row in rows
+                    if row["question"] == question and row["cache"] == INT8 and "times_as_fast_as_dynamic" in row
+                ]
+            )
+        },
+    }
+    output_json.clear()
+    output_json.update(kept)
+
+
+_left_out: dict[str, str] = {}
+"""Caches that were not measured, and why."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        cache = next((name for name in CACHES if name in report.nodeid), None)
+        if cache is not None:
+            _left_out.setdefault(cache, report.longrepr[2].removeprefix("Skipped: "))
+
+
+def _digits(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"

@@ -1,0 +1,193 @@
+"""Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from quantcache.cli import app
+from tests.documentation import (
+    DOCS,
+    PREPARATIONS,
+    ROOT,
+    RUN_ELSEWHERE,
+    Snippet,
+    names,
+    pages,
+    snippets,
+    write_stand_in,
+    write_stand_ins,
+)
+
+PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
+WITH_SNIPPETS = [name for name, page in PAGES.items() if snippets(page) and name not in RUN_ELSEWHERE]
+
+EXAMPLES = {
+    "long_document_chat.py": ["document.txt", "Who?", "Why?", "--max-new-tokens", "4"],
+    "batch_generation.py": ["document.txt", "--batch-size", "2", "--max-new-tokens", "4"],
+    "assisted_decoding.py": ["Who are you?", "--assistant", "Qwen/Qwen2.5-0.5B-Instruct", "--max-new-tokens", "20"],
+    "int4_weights.py": ["Hello!", "And?"],
+    "several_gpus.py": ["Qwen/Qwen2.5-7B-Instruct"],
+}
+"""Arguments of each example."""
+
+
+def run(snippet: Snippet, page: Path, known: dict[str, object]) -> None:
+    """As if the snippet stood alone in its lines of the page, so that a traceback points there."""
+    if snippet.preparation is not None:
+        known.update(PREPARATIONS[snippet.preparation](known))
+    exec(compile("\n" * (snippet.line - 1) + snippet.code, str(page), "exec"), known)
+
+
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_the_snippets_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGES[name]
+    write_stand_ins(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, object] = dict(names())
+    for snippet in snippets(page):
+        if snippet.not_run is None:
+            run(snippet, page, known)
+
+
+def test_few_snippets_are_not_run_and_each_says_why() -> None:
+    left_out = [(name, s.line) for name, page in PAGES.items() for s in snippets(page) if s.not_run is not None]
+    reasons = [s.not_run for page in PAGES.values() for s in snippets(page) if s.not_run is not None]
+    assert all(len(reason) > 10 for reason in reasons)
+    assert len(left_out) <= 6, left_out
+
+
+@pytest.mark.parametrize("name", RUN_ELSEWHERE)
+def test_pages_that_are_run_elsewhere_are_named_there(name: str) -> None:
+    assert Path(name).name in (ROOT / RUN_ELSEWHERE[name]).read_text(encoding="utf-8")
+
+
+@pytest.mark.real_model
+def test_getting_started_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGES["docs/getting-started.md"]
+    (snippet,) = snippets(page)
+    shown = re.search(r"It prints:\n\n```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown is not None
+    run(snippet, page, {})
+    assert capsys.readouterr().out == shown[1]
+
+
+def test_every_example_is_run_and_described() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    described = PAGES["docs/examples.md"].read_text(encoding="utf-8")
+    assert all(name in described for name in EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    named = re.findall(r"Qwen/Qwen[\w.-]+", source)
+    for model_id in dict.fromkeys(named):
+        write_stand_in(model_id, tmp_path / model_id)
+    (tmp_path / "document.txt").write_text("\n".join(f"Line {number} of a document." for number in range(9)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *EXAMPLES[name]])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    first = capsys.readouterr().out
+    assert "int8" in first or ">" in first
+    if name == "long_document_chat.py":  # again, from the file that the first run left
+        assert (tmp_path / "document.txt.safetensors").exists()
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        assert capsys.readouterr().out.split("\n", 1)[1] == first.split("\n", 1)[1]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Lines of shell blocks, and code between single backticks, that call ``quantcache`` with lower-case words."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`(quantcache [a-z][^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [line.split(" #")[0].split(" < ")[0].split(" | ")[0] for line in [*lines, *inline]]
+    return [shlex.split(line.replace("\n", " "))[1:] for line in found if line.startswith("quantcache ")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_of_a_page_exist_with_their_options(name: str) -> None:
+    group = get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    for words in commands(PAGES[name]):
+        if words[0].startswith("-"):
+            continue
+        assert words[0] in group.commands, f"{name}: quantcache {words[0]}"
+        if group.commands[words[0]].ignore_unknown_options:
+            continue  # it hands them on
+        options = {option for parameter in group.commands[words[0]].params for option in parameter.opts}
+        asked = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
+        assert asked <= options | {"--help"}, f"{name}: quantcache {words[0]} has no {asked - options}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs both make them for plain headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_links_of_a_page_lead_to_files_and_headings(name: str) -> None:
+    """In the repository, where README and pages are read too; the strict build checks those of the site."""
+    page = PAGES[name]
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        made = {DOCS / "changelog.md", DOCS / "contributing.md"}
+        assert file.exists() or file in made, f"{name}: {target} leads nowhere"
+        if anchor and file.suffix == ".md" and file.exists():
+            assert anchor in anchors(file), f"{name}: {target}: no such heading"
+
+
+def test_the_tables_are_those_of_the_measurements() -> None:
+    pytest.importorskip("tools")
+    from tools.pages import stale
+
+    assert not stale(), "run python -m tools.pages"
+
+
+@pytest.mark.parametrize("missing", ["cuda-attention", "memory", "quality", "peers-cpu"])
+def test_a_missing_measurement_is_said_to_be_missing(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools import measurements
+    from tools.figures import FIGURES, THEMES
+    from tools.tables import TABLES
+
+    for file in measurements.FOLDER.glob("*.json"):
+        if file.stem != missing:
+            (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.setattr(measurements, "FOLDER", tmp_path)
+    monkeypatch.setattr(measurements, "ROOT", tmp_path)
+    said = 0
+    for make in [*TABLES.values(), *(lambda draw=draw: draw(THEMES["light"]) for draw in FIGURES.values())]:
+        try:
+            assert make()
+        except measurements.NotMeasuredError as reason:
+            said += f"{missing}.json" in str(reason)
+    assert said >= 1
+
+
+def test_every_table_and_figure_is_used_and_every_measurement_is_shown() -> None:
+    from tools.figures import FIGURES
+    from tools.measurements import FOLDER
+    from tools.tables import TABLES
+
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES.values())
+    assert set(re.findall(r"<!-- table ([a-z0-9-]+) -->", text)) == set(TABLES)
+    assert set(re.findall(r"<!-- figure ([a-z0-9-]+):", text)) == set(FIGURES)
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tools").rglob("*.py"))
+    for file in FOLDER.glob("*.json"):
+        assert f'"{file.stem}"' in code, f"{file.name} is shown nowhere"

@@ -1,0 +1,239 @@
+"""Figures of the documentation as SVG, each drawn from one measurement, for a light and for a dark page."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from tools.measurements import GIB, NotMeasuredError, load, rows
+
+matplotlib.use("agg")
+
+INT8, EXACT, OTHER = "#0072b2", "#d55e00", "#8a8a8a"
+"""Colours that the colour-blind can tell apart (Okabe and Ito); lighter ones on a dark page."""
+
+THEMES = {
+    "light": {"ink": "#222222", "grid": "#dddddd", INT8: INT8, EXACT: EXACT, OTHER: OTHER},
+    "dark": {"ink": "#e0e0e0", "grid": "#4a4a4a", INT8: "#56b4e9", EXACT: "#e69f00", OTHER: "#a0a0a0"},
+}
+Theme = dict[str, str]
+
+WIDTH = 5.4
+"""Inches, a little more than a phone is wide, so that words of 11 points stay legible there."""
+
+
+@contextmanager
+def drawn(theme: Theme, width: float = WIDTH, height: float = 3.4) -> Iterator[tuple[Any, Axes]]:
+    """Axes in a theme's colours on a transparent ground."""
+    ink = theme["ink"]
+    settings: dict[Any, Any] = {
+        "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": theme["grid"], "xtick.color": ink,
+        "ytick.color": ink, "grid.color": theme["grid"], "axes.spines.top": False, "axes.spines.right": False,
+        "font.size": 11, "svg.hashsalt": "quantcache", "savefig.transparent": True, "axes.axisbelow": True,
+    }  # fmt: skip
+    with plt.rc_context(settings):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
+
+
+def svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def wrapped(name: str, width: int = 26) -> str:
+    """A label in as many lines as it needs beside a plot."""
+    return "\n".join(textwrap.wrap(name, width))
+
+
+def bars(theme: Theme, names: list[str], values: list[float], label: str, line: float | None = 1.0) -> str:
+    """Horizontal bars, the first on top, each with its number."""
+    with drawn(theme, height=0.5 * len(names) + 1.0) as (figure, axes):
+        names = [wrapped(name) for name in names]
+        axes.barh(range(len(names)), values, color=theme[INT8], height=0.62)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.12 * max(values))
+        for place, value in enumerate(values):
+            axes.text(value + 0.01 * max(values), place, f"{value:.2f}", va="center", color=theme["ink"])
+        if line is not None:
+            axes.axvline(line, color=theme[EXACT], linewidth=1.2)
+        return svg(figure)
+
+
+def memory(theme: Theme) -> str:
+    held = [row for row in load("memory")["held"] if row["model"] == "Llama-3.1-8B"]
+    with drawn(theme) as (figure, axes):
+        for cache, name, colour in (
+            ("DynamicCache", "DynamicCache, bfloat16", EXACT),
+            ("quantcache int8", "QuantizedInt8Cache", INT8),
+        ):
+            points = sorted((row["tokens"], row["held_bytes"] / GIB) for row in held if row["cache"] == cache)
+            axes.plot(*zip(*points, strict=True), "o-", color=theme[colour], markersize=4)
+            axes.annotate(name, points[-1], xytext=(-8, 8), textcoords="offset points", ha="right", color=theme[colour])
+        axes.set_xlabel("tokens of context, one sequence")
+        axes.set_ylabel("cache of Llama-3.1-8B, GiB")
+        axes.set_xlim(0)
+        axes.set_ylim(0)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+        axes.grid(axis="y")
+        return svg(figure)
+
+
+def qwen_memory(theme: Theme) -> str:
+    wanted = ("batch", "bf16", "chunks")
+    found = [r for r in load("qwen-memory")["rows"] if (r["table"], r["weights"], r["measured_by"]) == wanted]
+    with drawn(theme) as (figure, axes):
+        for key, name, colour in (
+            ("original_without_gib", "original, float cache", OTHER),
+            ("original_with_gib", "original, quantised cache", EXACT),
+            ("peak_reserved_gib", "quantcache, peak reserved", INT8),
+        ):
+            points = [(row["batch"], row[key]) for row in found if row[key] is not None]
+            axes.plot(*zip(*points, strict=True), "o-", color=theme[colour], markersize=4, label=name)
+        axes.set_xlabel("sequences of 1,024 tokens, Qwen-7B in bfloat16")
+        axes.set_ylabel("whole model, GiB")
+        axes.set_xlim(0)
+        axes.set_ylim(0)
+        axes.legend(frameon=False)
+        axes.grid(axis="y")
+        return svg(figure)
+
+
+def quality(theme: Theme) -> str:
+    measured = [row for row in load("quality")["rows"] if row.get("prompt_len") == 512]
+    model = "SmolLM2-135M"
+    kl = {row["cache"]: row["mean_kl"] for row in measured if row["model"] == model}
+    if not kl:
+        raise NotMeasuredError(f"Not measured yet: `quality.json` has no row of {model}.")
+    names = sorted(kl, key=lambda name: kl[name])
+    with drawn(theme, height=0.5 * len(names) + 1.0) as (figure, axes):
+        colours = [theme[INT8 if name == "quantcache int8" else OTHER] for name in names]
+        axes.scatter([kl[name] for name in names], range(len(names)), color=colours, s=48, zorder=3)
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel(f"KL to the exact cache, nats a token\n({model}; left is better)")
+        axes.grid(axis="x")
+        return svg(figure)
+
+
+def channels(theme: Theme) -> str:
+    report = load("states")
+    shown = report["shown"]
+    with drawn(theme) as (figure, axes):
+        for kind, colour in (("key", INT8), ("value", EXACT)):
+            largest = shown["largest_of_channel"][kind]
+            axes.plot(
+                range(len(largest)), largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s"
+            )
+        axes.set_yscale("log")
+        axes.set_xlabel(f"channel (layer {shown['layer']}, head {shown['head']} of {report['model']})")
+        axes.set_ylabel(f"largest magnitude, {report['tokens']:,} tokens")
+        axes.legend(frameon=False, loc="upper left")
+        axes.grid(axis="y")
+        return svg(figure)
+
+
+def rounding(theme: Theme) -> str:
+    """Every key head: its error with a scale for each token against that with a scale for each channel."""
+    report = load("states")
+    with drawn(theme) as (figure, axes):
+        for kind, colour in (("key", INT8), ("value", EXACT)):
+            found = [head["error"] for head in report["heads"] if head["kind"] == kind]
+            axes.scatter(
+                [100 * error["per_token"] for error in found], [100 * error["per_channel"] for error in found],
+                s=22, alpha=0.75, color=theme[colour], label=f"{kind}s, one dot a head",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color=theme["grid"], linewidth=1)
+        axes.set_xlabel("% of RMS, a scale for each token")
+        axes.set_ylabel("%, a scale for each channel")
+        axes.legend(frameon=False)
+        return svg(figure)
+
+
+def cuda_attention(theme: Theme) -> str:
+    found = rows("cuda-attention", "attention")
+    names = [row["row"].removeprefix("attention, ").replace(", query_len 1", "") for row in found]
+    return bars(theme, names, [row["ratio"] for row in found], "times as fast as bfloat16 SDPA, H200")
+
+
+def cpu_generate(theme: Theme) -> str:
+    found = rows("cpu-attention", "generate()")
+    names = [row["row"].removeprefix("generate(), ") for row in found]
+    return bars(theme, names, [row["ratio"] for row in found], "times as fast as DynamicCache")
+
+
+def peers(theme: Theme) -> str:
+    """Attention of one layer: how many times as fast as DynamicCache each cache is, one dot a geometry."""
+    report = load("peers-cpu")
+    groups = [group for name, group in report["groups"].items() if name.startswith("attention")]
+    names = list(dict.fromkeys(row["cache"] for group in groups for row in group if row["cache"] != "DynamicCache"))
+    with drawn(theme, height=0.5 * len(names) + 1.2) as (figure, axes):
+        for place, name in enumerate(names):
+            ratios = [row["times_as_fast_as_dynamic"] for group in groups for row in group if row["cache"] == name]
+            colour = theme[INT8 if name == report["subject"] else OTHER]
+            axes.scatter(ratios, [place] * len(ratios), color=colour, s=40, zorder=3)
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.axvline(1, color=theme[EXACT], linewidth=1.2)
+        axes.set_xlabel("times as fast as DynamicCache\n(CPU, one layer, one dot a geometry)")
+        axes.grid(axis="x")
+        return svg(figure)
+
+
+def page(theme: Theme) -> str:
+    """What one page holds: which numbers share a scale. A drawing, not a measurement."""
+    columns, lines = 12, 8
+    with drawn(theme, height=2.9) as (figure, axes):
+        axes.set_axis_off()
+        axes.set_aspect("equal")
+        for left, title, per_channel in ((0, "key page", True), (columns + 4, "value page", False)):
+            shared = 4 if per_channel else 3
+            for column in range(columns):
+                for line in range(lines):
+                    face = theme[INT8] if shared == (column if per_channel else line) else "none"
+                    axes.add_patch(Rectangle((left + column, -line), 0.9, 0.9, facecolor=face, edgecolor=theme["grid"]))
+            for place in range(columns if per_channel else lines):
+                at = (left + place, -lines - 0.5) if per_channel else (left + columns + 0.5, -place)
+                face = theme[EXACT] if place == shared else "none"
+                axes.add_patch(Rectangle(at, 0.9, 0.9, facecolor=face, edgecolor=theme[EXACT]))
+            axes.text(left + columns / 2, 1.6, title, ha="center", weight="bold")
+            says = "a scale a channel" if per_channel else "a scale a token"
+            axes.text(left + columns / 2, -lines - 2.2, says, ha="center", color=theme[EXACT])
+        axes.text(-0.8, -lines / 2 + 1, "64 tokens →", rotation=-90, ha="center", va="center")
+        axes.set_xlim(-1.8, 2 * columns + 6)
+        axes.set_ylim(-lines - 2.6, 3)
+        return svg(figure)
+
+
+FIGURES: dict[str, Callable[[Theme], str]] = {
+    "memory": memory,
+    "qwen-memory": qwen_memory,
+    "quality": quality,
+    "channels": channels,
+    "rounding": rounding,
+    "cuda-attention": cuda_attention,
+    "cpu-generate": cpu_generate,
+    "peers": peers,
+    "page": page,
+}

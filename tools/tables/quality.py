@@ -1,0 +1,64 @@
+"""Tables of quality, and of what keys and values look like."""
+
+from tools.measurements import NotMeasuredError, load, where
+from tools.tables.markdown import number, percent, table
+
+
+def quality() -> str:
+    report = load("quality")
+    models = list(dict.fromkeys(row["model"] for row in report["rows"]))
+    measured = [row for row in report["rows"] if "mean_kl" in row]
+    prompts = {model: max(row["prompt_len"] for row in measured if row["model"] == model) for model in models}
+    found = {(row["cache"], row["model"], row["prompt_len"]): row for row in measured}
+    refused = {(row["cache"], row["model"]) for row in report["rows"] if "refused" in row}
+    sizes = {row["cache"]: row["bytes_per_number"] for row in reversed(measured) if row["bytes_per_number"]}
+    body = []
+    for cache in sorted(
+        dict.fromkeys(row["cache"] for row in report["rows"]), key=lambda name: "int8" not in name[:16]
+    ):
+        cells = []
+        for model in models:
+            row = found.get((cache, model, prompts[model]))
+            if row is None:
+                cells += ["refuses" if (cache, model) in refused else "-", ""]
+            else:
+                cells += [number(row["mean_kl"], 2), percent(row["top1_agreement"])]
+        name = f"**{cache}**" if cache == "quantcache int8" else cache
+        body.append([name, number(sizes.get(cache)), *cells])
+    header = ["", "bytes a number", *(part for model in models for part in (f"{model}: KL", "same top token"))]
+    notes = [WINDOWS] if any("Gemma" in model for model in models) else []
+    return "\n\n".join([table(header, body), *notes, where("quality")])
+
+
+WINDOWS = (
+    "Bytes are those of SmolLM2-135M at 8,192 tokens. Of Gemma 3 `QuantizedInt8Cache` quantises the layers of full "
+    "attention and leaves the small windows to transformers, exact; the other rows round every layer."
+)
+
+
+def quality_odd_prompt() -> str:
+    found = [row for row in load("quality")["rows"] if row.get("prompt_len", 512) != 512]
+    if not found:
+        raise NotMeasuredError("Not measured yet: `quality.json` has no prompt of another length.")
+    body = [[row["model"], row["cache"], str(row["prompt_len"]), number(row["mean_kl"], 2)] for row in found]
+    return table(["", "cache", "prompt", "KL"], body) + "\n\n" + where("quality")
+
+
+def states() -> str:
+    report = load("states")
+    body = []
+    for kind in ("key", "value"):
+        heads = [head for head in report["heads"] if head["kind"] == kind]
+        ratios = sorted(head["largest_over_median_channel"] for head in heads)
+        means = [sum(head["error"][rule] for head in heads) / len(heads) for rule in ("per_token", "per_channel")]
+        body.append(
+            [f"{kind}s", number(ratios[len(ratios) // 2], 2), number(ratios[-1], 2), *(percent(mean) for mean in means)]
+        )
+    header = [
+        report["model"],
+        "largest over median channel: median head",
+        "worst head",
+        "error, a scale each token",
+        "a scale each channel",
+    ]
+    return table(header, body) + "\n\n" + where("states")

@@ -1,0 +1,148 @@
+"""Tables of speed: kernels, decoding, first use."""
+
+from typing import Any
+
+from tools.measurements import Row, load, rows, where
+from tools.tables.markdown import number, table
+
+
+def _attention_name(row: Row) -> str:
+    return str(row["row"]).removeprefix("attention, ").removeprefix("decode attention, ").replace(", query_len 1", "")
+
+
+def cuda_attention() -> str:
+    body = []
+    for row in rows("cuda-attention", "attention"):
+        times = dict(row["median_us"])
+        int8 = times.pop("int8")
+        body.append(
+            [_attention_name(row), number(int8), number(min(times.values())), f"**{row['ratio']:.2f}**",
+             number(row["tb_per_s"]), number(row["relative_error"], 2)]
+        )  # fmt: skip
+    header = ["", "int8, µs", "bfloat16 SDPA, µs", "times as fast", "TB/s", "relative error"]
+    return table(header, body) + "\n\n" + where("cuda-attention")
+
+
+def cuda_eager() -> str:
+    body = []
+    for row in rows("cuda-attention", "eager generate()"):
+        times = row["ms_per_token"]
+        name = row["row"].removeprefix("eager generate(), ")
+        body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
+    for row in rows("cuda-attention", "host time"):
+        times = row["host_us"]
+        name = "host time of one layer's update and attention, µs"
+        body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
+    header = ["ms a token", "int8", "DynamicCache", "times as fast"]
+    return table(header, body) + "\n\n" + where("cuda-attention")
+
+
+def cuda_other() -> str:
+    body = []
+    for row in load("cuda-attention")["rows"]:
+        if str(row["row"]).startswith(("attention", "eager", "host time")):
+            continue
+        if "seconds" in row:
+            seconds = row["seconds"]
+            body.append(
+                [row["row"], f"{number(seconds['cold'])} s, {number(1e3 * seconds['from disk'], 2)} ms from disk"]
+            )
+            continue
+        text = ", ".join(f"{name} {number(value)} µs" for name, value in row.get("median_us", {}).items())
+        body.append([row["row"], text])
+    return table(["", "median"], body) + "\n\n" + where("cuda-attention")
+
+
+def compiled_decode() -> str:
+    body = []
+    for row in load("compiled-decode")["rows"]:
+        if "ms" not in row:
+            continue
+        memory = row.get("memory_gb", {})
+
+        def reserved(kind: str, memory: Row = memory) -> str:
+            return number(memory[kind]["reserved"]) if kind in memory else "-"
+
+        ms = [number(row["ms"].get(kind), missing="out of memory" if kind in row["ms"] else "-") for kind in KINDS]
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        body.append([row["row"], *ms, ratio, *map(reserved, KINDS)])
+    header = ["", "int8, ms a token", "StaticCache", "times as fast", "int8, GB reserved", "StaticCache"]
+    return table(header, body) + "\n\n" + where("compiled-decode")
+
+
+KINDS = ("int8", "StaticCache")
+
+
+def compiled_memory() -> str:
+    body = []
+    for row in rows("compiled-decode", "memory"):
+        memory = row["memory_gb"]
+        peaks = [number(memory[kind]) for kind in ("allocated", "reserved")] if memory else ["out of memory"] * 2
+        limit = f"{row['limit_gb']:g}" if row.get("limit_gb") else "-"
+        body.append([row["row"].removeprefix("memory, "), *peaks, number(row.get("cache_gb")), limit])
+    header = ["", "peak allocated, GB", "peak reserved, GB", "of it the cache, GB", "limit set, GB"]
+    return table(header, body) + "\n\n" + where("compiled-decode")
+
+
+def qwen_memory() -> str:
+    body = []
+    for row in load("qwen-memory")["rows"]:
+        originals = [number(row[f"original_{which}_gib"], missing="out of memory") for which in ("without", "with")]
+        ours = [number(row[f"peak_{kind}_gib"]) for kind in ("allocated", "reserved")]
+        name = f"{row['weights']}, batch {row['batch']}, {row['tokens']:,} tokens"
+        name += " (by `generate`)" if row["measured_by"] == "generate" else ""
+        body.append([name, *originals, *ours, number(row["cache_gib"])])
+    header = [
+        "GiB",
+        "original, float cache",
+        "original, quantised",
+        "quantcache, allocated",
+        "reserved",
+        "of it the cache",
+    ]
+    return table(header, body) + "\n\n" + where("qwen-memory")
+
+
+def flat_rows(name: str) -> str:
+    """Any rows: everything that a row holds besides its name, in one cell."""
+
+    def flat(value: Any, prefix: str = "") -> list[str]:
+        if isinstance(value, dict):
+            return [part for key, inner in value.items() for part in flat(inner, f"{prefix}{key} ")]
+        if isinstance(value, float):
+            value = number(value)
+        return [f"{prefix.replace('_', ' ')}{value}"]
+
+    body = []
+    for row in load(name)["rows"]:
+        rest = {key: value for key, value in row.items() if key not in {"row", "target"} and value is not None}
+        body.append([str(row.get("row", "")), ", ".join(flat(rest))])
+    return table(["", "measured"], body) + "\n\n" + where(name)
+
+
+def cpu_attention() -> str:
+    body = []
+    for row in rows("cpu-attention", "decode attention"):
+        times = row["median_ms"]
+        exact = min(value for name, value in times.items() if name.startswith("sdpa"))
+        body.append(
+            [_attention_name(row), number(times["int8"]), number(exact), f"**{row['ratio_to_best_sdpa']:.2f}**",
+             f"{row['ratio_to_torch_backend']:.0f}"]
+        )  # fmt: skip
+    header = ["", "int8, ms", "exact, ms", "times as fast", "times as fast as the torch backend"]
+    return table(header, body) + "\n\n" + where("cpu-attention")
+
+
+def cpu_generate() -> str:
+    body = []
+    for row in rows("cpu-attention", "generate()"):
+        rates = row["tokens_per_s"]
+        name = row["row"].removeprefix("generate(), ")
+        body.append([name, number(rates["int8"]), number(rates["DynamicCache"]), f"**{row['ratio']:.2f}**"])
+    return table(["tokens a second", "int8", "DynamicCache", "times as fast"], body) + "\n\n" + where("cpu-attention")
+
+
+def first_use() -> str:
+    report = load("first-use")
+    body = [[row["row"], f"{number(row['seconds'])} s"] for row in report["rows"]]
+    return table(["", "seconds"], body) + "\n\n" + where("first-use")

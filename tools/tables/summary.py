@@ -1,0 +1,91 @@
+"""One line for each thing that a reader wants to know."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from tools.measurements import NotMeasuredError, Row, load, rows
+from tools.tables.markdown import number, table
+
+
+def _find(found: Iterable[Row], **wanted: Any) -> Row:
+    """The row with these values.
+
+    Raises:
+        NotMeasuredError: there is none.
+    """
+    for row in found:
+        if all(row.get(key) == value for key, value in wanted.items()):
+            return row
+    raise NotMeasuredError(f"Not measured yet: a row with {wanted}.")
+
+
+def _summary_memory() -> list[str]:
+    held = load("memory")["held"]
+    int8, exact = (
+        _find(held, model="Llama-3.1-8B", tokens=8192, cache=cache)["held_bytes"] / 2**20
+        for cache in ("quantcache int8", "DynamicCache")
+    )
+    return ["cache of Llama-3.1-8B, 8,192 tokens", f"{int8:.0f} MiB", f"`DynamicCache` {exact:.0f} MiB"]
+
+
+def _summary_quality() -> list[str]:
+    found = [row for row in load("quality")["rows"] if row["model"] == "SmolLM2-135M" and row.get("prompt_len") == 512]
+    own = _find(found, cache="quantcache int8")["mean_kl"]
+    others = [
+        f"{words} {number(_find(found, cache=cache)['mean_kl'], 2)}"
+        for words, cache in (
+            ("the model in bfloat16", "model in bfloat16, exact cache"),
+            ("int8 with a scale a token", "int8 a token and head, symmetric"),
+            ("`QuantizedCache` fp8", "QuantizedCache fp8"),
+        )
+    ]
+    return ["distance of the answers, SmolLM2-135M, KL in nats a token", number(own, 2), ", ".join(others)]
+
+
+def _summary_gpu() -> list[str]:
+    name = "attention, batch 32, 32/8 heads, 8192 tokens, head_dim 128, query_len 1"
+    times = dict(_find(rows("cuda-attention"), row=name)["median_us"])
+    int8 = times.pop("int8")
+    return [
+        "attention of a layer, 32 x 8,192 tokens, H200",
+        f"{int8:.0f} µs",
+        f"bfloat16 SDPA {min(times.values()):.0f} µs",
+    ]
+
+
+def _summary_cpu() -> list[str]:
+    rates = _find(rows("cpu-attention"), row="generate(), SmolLM2-135M, float32, 8192 tokens")["tokens_per_s"]
+    name = "`generate()` on a CPU, SmolLM2-135M, 8,192 tokens"
+    return [name, f"{rates['int8']:.1f} tokens/s", f"`DynamicCache` {rates['DynamicCache']:.1f} tokens/s"]
+
+
+def _summary_compiled(best: bool) -> list[str]:
+    """The compiled row in which it does best, or worst."""
+    found = [row for row in load("compiled-decode")["rows"] if row.get("ratio")]
+    if len(found) < 2:
+        raise NotMeasuredError("Not measured yet: `compiled-decode.json` lacks rows with both caches.")
+    row = (max if best else min)(found, key=lambda row: row["ratio"])
+    times = row["ms"]
+    name = f"compiled `generate()`, {row['row'].split(' of ')[0]}, H200"
+    return [name, f"{times['int8']:.1f} ms a token", f"`StaticCache` {times['StaticCache']:.1f} ms a token"]
+
+
+def summary() -> str:
+    """One line for each thing that a reader wants to know, what is worse included; lines that lack a measurement go."""
+    body = []
+    lines: tuple[Callable[[], list[str]], ...] = (
+        _summary_memory,
+        _summary_quality,
+        _summary_gpu,
+        partial(_summary_compiled, best=True),
+        partial(_summary_compiled, best=False),
+        _summary_cpu,
+    )
+    for line in lines:
+        with contextlib.suppress(NotMeasuredError):
+            body.append(line())
+    if not body:
+        raise NotMeasuredError("Not measured yet.")
+    return table(["", "`QuantizedInt8Cache`", "compared with"], body)
