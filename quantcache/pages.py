@@ -216,15 +216,7 @@ class Int8Pages:
                 self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
                 self._tail_len = total
                 return self._newest
-            if key_buffer.is_inference():
-                with write_access(key_buffer):
-                    ops.append_tail(
-                        key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
-                    )
-            else:
-                ops.append_tail(
-                    key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend
-                )
+            _extended(key_buffer, value_buffer, self._tail_len, key_states, value_states, self._append_backend)
             self._tail_len = total
             return PagesView(closed, key_buffer, value_buffer, self._backend, total)
         self._write_pending()

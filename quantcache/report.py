@@ -51,6 +51,11 @@ class CacheReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
+def strict_error(reason: str) -> FallbackError:
+    """What a strict cache raises where a read would not be int8 attention for ``reason``."""
+    return FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
+
+
 @dataclass
 class FallbackPolicy:
     """What one cache does about slow reads: warn once, or raise."""
@@ -80,7 +85,7 @@ class ReadLog:
         """
         reason = "gradients are enabled, and stop at the tokens of earlier calls"
         if self.policy.strict and kernel == "restored":
-            raise FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
+            raise strict_error(reason)
         self.kernel, self.reason = kernel, reason
         if not self.policy.warned_of_gradients:
             self.policy.warned_of_gradients = True
@@ -99,7 +104,7 @@ class ReadLog:
         """
         advice = "Read cache.report() for every layer"
         if self.policy.strict:
-            raise FallbackError(f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}.")
+            raise strict_error(reason)
         self.kernel, self.reason = kernel, reason
         if not self.policy.warned:
             self.policy.warned = True

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quantcache import static_ops, tensor
-from quantcache.errors import FallbackError, FallbackWarning
-from quantcache.report import ReadLog
+from quantcache.errors import FallbackWarning
+from quantcache.report import ReadLog, strict_error
 from quantcache.segments import PagesView
 from quantcache.static_ops import Layout, Memory
 
@@ -108,9 +108,7 @@ class StaticInt8Tensor(Tensor):
                 return states.restore()
             reason = f"{func} on cached states in a compiled step"
             if states.on_restore == "raise":
-                raise FallbackError(
-                    f"QuantizedInt8Cache(strict=True): every read must be int8 attention, got {reason}."
-                )
+                raise strict_error(reason)
             if states.on_restore == "warn":
                 warnings.warn(
                     f"QuantizedInt8Cache: the cache is read by restoring it to full precision ({reason}), which is "
