@@ -184,7 +184,6 @@ def as_exact(case: Case, run: Callable[[Any], Any], cache: Any = None) -> Any:
 host_warnings = pytest.mark.filterwarnings(
     "ignore:flex_attention called without torch.compile",
     "ignore:_compile flag on create_block_mask:DeprecationWarning",
-    r"ignore:.*torch\.jit\.script.* is deprecated:DeprecationWarning",
 )
 """What transformers and torch say of each other."""
 

@@ -78,6 +78,19 @@ def test_what_is_stored_is_what_the_growing_cache_stores(chunks: list[int], resi
     assert_same_bytes(static, growing)
 
 
+@pytest.mark.cuda
+@skip_without_gpu
+def test_more_heads_than_processors_are_stored_by_turns() -> None:
+    """A CTA then takes several heads; none is left out, at a page's end either."""
+    static = StaticInt8Pages(*new_states(0, 0, "cuda", batch=150), CAPACITY)
+    growing = Int8Pages(*new_states(0, 0, "cuda", batch=150))
+    for index, tokens in enumerate([90, *[1] * 75]):
+        states = new_states(tokens, index, "cuda", batch=150)
+        static.append(*states)
+        growing.append(*states)
+    assert_same_bytes(static, growing)
+
+
 @given(
     operations=st.lists(
         st.tuples(
@@ -211,7 +224,6 @@ def test_generate_compiles_the_step_once_and_gives_the_tokens_of_the_growing_cac
     assert frames() == 1
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, in inductor
 def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
     from torch._inductor.utils import run_and_get_code
 

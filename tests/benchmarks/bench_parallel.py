@@ -1,6 +1,6 @@
 """Decoding on one GPU against two: layers split by ``device_map``, heads split by ``tp_plan="auto"``; in one run.
 
-    python tests/benchmarks/bench_parallel.py [--rows WORD ...] [--budget SECONDS] [--out FILE]
+    python tests/benchmarks/bench_parallel.py [--rows WORD ...] [--add] [--budget SECONDS] [--out FILE]
     python tests/benchmarks/bench_parallel.py --tiny --device cpu --out FILE
 
 ``generate()`` itself runs, with random bf16 weights made on the GPU, behind random states already in the cache. A time
@@ -94,9 +94,19 @@ def rows_of(sizes: list[str]) -> list[Row]:
 class Report:
     """The file, written again with every result."""
 
-    def __init__(self, path: Path, command: str) -> None:
+    def __init__(self, path: Path, command: str, adds: bool = False) -> None:
         self.path = path
         self.made: dict[str, Any] = {"command": command, "hardware": {}, "versions": {}, "rows": []}
+        if adds and path.exists():
+            self.made = json.loads(path.read_text())
+
+    def about(self, about: dict[str, Any]) -> None:
+        """What a worker says of the machine, which must be the same for all rows of a file."""
+        for name in ("hardware", "versions"):
+            before, now = self.made[name], self.made[name] | about[name]
+            if any(before.get(key, value) != value for key, value in now.items()):
+                raise SystemExit(f"{self.path}: rows of one file need one {name}, got {before} and then {about[name]}.")
+            self.made[name] = now
 
     def add(self, row: Row, result: dict[str, Any]) -> None:
         geometry, batch, tokens = SIZES[row.size]
@@ -108,6 +118,7 @@ class Report:
             self.made["rows"].append(found)
         for name in ("tokens_per_s", "ms", "memory_gb"):
             found[name][row.kind] = result.get(name)
+        found["why"].pop(row.kind, None)
         if result.get("why"):
             found["why"][row.kind] = result["why"]
         if "logits_error" in result:
@@ -167,9 +178,7 @@ def run_worker(waiting: list[Row], options: argparse.Namespace, report: Report, 
             if word == "PROCESS":
                 working.append(int(rest))
             elif word == "ABOUT":
-                about = json.loads(rest)
-                report.made["hardware"].update(about["hardware"])
-                report.made["versions"].update(about["versions"])
+                report.about(json.loads(rest))
             elif word == "START":
                 started = by_name[rest.strip()]
             elif word == "DONE" and started is not None:
@@ -193,6 +202,7 @@ def run_worker(waiting: list[Row], options: argparse.Namespace, report: Report, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", help="words; rows with one of them in PLACEMENT/SIZE/CACHE are run")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of a file that exists")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, which shows that the command works")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", type=float, default=195.0, help="seconds for all rows")
@@ -201,13 +211,13 @@ def main() -> None:
     start = time.monotonic()
     rows = rows_of(["tiny"] if options.tiny else ["gqa", "mha"])
     rows = [row for row in rows if not options.rows or any(word in row.name for word in options.rows)]
-    report = Report(Path(options.out), "python tests/benchmarks/bench_parallel.py")
+    report = Report(Path(options.out), "python tests/benchmarks/bench_parallel.py", options.add)
     here = [row for row in rows if row.placement != "tp"]
     apart = [row for row in rows if row.placement == "tp"]
     share = sum(row.seconds for row in here) / max(sum(row.seconds for row in rows), 1)
     run_workers(here, options, report, start + options.budget * share)
     run_workers(apart, options, report, start + options.budget)
-    report.made["seconds"] = round(time.monotonic() - start, 1)
+    report.made["seconds"] = round(report.made.get("seconds", 0) + time.monotonic() - start, 1)
     report.write()
 
 

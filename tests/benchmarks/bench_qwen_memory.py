@@ -14,7 +14,8 @@ How a row is measured ("measured_by"):
 
 Units are GiB (2**30 bytes), as in the original's tables, whose smallest figure, 15.0, is below the 15.44e9 bytes of the
 bfloat16 weights alone. "limit" is the original's figure with its quantised cache, less what the weights here are
-smaller than bfloat16 ones.
+smaller than bfloat16 ones. "dynamic" is transformers' DynamicCache fed the same chunks, which spares it most of the
+sizes that generate() makes it allocate one after another.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from transformers import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, memory_report
@@ -73,12 +76,16 @@ def make_model(geometry: dict[str, Any], int4: bool, device: torch.device) -> QW
 
 def by_chunks(model: QWenLMHeadModel, batch: int, tokens: int) -> QuantizedInt8Cache:
     cache = QuantizedInt8Cache(model.config)
+    feed(model, cache, batch, tokens)
+    return cache
+
+
+def feed(model: QWenLMHeadModel, cache: Cache, batch: int, tokens: int) -> None:
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=model.device)
     for chunk in ids.split(CHUNK, dim=1):
         logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
     if not bool(logits.isfinite().all()):
         raise RuntimeError("bench_qwen_memory: logits must be finite.")
-    return cache
 
 
 def by_generate(model: QWenLMHeadModel, batch: int, tokens: int) -> QuantizedInt8Cache:
@@ -104,14 +111,35 @@ def check_chunks(device: torch.device) -> None:
                 raise RuntimeError(f"bench_qwen_memory: chunks and generate() must store alike, got {sizes}, {counts}.")
 
 
+def forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(prefix: str = "") -> Row:
+    """Peak GiB that torch has allocated and reserved since ``forget``; null without a GPU."""
+    found = {"allocated": torch.cuda.max_memory_allocated, "reserved": torch.cuda.max_memory_reserved}
+    gpu = torch.cuda.is_available()
+    return {f"{prefix}peak_{name}_gib": round(peak() / GIB, 3) if gpu else None for name, peak in found.items()}
+
+
+def measure_dynamic(model: QWenLMHeadModel, batch: int, tokens: int) -> Row:
+    """The peaks of DynamicCache fed the same; null where there is no memory for it."""
+    forget()
+    try:
+        feed(model, DynamicCache(config=model.config), batch, tokens)
+    except torch.cuda.OutOfMemoryError:
+        return dict.fromkeys(peaks("dynamic_"))
+    return peaks("dynamic_")
+
+
 def measure(
     model: QWenLMHeadModel, weights: str, table: str, batch: int, tokens: int, figures: tuple[Any, Any], how: str
 ) -> Row:
     on_gpu = model.device.type == "cuda"
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget()
     started = time.perf_counter()
     cache = (by_chunks if how == "chunks" else by_generate)(model, batch, tokens)
     if on_gpu:
@@ -134,8 +162,7 @@ def measure(
         "cache_bytes": report.cache,
         "read_by": cache.report().backend,
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else None,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else None,
+        **peaks(),
         "original_without_gib": figures[0],
         "original_with_gib": figures[1],
         "limit_gib": round(figures[1] - (bf16 - held) / GIB, 3),
@@ -145,6 +172,9 @@ def measure(
     if on_gpu:
         row["allocated_within_limit"] = row["peak_allocated_gib"] <= row["limit_gib"]
         row["reserved_within_limit"] = row["peak_reserved_gib"] <= row["limit_gib"]
+    if how == "chunks":
+        del cache
+        row |= measure_dynamic(model, batch, tokens)
     return row
 
 
@@ -199,9 +229,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             write(rows, options, device)  # after each row: a run that is cut short keeps what it has
         del model
-        gc.collect()
-        if device.type == "cuda":  # the next weights must not lie in pieces of what these leave
-            torch.cuda.empty_cache()
+        forget()  # the next weights must not lie in pieces of what these leave
     print(as_table(rows))
 
 

@@ -7,11 +7,11 @@ from typing import Final
 from torch import Tensor
 
 from quantcache.backends.cuda.attention import fused_attention
-from quantcache.backends.cuda.launch import launch, readable
+from quantcache.backends.cuda.launch import gpu, launch, readable
 from quantcache.backends.cuda.pages import pages_kernel, segment_table
 from quantcache.scheme import PAGE_SIZE
 
-_ADVANCE_ARGS: Final = struct.Struct("2P 2P 2P 2P 2P 2P 12q 5i")
+_ADVANCE_ARGS: Final = struct.Struct("2P 2P 2P 2P 2P 2P 12q 6i")
 
 MAX_CLOSING_BLOCKS: Final = 64
 """CTAs of one head that share the pages of a long source."""
@@ -43,9 +43,11 @@ def _advance(
     key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail, lengths = store
     read = [readable(tensor) for tensor in (*source, *states)]
     batch, num_kv_heads, tail_capacity, head_dim = key_tail.shape
+    heads = batch * num_kv_heads
+    sharing = heads if blocks > 1 else min(heads, gpu(key_tail.device.index).processors)
     launch(
         pages_kernel("advance", key_tail, head_dim, value_tail.shape[3]),
-        (blocks, batch * num_kv_heads, 2),
+        (blocks, sharing, 2),
         key_tail.device.index,
         _ADVANCE_ARGS,
         *(address for _, address, *_ in read),
@@ -53,7 +55,7 @@ def _advance(
         *(key_qdata.data_ptr(), value_qdata.data_ptr(), key_metadata.data_ptr(), value_metadata.data_ptr()),
         *(source_lengths.data_ptr(), lengths.data_ptr()),
         *(stride for _, _, *strides in read for stride in strides),
-        *(num_kv_heads, len(key_qdata), tail_capacity, residual_length, states[0].shape[2]),
+        *(num_kv_heads, heads, len(key_qdata), tail_capacity, residual_length, states[0].shape[2]),
     )
 
 

@@ -45,6 +45,7 @@ def grouped(request: pytest.FixtureRequest, benchmark: Any, geometry: Geometry, 
     }
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["hardware"] = (
         {"gpu": torch.cuda.get_device_properties(0).name}
@@ -60,6 +61,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     """Rows as the documentation reads them: medians, and how many times as fast and as small as ``DynamicCache``."""
     rows = []
