@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
@@ -12,7 +10,7 @@ from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_NATIVE_WINDOW
 from quantcache.sliding import Int8SlidingLayer
-from quantcache.static_layers import StaticInt8Layer
+from quantcache.static_layers import CommonByKind, StaticInt8Layer
 
 _OWN_CACHE: Final = {"minimax": "MiniMaxCache"}
 """Models that refuse every cache but their own, by model type."""
@@ -26,13 +24,13 @@ class LayerFactory:
         residual_length: see ``Int8Layer``.
         policy: what the layers do about slow reads.
         max_cache_len: tokens that fit into each layer, None for layers that grow.
-        scratch: see ``StaticInt8Layer``.
+        commons: see ``StaticInt8Layer``.
     """
 
     residual_length: int = DEFAULT_RESIDUAL_LENGTH
     policy: FallbackPolicy = field(default_factory=FallbackPolicy)
     max_cache_len: int | None = None
-    scratch: dict[torch.device, Tensor] = field(default_factory=dict)
+    commons: CommonByKind = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a bad ``residual_length`` here, not in the middle of the first forward pass."""
@@ -41,7 +39,7 @@ class LayerFactory:
     def __call__(self) -> Int8Layer:
         """A layer for full attention."""
         if self.max_cache_len is not None:
-            return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.scratch)
+            return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.commons)
         return Int8Layer(self.residual_length, self.policy)
 
     def instead_of(self, native: Any) -> Any:

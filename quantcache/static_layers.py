@@ -1,5 +1,6 @@
 """``StaticInt8Layer``: the layer contract of transformers over ``StaticInt8Pages``, for compiled decoding."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +10,27 @@ from quantcache import static_ops
 from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.static_ops import Layout, Memory
+from quantcache.static_ops import Layout, NewerTail
 from quantcache.static_pages import StaticInt8Pages, check_room
 from quantcache.static_tensor import StaticInt8Tensor
+
+
+@dataclass(eq=False)
+class Common:
+    """What the layers of one cache that are alike share; a compiled step then checks one object a layer.
+
+    Attributes:
+        layout: of their memory.
+        scratch: see ``static_ops.make_scratch``.
+        policy: of their cache.
+    """
+
+    layout: Layout
+    scratch: Tensor
+    policy: FallbackPolicy
+
+
+CommonByKind = dict[tuple[Layout, torch.device], Common]
 
 
 class StaticInt8Layer(Int8Layer):
@@ -24,15 +43,18 @@ class StaticInt8Layer(Int8Layer):
         max_cache_len: tokens that fit.
         residual_length: see ``Int8Layer``.
         policy: see ``Int8Layer``.
-        scratch: memory of the kernels by device, shared by the layers of one cache.
+        commons: what this layer and others of its cache share.
     """
+
+    is_compileable = True
+    """Whether a compiled step can run here: kernels are there that read lengths on the device. Asked before each."""
 
     def __init__(
         self,
         max_cache_len: int,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         policy: FallbackPolicy | None = None,
-        scratch: dict[torch.device, Tensor] | None = None,
+        commons: CommonByKind | None = None,
     ) -> None:
         super().__init__(residual_length, policy)
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
@@ -41,10 +63,9 @@ class StaticInt8Layer(Int8Layer):
             raise ValueError(f"QuantizedInt8Cache: max_cache_len must be at least 1 token, got {max_cache_len}.")
         self.max_cache_len = max_cache_len
         self.pages: StaticInt8Pages | None = None  # type: ignore[assignment]
-        self._scratch = {} if scratch is None else scratch
-        self._is_empty = True
+        self._commons: CommonByKind = {} if commons is None else commons
+        self._common: Common | None = None
         self._why_eager: str | None = None
-        self._compiled_kernel = "none"
         # What was asked for masks since the host last knew the length: no fewer tokens than came. See get_mask_sizes.
         self._at_most = 0
 
@@ -52,9 +73,9 @@ class StaticInt8Layer(Int8Layer):
         return f"StaticInt8Layer(max_cache_len={self.max_cache_len}, nbytes={self.nbytes})"
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether a compiled step can run here: kernels are there that read lengths on the device."""
-        return self._why_eager is None
+    def is_empty(self) -> bool:
+        """Whether no token is stored. Never waits for the device: a compiled step has stored some."""
+        return self.pages is None or (not self.pages.is_stale and self.pages.is_empty)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -75,16 +96,19 @@ class StaticInt8Layer(Int8Layer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.pages = StaticInt8Pages(key_states, value_states, self.max_cache_len, self.residual_length)
         self._why_eager = static_ops.why_not_compileable(key_states, value_states)
-        self._compiled_kernel = f"{self.pages.backend}, compiled"
-        if self.device not in self._scratch:
-            self._scratch[self.device] = static_ops.make_scratch(key_states, value_states)
+        self.is_compileable = self._why_eager is None
+        kind = self.pages.layout, self.device
+        if kind not in self._commons:
+            scratch = static_ops.make_scratch(key_states, value_states)
+            self._commons[kind] = Common(self.pages.layout, scratch, self.read_log.policy)
+        self._common = self._commons[kind]
         self._mark_addresses()
         self.is_initialized = True
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
-        if self.pages is not None and not torch.compiler.is_compiling():
-            for tensor in (*self.pages.memory, self._scratch[self.device]):
+        if self.pages is not None and self._common is not None and not torch.compiler.is_compiling():
+            for tensor in (self.pages.memory, self._common.scratch):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -95,9 +119,10 @@ class StaticInt8Layer(Int8Layer):
                 step cannot raise; ``get_mask_sizes`` does, which ``generate()`` asks before each.
         """
         if torch.compiler.is_compiling():
-            return self._update_compiled(key_states, value_states)
+            # Through the class, for an instance would have to be checked for methods of its own.
+            return StaticInt8Layer._update_compiled(self, key_states, value_states)
         key_states, value_states = self._checked(key_states, value_states)
-        if self.pages is None or (self._is_empty and not self.pages.is_for(key_states, value_states)):
+        if self.pages is None or (self.is_empty and not self.pages.is_for(key_states, value_states)):
             # After a reset other sequences may come, for which there is other memory and another compilation.
             check_room(self.max_cache_len, key_states.shape[2])
             self.lazy_initialization(key_states, value_states)
@@ -107,13 +132,13 @@ class StaticInt8Layer(Int8Layer):
                 "StaticInt8Layer.update: a cache of fixed capacity keeps no gradients, got states that require them. "
                 "Use torch.no_grad(), or QuantizedInt8Cache without max_cache_len."
             )
-        was_empty = self._is_empty
-        view, memory, layout = self.pages.append(key_states, value_states)
-        self._is_empty, self._at_most = False, self.pages.seq_len
+        was_empty = self.pages.is_empty
+        view, newer = self.pages.append(key_states, value_states)
+        self._at_most = self.pages.seq_len
         if was_empty:
             self.read_log.ran("exact")
             return key_states, value_states
-        pair = self._pair(memory, layout)
+        pair = self._pair(newer)
         for states in pair:
             states.view_of_host, states.read_log = view, self.read_log
         return pair
@@ -124,17 +149,18 @@ class StaticInt8Layer(Int8Layer):
                 "StaticInt8Layer.update: memory must be allocated before a compiled step, got a new layer. "
                 "Run the prompt uncompiled, or call cache.early_initialization() first."
             )
-        self._is_empty = False
-        self.read_log.kernel = self._compiled_kernel
-        return self._pair(*self.pages.append_compiled(key_states, value_states))
+        return StaticInt8Layer._pair(self, StaticInt8Pages.append_compiled(self.pages, key_states, value_states))
 
-    def _pair(self, memory: Memory, layout: Layout) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
-        policy = self.read_log.policy
-        on_restore = "raise" if policy.strict else "quiet" if policy.warned else "warn"
-        parts = (*memory, self._scratch[self.device], layout, self.max_cache_len)
+    def _pair(self, newer: NewerTail | None) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
+        pages, common = self.pages, self._common
+        assert pages is not None
+        assert common is not None
+        on_restore = "raise" if common.policy.strict else "quiet" if common.policy.warned else "warn"
+        kind: Any = {"sizes": common.layout.sizes, "dtype": common.layout.dtype, "on_restore": on_restore}
+        parts = (pages.memory, common.scratch, *(newer or ()))
         return (
-            StaticInt8Tensor(*parts, is_key=True, on_restore=on_restore),
-            StaticInt8Tensor(*parts, is_key=False, on_restore=on_restore),
+            StaticInt8Tensor(*parts, **kind, is_key=True),
+            StaticInt8Tensor(*parts, **kind, is_key=False),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -150,7 +176,7 @@ class StaticInt8Layer(Int8Layer):
             self._at_most = 0 if self.pages is None else self.pages.seq_len
         check_room(self.max_cache_len, query_length, self._at_most)
         self._at_most += query_length
-        return (query_length if self._is_empty else self.max_cache_len), 0
+        return (query_length if self.is_empty else self.max_cache_len), 0
 
     def get_seq_length(self) -> int:
         """Tokens stored; on the device, int32 (), where the host would have to wait for the number."""
@@ -168,7 +194,7 @@ class StaticInt8Layer(Int8Layer):
         """Forget every token and keep the memory, at the addresses that compiled steps know."""
         if self.pages is not None:
             self.pages.reset()
-        self._is_empty, self._at_most = True, 0
+        self._at_most = 0
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """See ``Int8Layer.check_crop``."""
@@ -201,7 +227,10 @@ class StaticInt8Layer(Int8Layer):
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
-        storage = "empty" if self._is_empty else self.storage
+        storage = "empty" if self.is_empty else self.storage
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
-        seq_len = 0 if self.pages is None else self.pages.seq_len
-        return LayerReport(layer_idx, storage, seq_len, self.nbytes, self.read_log.kernel, reason)
+        seq_len, kernel = 0, self.read_log.kernel
+        if self.pages is not None:
+            seq_len = self.pages.seq_len
+            kernel = f"{self.pages.backend}, compiled" if self.pages.was_compiled else kernel
+        return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason)

@@ -3,11 +3,16 @@
 A compiled step can use them: nothing in it depends on how many tokens there are. They are registered under the
 ``quantcache`` as those of ``ops.py`` are, and run on the same backends.
 
+A layer is one tensor of bytes. torch.compile checks before each call every tensor and every number that a step takes
+from the host, and with one tensor for each part that took longer than all other checks together.
+
 ``lengths`` is int32 (4,): closed pages, tokens in the tail, tokens in all, and a counter that kernels leave zero.
 A tail has room for page_size + residual_length tokens; when an operation finds it full, it closes a page first.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,72 +26,98 @@ NUM_LENGTHS: Final = 4
 PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
 
 
-class Memory(NamedTuple):
-    """The memory of one layer as a compiled step gets it: no more tensors than transformers' static layer has.
+class Sizes(NamedTuple):
+    """The numbers that make a ``Layout``.
 
-    Every tensor that a compiled step takes is checked before each call, which with one for each part of the pages would
-    cost as much again as all other checks.
-
-    pages: uint8 (bytes,), codes and metadata of the keys, then of the values
-    tails: (elements,) in the model's dtype, keys and then values
-    lengths: int32 (4,)
+    Attributes:
+        capacity: tokens that fit.
+        residual_length: newer tokens that a page waits for.
+        batch: sequences.
+        num_kv_heads: of the layer.
+        head_dim: of the keys.
+        v_head_dim: of the values.
     """
 
-    pages: Tensor
-    tails: Tensor
-    lengths: Tensor
-
-
-class Layout(NamedTuple):
-    """Where the parts of a layer lie in its ``Memory``: the sizes from which their shapes follow."""
-
-    num_pages: int
+    capacity: int
+    residual_length: int
     batch: int
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
-    tail_capacity: int
 
-    def allocate(self, dtype: torch.dtype, device: torch.device) -> Memory:
-        """Memory without a token in it."""
-        shapes = self._shapes()
-        nbytes = sum(math.prod(shape) * part_type.itemsize for shape, part_type in shapes[:4])
-        elements = sum(math.prod(shape) for shape, _ in shapes[4:])
-        return Memory(
-            torch.empty(nbytes, dtype=torch.uint8, device=device),
-            torch.zeros(elements, dtype=dtype, device=device),
-            torch.zeros(NUM_LENGTHS, dtype=torch.int32, device=device),
-        )
+    @property
+    def num_pages(self) -> int:
+        """Pages that are ever closed."""
+        return max(0, (self.capacity - self.residual_length) // PAGE_SIZE)
 
-    def unpack(self, pages: Tensor, tails: Tensor, lengths: Tensor) -> "Store":
-        """The parts, sharing the memory."""
-        parts, start = [], 0
-        for shape, part_type in self._shapes()[:4]:
-            stop = start + math.prod(shape) * part_type.itemsize
-            parts.append(pages[start:stop].view(part_type).view(shape))
-            start = stop
-        key_shape, value_shape = (shape for shape, _ in self._shapes()[4:])
-        middle = math.prod(key_shape)
-        key_tail, value_tail = tails[:middle].view(key_shape), tails[middle:].view(value_shape)
-        return Store(*parts, key_tail, value_tail, lengths)  # type: ignore[call-arg]
+    @property
+    def tail_capacity(self) -> int:
+        """Tokens that the tail has room for."""
+        return min(PAGE_SIZE + self.residual_length, self.capacity)
 
-    def _shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        rows, tail = (
-            (self.num_pages, self.batch, self.num_kv_heads),
-            (self.batch, self.num_kv_heads, self.tail_capacity),
-        )
-        return [
-            ((*rows, PAGE_SIZE, self.head_dim), torch.int8),
-            ((*rows, self.head_dim, 2), torch.int16),
-            ((*rows, PAGE_SIZE, self.v_head_dim), torch.int8),
-            ((*rows, PAGE_SIZE, 2), torch.int16),
-            ((*tail, self.head_dim), torch.float32),
-            ((*tail, self.v_head_dim), torch.float32),
+
+@dataclass(frozen=True)
+class Layout:
+    """What lies where in the memory of a layer. ``layout_for`` makes it, so that layers alike share one.
+
+    Attributes:
+        sizes: numbers of what there is.
+        dtype: of the model, and so of the tails.
+    """
+
+    sizes: Sizes
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[int, int, torch.dtype, tuple[int, ...]]]:
+        """First byte, end, dtype and shape of each part of ``Store``."""
+        sizes = self.sizes
+        rows = sizes.num_pages, sizes.batch, sizes.num_kv_heads
+        tail = sizes.batch, sizes.num_kv_heads, sizes.tail_capacity
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (torch.int8, (*rows, PAGE_SIZE, sizes.head_dim)),
+            (torch.int16, (*rows, sizes.head_dim, 2)),
+            (torch.int8, (*rows, PAGE_SIZE, sizes.v_head_dim)),
+            (torch.int16, (*rows, PAGE_SIZE, 2)),
+            (self.dtype, (*tail, sizes.head_dim)),
+            (self.dtype, (*tail, sizes.v_head_dim)),
+            (torch.int32, (NUM_LENGTHS,)),
         ]
+        parts, start = [], 0
+        for dtype, shape in shapes:
+            end = start + math.prod(shape) * dtype.itemsize
+            parts.append((start, end, dtype, shape))
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory."""
+        return self._parts[-1][1]
+
+    def allocate(self, device: torch.device) -> Tensor:
+        """Memory without a token in it, uint8 (bytes,)."""
+        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        memory[self._parts[4][0] :].zero_()
+        return memory
+
+    def unpack(self, memory: Tensor) -> "Store":
+        """The parts, sharing the memory."""
+        return Store(*(memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._parts))
+
+
+@functools.cache
+def layout_for(sizes: Sizes, dtype: torch.dtype) -> Layout:
+    """The one layout of such layers."""
+    return Layout(sizes, dtype)
+
+
+ALIGNMENT: Final = 16
+"""Bytes that the parts are aligned to, as the kernels read them."""
 
 
 class Store(NamedTuple):
-    """The parts of one layer's ``Memory``.
+    """The parts of one layer's memory.
 
     key_qdata: int8 (capacity, batch, num_kv_heads, page_size, head_dim)
     key_metadata: int16 (capacity, batch, num_kv_heads, head_dim, 2)
@@ -106,18 +137,34 @@ class Store(NamedTuple):
     lengths: Tensor
 
 
-_WRITTEN: Final = "Tensor(a!) pages, Tensor(b!) tails, Tensor(c!) lengths, int[] layout, int residual_length"
+class NewerTail(NamedTuple):
+    """Exact tokens behind the closed pages, read instead of the layer's tail.
+
+    key_tail: (batch, num_kv_heads, any, head_dim)
+    value_tail: (batch, num_kv_heads, any, v_head_dim)
+    lengths: int32 (4,), the layer's lengths with these tokens as the tail
+    """
+
+    key_tail: Tensor
+    value_tail: Tensor
+    lengths: Tensor
+
+
+_LAYOUT: Final = "int[] sizes, ScalarType dtype"
 _library = torch.library.Library("quantcache", "FRAGMENT")
-_library.define(f"static_append(Tensor key_states, Tensor value_states, {_WRITTEN}) -> ()")
-_library.define(f"static_store(Tensor key_source, Tensor value_source, Tensor source_lengths, {_WRITTEN}) -> ()")
+_library.define(f"static_append(Tensor key_states, Tensor value_states, Tensor(a!) memory, {_LAYOUT}) -> ()")
+_library.define(
+    f"static_store(Tensor key_source, Tensor value_source, Tensor source_lengths, Tensor(a!) memory, {_LAYOUT}) -> ()"
+)
 # The scratch is written, but what is in it before and after means nothing, so it counts as read-only.
 _library.define(
-    "static_attention(Tensor query, Tensor pages, Tensor tails, Tensor lengths, int[] layout, Tensor scratch, "
-    "Tensor? attn_mask, bool is_causal, float softmax_scale, int? window, float? softcap, Tensor? sinks) -> Tensor"
+    f"static_attention(Tensor query, Tensor memory, {_LAYOUT}, Tensor? key_tail, Tensor? value_tail, Tensor? lengths, "
+    "Tensor scratch, Tensor? attn_mask, bool is_causal, float softmax_scale, int? window, float? softcap, "
+    "Tensor? sinks) -> Tensor"
 )
 
 
-def append(key_states: Tensor, value_states: Tensor, memory: Memory, layout: Layout, residual_length: int) -> None:
+def append(key_states: Tensor, value_states: Tensor, memory: Tensor, layout: Layout) -> None:
     """Close a page if the tail has one to close, then write at most one new token behind the tail.
 
     Args:
@@ -125,37 +172,27 @@ def append(key_states: Tensor, value_states: Tensor, memory: Memory, layout: Lay
         value_states: (batch, num_kv_heads, query_len, v_head_dim).
         memory: written. A token for which there is no room is counted and not stored.
         layout: of the memory.
-        residual_length: newer tokens that a page waits for.
     """
-    torch.ops.quantcache.static_append(key_states, value_states, *memory, layout, residual_length)
+    torch.ops.quantcache.static_append(key_states, value_states, memory, layout.sizes, layout.dtype)
 
 
-def store_tokens(
-    key_source: Tensor,
-    value_source: Tensor,
-    source_lengths: Tensor,
-    memory: Memory,
-    layout: Layout,
-    residual_length: int,
-) -> None:
-    """Make the tokens of ``key_source`` the new end of the layer: pages that are due, and the rest as the tail.
+def store_tokens(newer: NewerTail, memory: Tensor, layout: Layout) -> None:
+    """Make ``newer`` the end of the layer: pages that are due, and the rest as the tail.
 
     Args:
-        key_source: (batch, num_kv_heads, any, head_dim), the exact tokens behind the closed pages, any strides.
-        value_source: (batch, num_kv_heads, any, v_head_dim).
-        source_lengths: int32 (4,), the lengths with ``key_source`` as the tail.
-        memory: written, ``lengths`` included. What there is no room for is counted and not stored.
+        newer: any strides.
+        memory: written, lengths included. What there is no room for is counted and not stored.
         layout: of the memory.
-        residual_length: newer tokens that a page waits for.
     """
-    torch.ops.quantcache.static_store(key_source, value_source, source_lengths, *memory, layout, residual_length)
+    torch.ops.quantcache.static_store(*newer, memory, layout.sizes, layout.dtype)
 
 
 def attention(
     query: Tensor,
-    memory: Memory,
+    memory: Tensor,
     layout: Layout,
     scratch: Tensor,
+    newer: NewerTail | None = None,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -171,6 +208,7 @@ def attention(
         memory: what is read. Nothing behind its lengths is, and the time follows them.
         layout: of the memory.
         scratch: see ``make_scratch``.
+        newer: instead of the tail.
         attn_mask: see ``ops.attention``; its last axis may be longer than there are keys.
         is_causal: see ``ops.attention``, as for the arguments that follow.
         softmax_scale: see ``ops.attention``.
@@ -184,24 +222,31 @@ def attention(
     if softmax_scale is None:
         softmax_scale = float(query.shape[-1]) ** -0.5
     output: Tensor = torch.ops.quantcache.static_attention(
-        query, *memory, layout, scratch, attn_mask, is_causal, softmax_scale, window, softcap, sinks
+        *(query, memory, layout.sizes, layout.dtype, *(newer or (None, None, None)), scratch),
+        *(attn_mask, is_causal, softmax_scale, window, softcap, sinks),
     )
     return output
 
 
-def restore(memory: Memory, layout: Layout, capacity: int, is_key: bool) -> Tensor:
+def restore(memory: Tensor, layout: Layout, is_key: bool, newer: NewerTail | None = None) -> Tensor:
     """All tokens as one dense tensor, (batch, num_kv_heads, capacity, head_dim), zeros behind the last."""
-    store = layout.unpack(*memory)
+    store = _readable(memory, layout, newer)
     qdata, metadata, tail = store[:2] + store[4:5] if is_key else store[2:4] + store[5:6]
     make = torch.ops.quantcache.restore_keys if is_key else torch.ops.quantcache.restore_values
     dense = make([qdata], [metadata], tail)
-    positions = torch.arange(capacity, device=dense.device)
+    positions = torch.arange(layout.sizes.capacity, device=dense.device)
     # The tail follows the pages there are, not the pages there is room for.
     moved = positions - store.lengths[PAGES] * PAGE_SIZE + len(qdata) * PAGE_SIZE
     is_tail = positions >= store.lengths[PAGES] * PAGE_SIZE
     dense = dense.index_select(2, torch.where(is_tail, moved.clamp(max=dense.shape[2] - 1), positions))
     seen = (positions < store.lengths[SEQ_LEN])[:, None]
     return torch.where(seen, dense, 0)
+
+
+def _readable(memory: Tensor, layout: Layout, newer: NewerTail | None) -> Store:
+    """The parts that are read."""
+    store = layout.unpack(memory)
+    return store if newer is None else store._replace(**newer._asdict())
 
 
 def make_scratch(key_states: Tensor, value_states: Tensor) -> Tensor:
@@ -219,21 +264,17 @@ def why_not_compileable(key_states: Tensor, value_states: Tensor) -> str | None:
     return None if backend == "cuda" else reason or ops.why_torch(key_states.device)
 
 
-def _unpacked(args: tuple[Any, ...]) -> tuple[Store, int]:
-    *memory, layout, residual_length = args
-    return Layout(*layout).unpack(*memory), residual_length
-
-
-def _run_append(key_states: Tensor, value_states: Tensor, *args: Any) -> None:
-    store, residual_length = _unpacked(args)
+def _run_append(key_states: Tensor, value_states: Tensor, memory: Tensor, sizes: list[int], dtype: torch.dtype) -> None:
+    layout = layout_for(Sizes(*sizes), dtype)
+    store = layout.unpack(memory)
     backend, _ = ops.backend_for(key_states, value_states)
     if backend == "cuda":
-        cuda_backend.static_append(key_states, value_states, store, residual_length)
+        cuda_backend.static_append(key_states, value_states, store, layout.sizes.residual_length)
         return
     pages, tail_len, seq_len, _ = store.lengths.tolist()
     tails = store.key_tail[:, :, :tail_len], store.value_tail[:, :, :tail_len]
-    if tail_len >= PAGE_SIZE + residual_length:
-        pages, tail_len = _store_on_host(*tails, pages, store, residual_length)
+    if tail_len >= PAGE_SIZE + layout.sizes.residual_length:
+        pages, tail_len = _store_on_host(*tails, pages, store, layout.sizes.residual_length)
     query_len = key_states.shape[2]
     if tail_len + query_len <= store.key_tail.shape[2]:
         ops.append_tail(key_states, value_states, store.key_tail, store.value_tail, tail_len)
@@ -241,15 +282,23 @@ def _run_append(key_states: Tensor, value_states: Tensor, *args: Any) -> None:
     _set_lengths(store.lengths, pages, tail_len, seq_len + query_len)
 
 
-def _run_store(key_source: Tensor, value_source: Tensor, source_lengths: Tensor, *args: Any) -> None:
-    store, residual_length = _unpacked(args)
+def _run_store(
+    key_source: Tensor,
+    value_source: Tensor,
+    source_lengths: Tensor,
+    memory: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype,
+) -> None:
+    layout = layout_for(Sizes(*sizes), dtype)
+    store = layout.unpack(memory)
     backend, _ = ops.backend_for(key_source, value_source)
     if backend == "cuda":
-        cuda_backend.static_store(key_source, value_source, source_lengths, store, residual_length)
+        cuda_backend.static_store(key_source, value_source, source_lengths, store, layout.sizes.residual_length)
         return
     pages, tail_len, seq_len, _ = source_lengths.tolist()
     sources = key_source[:, :, :tail_len], value_source[:, :, :tail_len]
-    pages, tail_len = _store_on_host(*sources, pages, store, residual_length)
+    pages, tail_len = _store_on_host(*sources, pages, store, layout.sizes.residual_length)
     _set_lengths(store.lengths, pages, tail_len, seq_len)
 
 
@@ -277,10 +326,12 @@ def _set_lengths(lengths: Tensor, pages: int, tail_len: int, seq_len: int) -> No
 
 def _run_attention(
     query: Tensor,
-    pages: Tensor,
-    tails: Tensor,
-    lengths: Tensor,
-    layout: list[int],
+    memory: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype,
+    key_tail: Tensor | None,
+    value_tail: Tensor | None,
+    lengths: Tensor | None,
     scratch: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
@@ -290,11 +341,14 @@ def _run_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     options = (is_causal, softmax_scale, window, softcap, sinks)
-    store = Layout(*layout).unpack(pages, tails, lengths)
+    newer = None
+    if key_tail is not None and value_tail is not None and lengths is not None:
+        newer = NewerTail(key_tail, value_tail, lengths)
+    store = _readable(memory, layout_for(Sizes(*sizes), dtype), newer)
     backend, _ = ops.backend_for(query, store.value_tail)
     if backend == "cuda":
         return cuda_backend.static_attention(query, store, scratch, attn_mask, *options)
-    num_pages, tail_len, *_ = lengths.tolist()
+    num_pages, tail_len, *_ = store.lengths.tolist()
     if attn_mask is not None and attn_mask.shape[-1] > 1:
         attn_mask = attn_mask[..., : num_pages * PAGE_SIZE + tail_len]
     run: Any = ops.BACKENDS[backend].attention
@@ -304,9 +358,9 @@ def _run_attention(
     return output
 
 
-def _fake_attention(query: Tensor, *args: Any) -> Tensor:
+def _fake_attention(query: Tensor, memory: Tensor, sizes: list[int], *args: Any) -> Tensor:
     batch, num_q_heads, query_len, _ = query.shape
-    return query.new_empty(batch, query_len, num_q_heads, Layout(*args[3]).v_head_dim)
+    return query.new_empty(batch, query_len, num_q_heads, Sizes(*sizes).v_head_dim)
 
 
 for _name, _run, _fake in (

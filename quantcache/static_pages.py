@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcache import ops, static_ops
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.segments import ClosedPages, PagesView, Segment
-from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, Layout, Memory
+from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, NewerTail, Sizes, layout_for
 
 
 def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
@@ -48,19 +48,13 @@ class StaticInt8Pages:
         capacity: int,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
     ) -> None:
-        self.capacity, self.residual_length = capacity, residual_length
-        self.layout = Layout(
-            num_pages=max(0, (capacity - residual_length) // PAGE_SIZE),
-            batch=key_states.shape[0],
-            num_kv_heads=key_states.shape[1],
-            head_dim=key_states.shape[3],
-            v_head_dim=value_states.shape[3],
-            tail_capacity=min(PAGE_SIZE + residual_length, capacity),
-        )
-        self.memory = self.layout.allocate(key_states.dtype, key_states.device)
-        self.store = self.layout.unpack(*self.memory)
+        self.layout = layout_for(_sizes(capacity, residual_length, key_states, value_states), key_states.dtype)
+        self.memory = self.layout.allocate(key_states.device)
+        self.store = self.layout.unpack(self.memory)
         self.is_stale = False
         """Whether compiled steps ran since the host last knew the lengths."""
+        self.was_compiled = False
+        """Whether the last step that the host knows of was a compiled one."""
         self._pages = self._tail_len = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,23 +63,34 @@ class StaticInt8Pages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.store = self.layout.unpack(*self.memory)
+        self.layout = layout_for(self.layout.sizes, self.layout.dtype)  # a copy would not be the one that is shared
+        self.store = self.layout.unpack(self.memory)
 
     def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
-        of_states = key_states.shape[0], key_states.shape[1], key_states.shape[3], value_states.shape[3]
-        of_memory = self.memory.tails.dtype, self.memory.tails.device
-        return self.layout[1:5] == of_states and of_memory == (key_states.dtype, key_states.device)
+        sizes = _sizes(self.capacity, self.residual_length, key_states, value_states)
+        have = self.layout.sizes, self.layout.dtype, self.device
+        return have == (sizes, key_states.dtype, key_states.device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.layout.sizes.capacity
+
+    @property
+    def residual_length(self) -> int:
+        """Newer tokens that a page waits for."""
+        return self.layout.sizes.residual_length
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(part.nbytes for part in self.memory)
+        return self.memory.nbytes
 
     @property
     def batch_size(self) -> int:
         """Sequences stored."""
-        return self.store.key_tail.shape[0]
+        return self.layout.sizes.batch
 
     @property
     def backend(self) -> str:
@@ -95,7 +100,7 @@ class StaticInt8Pages:
     @property
     def device(self) -> torch.device:
         """Where the bytes are."""
-        return self.store.key_tail.device
+        return self.memory.device
 
     @property
     def seq_len(self) -> int:
@@ -129,7 +134,9 @@ class StaticInt8Pages:
     @property
     def device_seq_len(self) -> Tensor:
         """Tokens stored, int32 () on the device; sees every later step."""
-        return self.memory.lengths[SEQ_LEN]
+        # A compiled step takes the memory alone, not parts of it too.
+        store = self.layout.unpack(self.memory) if torch.compiler.is_compiling() else self.store
+        return store.lengths[SEQ_LEN]
 
     def synchronize(self) -> None:
         """Learn the lengths from the device, if compiled steps have changed them.
@@ -148,10 +155,10 @@ class StaticInt8Pages:
                 "max_cache_len, or call reset()."
             )
         self._pages, self._tail_len = lengths[PAGES], lengths[TAIL_LEN]
-        self.is_stale = False
+        self.is_stale, self.was_compiled = False, True
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, Memory, Layout]:
-        """Store new tokens and return what their queries read, in two forms; for steps that are not compiled.
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, NewerTail | None]:
+        """Store new tokens and return what their queries read: as a view, or in the memory with other tokens as tail.
 
         In both the new tokens are exact. The tail of the view of an empty layer is the arguments themselves.
 
@@ -164,13 +171,14 @@ class StaticInt8Pages:
         """
         new_tokens = key_states.shape[2]
         check_room(self.capacity, new_tokens, self.seq_len)
+        self.was_compiled = False
         key_states, value_states = key_states.detach(), value_states.detach()
         self.close_due_pages()
         store, pages = self.store, self._pages
         if new_tokens == 1:
-            static_ops.append(key_states, value_states, self.memory, self.layout, self.residual_length)
+            static_ops.append(key_states, value_states, self.memory, self.layout)
             self._tail_len += 1
-            return self.view(), self.memory, self.layout
+            return self.view(), None
         if not self._tail_len:
             key_tail, value_tail = key_states, value_states
         else:
@@ -178,43 +186,36 @@ class StaticInt8Pages:
                 torch.cat([tail[:, :, : self._tail_len], states], dim=2)
                 for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
             )
-        view, lengths = self._view(pages, key_tail, value_tail), self._lengths_with(new_tokens)
-        read = self._with_tails(key_tail, value_tail, lengths)
-        static_ops.store_tokens(key_tail, value_tail, lengths, self.memory, self.layout, self.residual_length)
+        newer = NewerTail(key_tail, value_tail, _with_new(store.lengths, new_tokens))
+        static_ops.store_tokens(newer, self.memory, self.layout)
         closed = max(0, (key_tail.shape[2] - self.residual_length) // PAGE_SIZE)
         self._pages, self._tail_len = pages + closed, key_tail.shape[2] - closed * PAGE_SIZE
-        return view, *read
+        return self._view(pages, key_tail, value_tail), newer
 
-    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Memory, Layout]:
-        """``append`` for a step that is being compiled: nothing is asked of the device, and no room is checked.
-
-        Returns:
-            What the queries read, see ``static_ops.attention``.
-        """
+    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> NewerTail | None:
+        """``append`` for a step that is being compiled: nothing is asked of the device, and no room is checked."""
         self.is_stale = True
         memory, layout, new_tokens = self.memory, self.layout, key_states.shape[2]
         if new_tokens == 1:
-            static_ops.append(key_states, value_states, memory, layout, self.residual_length)
-            return memory, layout
-        none = key_states[:, :, :0], value_states[:, :, :0]
-        static_ops.append(*none, memory, layout, self.residual_length)
-        lengths = self._lengths_with(new_tokens)
-        places = memory.lengths[TAIL_LEN] + torch.arange(new_tokens, device=memory.lengths.device)
-        store = layout.unpack(*memory)
+            static_ops.append(key_states, value_states, memory, layout)
+            return None
+        static_ops.append(key_states[:, :, :0], value_states[:, :, :0], memory, layout)
+        store = layout.unpack(memory)
+        places = store.lengths[TAIL_LEN] + torch.arange(new_tokens, device=memory.device)
         key_tail, value_tail = (
             torch.nn.functional.pad(tail, (0, 0, 0, new_tokens)).index_copy(2, places, states)
             for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
         )
-        read = self._with_tails(key_tail, value_tail, lengths)
-        static_ops.store_tokens(key_tail, value_tail, lengths, memory, layout, self.residual_length)
-        return read
+        newer = NewerTail(key_tail, value_tail, _with_new(store.lengths, new_tokens))
+        static_ops.store_tokens(newer, memory, layout)
+        return newer
 
     def close_due_pages(self) -> None:
         """Quantise a page that has as many newer tokens as it waits for, as the next step would."""
         self.synchronize()
         if self._tail_len >= PAGE_SIZE + self.residual_length:
             none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
-            static_ops.append(*none, self.memory, self.layout, self.residual_length)
+            static_ops.append(*none, self.memory, self.layout)
             self._pages, self._tail_len = self._pages + 1, self._tail_len - PAGE_SIZE
 
     def view(self) -> PagesView:
@@ -236,7 +237,7 @@ class StaticInt8Pages:
         """Forget every token and keep the memory."""
         self.store.lengths.zero_()
         self._pages = self._tail_len = 0
-        self.is_stale = False
+        self.is_stale = self.was_compiled = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; see ``Int8Pages.crop``."""
@@ -261,21 +262,22 @@ class StaticInt8Pages:
         for tail in self.store[4:6]:
             tail.copy_(tail[indices])
 
-    def _with_tails(self, key_tail: Tensor, value_tail: Tensor, lengths: Tensor) -> tuple[Memory, Layout]:
-        """The pages with other tokens behind them."""
-        tails = torch.cat([key_tail.reshape(-1), value_tail.reshape(-1)])
-        return Memory(self.memory.pages, tails, lengths), self.layout._replace(tail_capacity=key_tail.shape[2])
-
     def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor) -> PagesView:
         segments = (Segment(*(part[:pages] for part in self.store[:4])),) if pages else ()
         return PagesView(ClosedPages(segments), key_tail, value_tail)
 
-    def _lengths_with(self, new_tokens: int) -> Tensor:
-        """The lengths if ``new_tokens`` were part of the tail, on the device."""
-        lengths = self.memory.lengths.clone()
-        lengths[TAIL_LEN : SEQ_LEN + 1] += new_tokens
-        return lengths
-
     def _lengths_on_host(self) -> Tensor:
         seq_len = self._pages * PAGE_SIZE + self._tail_len
         return torch.tensor([self._pages, self._tail_len, seq_len, 0], dtype=torch.int32)
+
+
+def _sizes(capacity: int, residual_length: int, key_states: Tensor, value_states: Tensor) -> Sizes:
+    batch, num_kv_heads, _, head_dim = key_states.shape
+    return Sizes(capacity, residual_length, batch, num_kv_heads, head_dim, value_states.shape[3])
+
+
+def _with_new(lengths: Tensor, new_tokens: int) -> Tensor:
+    """The lengths if ``new_tokens`` were part of the tail, on the device."""
+    lengths = lengths.clone()
+    lengths[TAIL_LEN : SEQ_LEN + 1] += new_tokens
+    return lengths

@@ -12,7 +12,7 @@ from quantcache import static_ops, tensor
 from quantcache.errors import FallbackWarning
 from quantcache.report import ReadLog, strict_error
 from quantcache.segments import PagesView
-from quantcache.static_ops import Layout, Memory
+from quantcache.static_ops import Layout, NewerTail, Sizes
 
 
 class StaticInt8Tensor(Tensor):
@@ -22,20 +22,24 @@ class StaticInt8Tensor(Tensor):
     the last token reads as zero. It is made of plain tensors alone, so that torch.compile can take it apart.
 
     Attributes:
-        pages: see ``Memory``, as for the tails and the lengths.
-        memory_layout: of the memory.
+        memory: of the layer.
         scratch: see ``static_ops.make_scratch``.
-        capacity: tokens that its shape shows.
+        key_tail: see ``NewerTail``, as for the two that follow; None where the layer's own tail is read.
+        value_tail: see ``NewerTail``.
+        lengths: see ``NewerTail``.
+        sizes: of the memory.
         is_key: keys if True, values if False.
         on_restore: what happens where it has to be restored: "raise", "warn" or "quiet".
         view_of_host: where the host knows the length, the same as a view; else None.
         read_log: where reads are then noted.
     """
 
-    _PARTS = (*Memory._fields, "scratch")
-
-    memory_layout: Layout
-    capacity: int
+    memory: Tensor
+    scratch: Tensor
+    key_tail: Tensor | None
+    value_tail: Tensor | None
+    lengths: Tensor | None
+    sizes: Sizes
     is_key: bool
     on_restore: str
     view_of_host: PagesView | None = None
@@ -44,41 +48,39 @@ class StaticInt8Tensor(Tensor):
     @staticmethod
     def __new__(
         cls,
-        pages: Tensor,
-        tails: Tensor,
-        lengths: Tensor,
+        memory: Tensor,
         scratch: Tensor,
-        memory_layout: Layout,
-        capacity: int,
+        key_tail: Tensor | None = None,
+        value_tail: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        sizes: Sizes,
+        dtype: torch.dtype,
         is_key: bool,
         on_restore: str,
     ) -> "StaticInt8Tensor":
-        """The keys or the values of a ``Memory``."""
-        head_dim = memory_layout.head_dim if is_key else memory_layout.v_head_dim
-        shape = (memory_layout.batch, memory_layout.num_kv_heads, capacity, head_dim)
-        made: StaticInt8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=tails.dtype, device=tails.device)
-        parts = (pages, tails, lengths, scratch)
-        for name, part in zip(cls._PARTS, parts, strict=True):
-            setattr(made, name, part)
-        made.memory_layout, made.capacity, made.is_key, made.on_restore = memory_layout, capacity, is_key, on_restore
+        """The keys or the values of a layer."""
+        shape = (sizes.batch, sizes.num_kv_heads, sizes.capacity, sizes.head_dim if is_key else sizes.v_head_dim)
+        made: StaticInt8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=memory.device)
+        made.memory, made.scratch = memory, scratch
+        made.key_tail, made.value_tail, made.lengths = key_tail, value_tail, lengths
+        made.sizes, made.is_key, made.on_restore = sizes, is_key, on_restore
         return made
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Layout, int, bool, str]]:
-        return list(self._PARTS), (self.memory_layout, self.capacity, self.is_key, self.on_restore)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Sizes, torch.dtype, bool, str]]:
+        newer = [] if self.lengths is None else list(NewerTail._fields)
+        return ["memory", "scratch", *newer], (self.sizes, self.dtype, self.is_key, self.on_restore)
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, Tensor], meta: tuple[Layout, int, bool, str], outer_size: Any, outer_stride: Any
+        parts: dict[str, Tensor], meta: tuple[Sizes, torch.dtype, bool, str], outer_size: Any, outer_stride: Any
     ) -> "StaticInt8Tensor":
-        return StaticInt8Tensor(**parts, memory_layout=meta[0], capacity=meta[1], is_key=meta[2], on_restore=meta[3])
-
-    def memory(self) -> Memory:
-        """What is read."""
-        return Memory(*(getattr(self, name) for name in Memory._fields))
+        sizes, dtype, is_key, on_restore = meta
+        return StaticInt8Tensor(**parts, sizes=sizes, dtype=dtype, is_key=is_key, on_restore=on_restore)
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor."""
-        return static_ops.restore(self.memory(), self.memory_layout, self.capacity, self.is_key)
+        return static_ops.restore(self.memory, Layout(self.sizes, self.dtype), self.is_key, _newer(self))
 
     @classmethod
     def __torch_function__(
@@ -133,4 +135,13 @@ def read(key: StaticInt8Tensor, query: Tensor, **options: Any) -> Tensor:
         if attn_mask is not None:
             options["attn_mask"] = attn_mask[..., : key.view_of_host.seq_len]
         return tensor.read(key.view_of_host, key.read_log, query, **options)
-    return static_ops.attention(query, key.memory(), key.memory_layout, key.scratch, **options)  # type: ignore[attr-defined]
+    # No methods of the key: torch.compile would take them for operations on tensors.
+    layout = Layout(key.sizes, key.dtype)
+    return static_ops.attention(query, key.memory, layout, key.scratch, _newer(key), **options)
+
+
+def _newer(states: StaticInt8Tensor) -> NewerTail | None:
+    """What is read instead of the layer's tail."""
+    if states.key_tail is None or states.value_tail is None or states.lengths is None:
+        return None
+    return NewerTail(states.key_tail, states.value_tail, states.lengths)

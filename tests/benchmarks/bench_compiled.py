@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 
 from quantcache import QuantizedInt8Cache
 
@@ -49,6 +56,9 @@ ROWS = {  # geometry, batch, tokens, capacity, target: ms a token, or times as f
     "long": ("Qwen2.5-7B", 1, 131072, 131200, {"ratio": 1.4}),
     "tiny": ("tiny", 2, 200, 320, {}),
 }
+
+LENGTHS = [1024, 8192, 32768, 131072]
+"""Tokens of the row "long" that each cache is read behind, compiled ones without another compilation."""
 
 WARM_UP, STEPS, PROFILED = 8, 40, 8
 
@@ -114,14 +124,35 @@ def steps_alone(model: Any, cache: Any, ids: torch.Tensor) -> float:
 
 
 def filled(kind: str, config: Qwen2Config, batch: int, tokens: int, capacity: int) -> Any:
-    made = StaticCache if kind == "StaticCache" else QuantizedInt8Cache
-    cache = made(config=config, max_cache_len=capacity)
+    if kind.endswith("eager"):
+        cache: Any = (DynamicCache if kind.startswith("Dynamic") else QuantizedInt8Cache)(config=config)
+    else:
+        cache = (StaticCache if kind == "StaticCache" else QuantizedInt8Cache)(config=config, max_cache_len=capacity)
+    fill(cache, config, batch, tokens)
+    return cache
+
+
+def fill(cache: Any, config: Qwen2Config, batch: int, tokens: int) -> None:
+    """Random states of every layer into an empty cache."""
     head_dim = config.hidden_size // config.num_attention_heads
     shape = (batch, config.num_key_value_heads, tokens, head_dim)
     states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     for layer in range(config.num_hidden_layers):
         cache.update(*states, layer)
-    return cache
+
+
+def by_length(kind: str, cache: Any, config: Qwen2Config, model: Any, lengths: list[int]) -> dict[str, float]:
+    """Milliseconds a token of ``generate()`` behind so many tokens of one sequence; compiled if the cache is static."""
+    found = {}
+    for tokens in lengths:
+        if kind.endswith("eager"):
+            cache = filled(kind, config, 1, tokens - 1, 0)
+        else:
+            cache.reset()
+            fill(cache, config, 1, tokens - 1)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="cuda")
+        found[str(tokens)] = generate(model, cache, ids, WARM_UP + STEPS // 2).median_ms()
+    return found
 
 
 def forget() -> None:
@@ -192,9 +223,15 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
                 row["account_ms"] = account(model, cache, ids)
                 ids = ids.new_zeros(batch, ids.shape[1] + PROFILED)
             row["step_ms"][kind] = steps_alone(model, cache, ids)
+            if name == "long":
+                row.setdefault("ms_by_tokens", {})[kind] = by_length(kind, cache, model.config, model, LENGTHS)
         except torch.cuda.OutOfMemoryError:
             row["ms"][kind] = None
         del cache
+    if name == "long":
+        for kind in ("DynamicCache eager", "int8 eager"):
+            forget()
+            row["ms_by_tokens"][kind] = by_length(kind, None, model.config, model, LENGTHS)
     if row["ms"].get("StaticCache") and row["ms"].get("int8"):
         row["ratio"] = round(row["ms"]["StaticCache"] / row["ms"]["int8"], 3)
     return row

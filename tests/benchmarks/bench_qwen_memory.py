@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import transformers
-
 from transformers import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
@@ -187,7 +186,9 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, int, tuple[Any, An
         batches, lengths, batch_tokens = BATCH_ROWS[:2], LENGTH_ROWS[:1], 256
     rows = [("batch", batch, batch_tokens, (without, with_), "chunks") for batch, without, with_ in batches]
     rows += [("length", 1, tokens, (without, with_), "chunks") for tokens, without, with_ in lengths]
-    if options.without_generate:
+    if options.only:
+        rows = [row for row in rows if row[0] == options.only]
+    if options.without_generate or options.only:
         return rows
     # The same by generate(): the smallest row and the largest one.
     rows.append(("length", 1, lengths[0][0], lengths[0][1:], "generate"))
@@ -213,6 +214,9 @@ def main() -> None:
         "--quick", action="store_true", help="two batches and two lengths, one of them by generate() too"
     )
     parser.add_argument("--without-generate", action="store_true", help="the rows by chunks alone, in a minute")
+    parser.add_argument(
+        "--only", choices=["batch", "length"], help="one of the two tables, without the rows by generate()"
+    )
     parser.add_argument("--weights", nargs="*", default=["bf16", "int4"])
     parser.add_argument("--out", default="docs/benchmarks/qwen-memory.json")
     options = parser.parse_args()
