@@ -350,6 +350,7 @@ def main() -> None:
     def add(row: Row) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
+        write(rows, Path(options.out))  # after each row: a run that is cut short keeps what it has
         torch.cuda.empty_cache()
 
     if "attention" in options.rows:
@@ -370,6 +371,9 @@ def main() -> None:
         add(generate_row(8192, 1.0))
         add(generate_row(8192, 1.0, batch=8))
 
+
+def write(rows: list[Row], out: Path) -> None:
+    """The file, with the rows that there are."""
     import transformers
 
     properties = torch.cuda.get_device_properties(0)
@@ -384,7 +388,6 @@ def main() -> None:
         },
         "rows": rows,
     }
-    out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
 
