@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -60,12 +61,17 @@ def runs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     return made
 
 
+def stored_on_host(cache: QuantizedInt8Cache) -> dict[str, Tensor]:
+    """What is stored, comparable among processes and devices."""
+    return {name: tensor.cpu() for name, tensor in stored_tensors(cache).items()}
+
+
 def described(cache: QuantizedInt8Cache) -> dict[str, Any]:
     report = cache.report()
     return {
         "nbytes": cache.nbytes,
         "rows": [(row.storage, row.seq_len, row.nbytes, row.kernel) for row in report.layers],
-        "stored": {name: tensor.cpu().clone() for name, tensor in stored_tensors(cache).items()},
+        "stored": {name: tensor.clone() for name, tensor in stored_on_host(cache).items()},
     }
 
 

@@ -39,6 +39,18 @@ OLDER_REFUSED: dict[tuple[str, str], Refusal] = {
         "agree in batch|[Ss]izes of tensors",
         "before 5.23 the model mixes up its positions between chunks",
     ),
+    ("Llama 4", "fixed capacity"): Refusal(
+        "transformers",
+        TypeError,
+        "unexpected keyword argument 'block_sequence_ids'",
+        "before 5.23 masks of a fixed capacity cannot be made for windows in chunks, for `StaticCache` either",
+    ),
+    ("Bloom", "fixed capacity"): Refusal(
+        "transformers",
+        ValueError,
+        "too many values to unpack",
+        "before 5.23 the model makes its mask for the class `StaticCache` alone",
+    ),
 }
 
 REFUSED: dict[tuple[str, str], Refusal] = {

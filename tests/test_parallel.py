@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache, fingerprint
-from tests.file_cases import SIZES, prompt, stored_tensors
-from tests.parallel_program import MODES, described, generated, runs
+from tests.file_cases import SIZES, prompt
+from tests.parallel_program import MODES, described, generated, runs, stored_on_host
 from tests.processes import ROOT, launch, skip_below_two_gpus
 
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -114,7 +114,7 @@ def test_each_rank_holds_and_counts_its_own_heads(both: Both) -> None:
 def test_two_ranks_write_the_file_of_one_process(both: Both) -> None:
     """It holds the ranks' bytes, head by head, and loads in one process, which goes on as both ranks do."""
     loaded = QuantizedInt8Cache.load(both.folder / f"{both.name}.two.safetensors", both.alone["model"])
-    whole = stored_tensors(loaded)
+    whole = stored_on_host(loaded)
     for number, rank in enumerate(both.ranks):
         for name, tensor in both.local(whole, number).items():
             assert torch.equal(tensor, rank["cache"]["stored"][name]), name
@@ -130,7 +130,7 @@ def test_two_ranks_write_the_file_of_one_process(both: Both) -> None:
 def test_a_cache_of_fixed_capacity_is_saved_by_two_ranks_too(both: Both) -> None:
     loaded = QuantizedInt8Cache.load(both.folder / f"{both.name}.static.safetensors", both.alone["model"])
     for number, rank in enumerate(both.ranks):
-        for name, tensor in both.local(stored_tensors(loaded), number).items():
+        for name, tensor in both.local(stored_on_host(loaded), number).items():
             assert torch.equal(tensor, rank["static"]["stored"][name]), name
 
 
@@ -145,7 +145,7 @@ def test_each_of_two_ranks_loads_its_heads_of_a_file_of_one_process(both: Both, 
     part = QuantizedInt8Cache.load(both.folder / f"{both.name}.one.safetensors", both.alone["model"], max_tokens=140)
     for number, rank in enumerate(both.ranks):
         found = rank[f"of one, mmap={mmap}"]["stored"]
-        for name, tensor in both.local(stored_tensors(part), number).items():
+        for name, tensor in both.local(stored_on_host(part), number).items():
             assert torch.equal(found[name], tensor), name
         assert torch.equal(rank["continued of one"], both.alone["continued"])
 

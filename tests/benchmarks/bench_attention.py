@@ -162,7 +162,7 @@ def chunk_row() -> Row:
 
 
 def padding_row() -> Row:
-    """A boolean mask of left padding, an eighth of the tokens on average."""
+    """A boolean mask of left padding, of 0 to 93 tokens."""
     batch, num_q_heads, num_kv_heads, tokens, head_dim = 32, 32, 8, 8192, 128
     view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
     query = torch.randn(batch, num_q_heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)

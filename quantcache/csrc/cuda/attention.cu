@@ -608,6 +608,10 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
     // Eight keys a lane and eight lanes a page: two loads bring eight pages.
     constexpr u64 ones = 0x0101010101010101u;
     const int slot = lane >> 3;
+    if (lane < count) {  // what the loop will wait for, eight pages at a time
+      const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, block, block.first_row);
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (page + lane * WARPS) * kPageSize));
+    }
     for (int first = 0; first < count; first += 8) {
       u64 any[2] = {0, 0}, all[2] = {ones, ones};
       for (int row = block.first_row; row < last_row; row++) {
@@ -692,8 +696,11 @@ struct Walk {
   }
 };
 
-// Sixteen warps a processor, where 128 registers are enough: without a bound, reading masks would cost a quarter of them.
-constexpr int kMinBlocks = NT == 1 && DTYPE != kFloat32 && DK <= 128 && DV <= 128 ? 16 / WARPS : 1;
+// Where 128 registers are enough, sixteen warps a processor. Reading masks takes more, and would cost CTAs without a
+// bound; they get what as many CTAs leave them as shared memory has room for.
+constexpr int kRoom = 233472 / (kQueryBytes + WARPS * STAGES * kStageBytes + 1024);  // of 9.0; elsewhere there is less
+constexpr int kMostBlocks = MASK && kRoom < 16 / WARPS ? kRoom : 16 / WARPS;
+constexpr int kMinBlocks = NT == 1 && DTYPE != kFloat32 && DK <= 128 && DV <= 128 && kMostBlocks > 0 ? kMostBlocks : 1;
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) u8 memory[];
