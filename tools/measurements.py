@@ -46,13 +46,14 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     """One line of Markdown: hardware, versions, command and the file itself."""
     report = load(name)
     hardware = report["hardware"]
-    device = hardware.get("gpu") or hardware.get("processor") or hardware.get("device", "")
+    gpus = hardware.get("gpus", [])
+    device = " and ".join(gpus) or hardware.get("gpu") or hardware.get("processor") or hardware.get("device", "")
     cores = f", {hardware['threads']} threads" if "threads" in hardware else ""
     timer = f", {report['timer']}" if report.get("timer", "wall clock") != "wall clock" else ""
     versions = report.get("versions", {})
     kept = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if versions.get(key))
     average = report.get("load_average")
     busy = f", load average {average}" if average else ""
-    incomplete = f" {report['incomplete']}" if report.get("incomplete") else ""
+    note = f" {report['note']}" if report.get("note") else ""
     source = f"`{report['command']}` → [{name}.json]({link}{name}.json)."
-    return f"Measured on {device}{cores}{timer}{busy}; {kept}. {source}{incomplete}"
+    return f"Measured on {device}{cores}{timer}{busy}; {kept}. {source}{note}"

@@ -1,7 +1,5 @@
 """Tables of speed: kernels, decoding, first use."""
 
-from typing import Any
-
 from tools.measurements import Row, load, rows, where
 from tools.tables.markdown import number, table
 
@@ -63,11 +61,49 @@ def compiled_decode() -> str:
         def reserved(kind: str, memory: Row = memory) -> str:
             return number(memory[kind]["reserved"]) if kind in memory else "-"
 
-        ms = [number(row["ms"].get(kind), missing="out of memory" if kind in row["ms"] else "-") for kind in KINDS]
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
-        body.append([row["row"], *ms, ratio, *map(reserved, KINDS)])
-    header = ["", "int8, ms a token", "StaticCache", "times as fast", "int8, GB reserved", "StaticCache"]
+        def times(name: str, row: Row = row) -> list[str]:
+            found = row.get(name, {})
+            return [number(found.get(kind), missing="out of memory" if kind in found else "-") for kind in KINDS]
+
+        ratio = f"**{row['ratio']:.2f}**" if "ratio" in row else "-"
+        body.append([row["row"], *times("ms"), ratio, *times("step_ms"), *map(reserved, KINDS)])
+    header = [
+        *("", "int8, ms a token", "StaticCache", "times as fast"),
+        *("the step alone: int8, ms", "StaticCache", "int8, GB reserved", "StaticCache"),
+    ]
     return table(header, body) + "\n\n" + where("compiled-decode")
+
+
+def compiled_account() -> str:
+    """Where the milliseconds of a token go."""
+    body = []
+    for row in load("compiled-decode")["rows"]:
+        if not row.get("account_ms"):
+            continue
+        account = {"the new token and page ends": row["account_ms"]["advance"]} | row["account_ms"]
+        del account["advance"]
+        between = row["ms"]["int8"] - sum(account.values())
+        body.append([row["row"], *(number(account[name]) for name in ACCOUNT), number(between)])
+    header = ["int8, ms a token", *ACCOUNT, "between two graphs"]
+    return table(header, body) + "\n\n" + where("compiled-decode")
+
+
+ACCOUNT = ("attention", "the new token and page ends", "matrix products", "other")
+
+
+def compiled_lengths() -> str:
+    """One token behind contexts of several lengths, eager and compiled."""
+    (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
+    found = row["ms_by_tokens"]
+    kinds = ("int8", "StaticCache", "int8 eager", "DynamicCache eager")
+    body = [[f"{int(tokens):,}", *(number(found[kind][tokens]) for kind in kinds)] for tokens in found["int8"]]
+    header = ["tokens", "int8, compiled", "StaticCache, compiled", "int8, eager", "DynamicCache, eager"]
+    capacity = str(row["row"]).rsplit(" ", 1)[1]
+    geometry = str(row["row"]).split(",", 1)[0]
+    return (
+        f"Milliseconds a token, {geometry}'s geometry, one sequence; the compiled caches have room for "
+        f"{int(capacity):,} tokens.\n\n" + table(header, body) + "\n\n" + where("compiled-decode")
+    )
 
 
 KINDS = ("int8", "StaticCache")
@@ -88,36 +124,31 @@ def qwen_memory() -> str:
     body = []
     for row in load("qwen-memory")["rows"]:
         originals = [number(row[f"original_{which}_gib"], missing="out of memory") for which in ("without", "with")]
-        ours = [number(row[f"peak_{kind}_gib"]) for kind in ("allocated", "reserved")]
+        ours, dynamic = (
+            [number(row.get(f"{cache}peak_{kind}_gib"), missing="-") for kind in ("allocated", "reserved")]
+            for cache in ("", "dynamic_")
+        )
         name = f"{row['weights']}, batch {row['batch']}, {row['tokens']:,} tokens"
         name += " (by `generate`)" if row["measured_by"] == "generate" else ""
-        body.append([name, *originals, *ours, number(row["cache_gib"])])
+        body.append([name, *originals, *ours, number(row["cache_gib"]), *dynamic])
     header = [
-        "GiB",
-        "original, float cache",
-        "original, quantised",
-        "quantcache, allocated",
-        "reserved",
-        "of it the cache",
+        *("GiB", "original, float cache", "original, quantised"),
+        *("quantcache, allocated", "reserved", "of it the cache", "DynamicCache, allocated", "reserved"),
     ]
     return table(header, body) + "\n\n" + where("qwen-memory")
 
 
-def flat_rows(name: str) -> str:
-    """Any rows: everything that a row holds besides its name, in one cell."""
-
-    def flat(value: Any, prefix: str = "") -> list[str]:
-        if isinstance(value, dict):
-            return [part for key, inner in value.items() for part in flat(inner, f"{prefix}{key} ")]
-        if isinstance(value, float):
-            value = number(value)
-        return [f"{prefix.replace('_', ' ')}{value}"]
-
+def parallel() -> str:
+    """Decoding on one GPU and on two."""
     body = []
-    for row in load(name)["rows"]:
-        rest = {key: value for key, value in row.items() if key not in {"row", "target"} and value is not None}
-        body.append([str(row.get("row", "")), ", ".join(flat(rest))])
-    return table(["", "measured"], body) + "\n\n" + where(name)
+    for row in load("parallel")["rows"]:
+        for kind, rate in row["tokens_per_s"].items():
+            why = row["why"].get(kind)
+            memory = row["memory_gb"].get(kind) or []
+            held = " + ".join(number(gpu["reserved"]) for gpu in memory if gpu["reserved"] > 1)
+            body.append([row["row"], row["placement"], kind, why or f"{rate:,.0f}", held or "-"])
+    header = ["", "", "cache", "tokens a second", "GB reserved on each GPU"]
+    return table(header, body) + "\n\n" + where("parallel")
 
 
 def cpu_attention() -> str:
