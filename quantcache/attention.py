@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from quantcache import static_tensor
+from quantcache.options import PLAIN, AttentionOptions
 from quantcache.static_tensor import StaticInt8Tensor
 from quantcache.tensor import Int8Tensor, autocast_to, read, shared_view
 
@@ -78,7 +79,7 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
             query = autocast_to(key.dtype, query)
             uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
             if uncovered is None and query.dtype == key.dtype:
-                return static_tensor.read(key, query, **options), None
+                return static_tensor.read(key, query, options), None
         if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
@@ -90,7 +91,7 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
             if reason is None and query.dtype != view.dtype:
                 reason = f"query in {query.dtype} and cache in {view.dtype}"
             if reason is None:
-                return read(view, log, query, **options), None
+                return read(view, log, query, options), None
         key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
         return original(module, query, key, value, attention_mask, **kwargs)
 
@@ -99,26 +100,23 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
 
 def _options(
     name: str, module: torch.nn.Module, query: Tensor, kv_len: int, attention_mask: Any, kwargs: dict[str, Any]
-) -> tuple[str | None, dict[str, Any]]:
-    """Keyword arguments of ``ops.attention`` for one call of the attention function ``name``.
+) -> tuple[str | None, AttentionOptions]:
+    """What one call of the attention function ``name`` asks for.
 
     Only what the original function honours counts; it ignores every other keyword argument, and so does this.
 
     Returns:
         reason: what int8 attention does not cover, None if it covers the call.
-        options: the keyword arguments, empty with a reason.
+        options: plain with a reason.
     """
     is_flash = name != "sdpa" and name.startswith("flash")
     for option in _DENSE_FLASH_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS if name == "sdpa" else _DENSE_OPTIONS:
         value = kwargs.get(option)
         if isinstance(value, Tensor) or value:
-            return f"the option {option}", {}
+            return f"the option {option}", PLAIN
 
-    options: dict[str, Any] = {"softmax_scale": kwargs.get("scaling")}
-    if is_flash:
-        options["window"] = kwargs.get("sliding_window")
-    if name != "sdpa":
-        options.update(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    window = kwargs.get("sliding_window") if is_flash else None
+    softcap, sinks = (kwargs.get("softcap"), kwargs.get("s_aux")) if name != "sdpa" else (None, None)
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -127,19 +125,18 @@ def _options(
     if isinstance(mask, BlockMask):
         mask = _dense_mask(mask, query, kv_len)
     if mask is None:
-        options["is_causal"] = is_causal and name != "flex_attention"  # which has no rule of its own
+        is_causal = is_causal and name != "flex_attention"  # which has no rule of its own
     elif mask.dim() == 4 and not is_flash:
         # The mask is the whole rule, causality and window included; a static one may reach beyond the keys there are.
-        options["attn_mask"] = mask[..., :kv_len]
+        mask, is_causal = mask[..., :kv_len], False
     elif mask.dim() == 2 and is_flash:
-        options["attn_mask"] = mask[:, None, None, -kv_len:].bool()
-        options["is_causal"] = is_causal
+        mask = mask[:, None, None, -kv_len:].bool()
     else:
-        return f"a mask of {mask.dim()} axes", {}
+        return f"a mask of {mask.dim()} axes", PLAIN
     position_bias = kwargs.get("position_bias")
     if position_bias is not None and not is_flash:
-        options["attn_mask"] = _biased(position_bias[..., :kv_len], options.get("attn_mask"))
-    return None, options
+        mask = _biased(position_bias[..., :kv_len], mask)
+    return None, AttentionOptions(mask, is_causal, kwargs.get("scaling"), window, softcap, sinks)
 
 
 def _dense_mask(mask: BlockMask, query: Tensor, kv_len: int) -> Tensor:

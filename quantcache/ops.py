@@ -18,6 +18,7 @@ from quantcache.backends import cpu as cpu_backend
 from quantcache.backends import cuda as cuda_backend
 from quantcache.backends import torch as torch_backend
 from quantcache.errors import FallbackWarning
+from quantcache.options import PLAIN, SCHEMA, AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
@@ -59,12 +60,7 @@ class Backend(Protocol):
         value_metadata: Sequence[Tensor],
         key_tail: Tensor,
         value_tail: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        softmax_scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: AttentionOptions,
     ) -> Tensor:
         """Attention over pages and tail."""
         ...
@@ -188,9 +184,15 @@ _library.define("restore_keys(Tensor[] qdata, Tensor[] metadata, Tensor tail) ->
 _library.define("restore_values(Tensor[] qdata, Tensor[] metadata, Tensor tail) -> Tensor")
 _library.define(
     "attention(Tensor query, Tensor[] key_qdata, Tensor[] key_metadata, Tensor[] value_qdata, "
-    "Tensor[] value_metadata, Tensor key_tail, Tensor value_tail, Tensor? attn_mask, bool is_causal, "
-    "float softmax_scale, int? window, float? softcap, Tensor? sinks) -> Tensor"
+    f"Tensor[] value_metadata, Tensor key_tail, Tensor value_tail, {SCHEMA}) -> Tensor"
 )
+
+
+def _run_attention(query: Tensor, *args: Any) -> Tensor:
+    states, options = args[:6], AttentionOptions(*args[6:])
+    run: Any = BACKENDS[backend_for(query, states[5])[0]].attention
+    output: Tensor = run(query, *states, options)
+    return output
 
 
 def _dispatched(name: str, states_arguments: tuple[int, ...]) -> Callable[..., Tensor | None]:
@@ -219,14 +221,14 @@ def _fake_attention(query: Tensor, *args: Any) -> Tensor:
     return query.new_empty(batch, query_len, num_q_heads, value_tail.shape[-1])
 
 
-for _name, _states_arguments, _fake in (
-    ("store_pages", (0, 1), _fake_nothing),
-    ("append_tail", (0, 1), _fake_nothing),
-    ("restore_keys", (2,), _fake_restore),
-    ("restore_values", (2,), _fake_restore),
-    ("attention", (0, 6), _fake_attention),
+for _name, _run, _fake in (
+    ("store_pages", _dispatched("store_pages", (0, 1)), _fake_nothing),
+    ("append_tail", _dispatched("append_tail", (0, 1)), _fake_nothing),
+    ("restore_keys", _dispatched("restore_keys", (2,)), _fake_restore),
+    ("restore_values", _dispatched("restore_values", (2,)), _fake_restore),
+    ("attention", _run_attention, _fake_attention),
 ):
-    _library.impl(_name, _dispatched(_name, _states_arguments), "CompositeExplicitAutograd")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 
 
@@ -315,13 +317,7 @@ def attention(
     value_metadata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    softmax_scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over pages and tail in one softmax; ``reference.attend`` over the restored states is its specification.
@@ -334,12 +330,7 @@ def attention(
         value_metadata: see ``restore_values``.
         key_tail: (batch, num_kv_heads, tail_len, head_dim) in the dtype of ``query``.
         value_tail: (batch, num_kv_heads, tail_len, v_head_dim) in the dtype of ``query``.
-        attn_mask: broadcastable to (batch, num_q_heads, query_len, kv_len). Bool: True attends. Float: added.
-        is_causal: hide keys newer than the query.
-        softmax_scale: factor on the logits; ``head_dim ** -0.5`` if None.
-        window: hide keys ``window`` or more positions older than the query.
-        softcap: bound of the logits by ``softcap * tanh(logits / softcap)``.
-        sinks: (num_q_heads,), one more logit per head that takes probability and returns nothing.
+        options: see ``AttentionOptions``.
         backend: what ``backend_for(query, value_tail)`` named, if it was asked already.
 
     Returns:
@@ -349,32 +340,16 @@ def attention(
         ValueError: shapes or numbers that do not fit together.
         TypeError: a query whose dtype is not the tail's.
     """
-    _check_attention(query, key_qdata, key_tail, value_tail, key_tail.shape[2], attn_mask, window, softcap, sinks)
-    if softmax_scale is None:
-        softmax_scale = float(query.shape[-1]) ** -0.5
+    _check_attention(query, key_qdata, key_tail, value_tail, key_tail.shape[2], options)
     if torch.is_grad_enabled() and query.requires_grad:
         # The operation has no derivative; the same numbers in differentiable torch keep the query's gradient.
         key = restore_keys(key_qdata, key_metadata, key_tail)
         value = restore_values(value_qdata, value_metadata, value_tail)
-        return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
-    run: Any = torch.ops.quantcache.attention
+        return reference.attend(query, key, value, options)
+    states = key_qdata, key_metadata, value_qdata, value_metadata, key_tail, value_tail
     if is_plain(query):
-        run = BACKENDS[backend or backend_for(query, value_tail)[0]].attention
-    output: Tensor = run(
-        query,
-        key_qdata,
-        key_metadata,
-        value_qdata,
-        value_metadata,
-        key_tail,
-        value_tail,
-        attn_mask,
-        is_causal,
-        softmax_scale,
-        window,
-        softcap,
-        sinks,
-    )
+        return BACKENDS[backend or backend_for(query, value_tail)[0]].attention(query, *states, options)
+    output: Tensor = torch.ops.quantcache.attention(query, *states, *options)
     return output
 
 
@@ -389,12 +364,7 @@ def write_and_attend(
     value_buffer: Tensor,
     tail_len: int,
     backend: str,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """``append_tail`` and ``attention`` in one launch, for plain tensors and a backend of ``WRITE_ON_READ``.
 
@@ -409,16 +379,9 @@ def write_and_attend(
         value_buffer: (batch, num_kv_heads, capacity, v_head_dim).
         tail_len: tokens of the tail, the new ones included.
         backend: what ``backend_for(query, value_buffer)`` named.
-        attn_mask: see ``attention``.
-        is_causal: see ``attention``.
-        softmax_scale: see ``attention``.
-        window: see ``attention``.
-        softcap: see ``attention``.
-        sinks: see ``attention``.
+        options: see ``attention``.
     """
-    _check_attention(query, key_qdata, key_buffer, value_buffer, tail_len, attn_mask, window, softcap, sinks)
-    if softmax_scale is None:
-        softmax_scale = float(query.shape[-1]) ** -0.5
+    _check_attention(query, key_qdata, key_buffer, value_buffer, tail_len, options)
     write: Any = BACKENDS[backend]
     output: Tensor = write.write_and_attend(
         query,
@@ -426,12 +389,7 @@ def write_and_attend(
         (key_qdata, key_metadata, value_qdata, value_metadata),
         (key_buffer, value_buffer),
         tail_len,
-        attn_mask,
-        is_causal,
-        softmax_scale,
-        window,
-        softcap,
-        sinks,
+        options,
     )
     return output
 
@@ -442,11 +400,9 @@ def _check_attention(
     key_tail: Tensor,
     value_tail: Tensor,
     tail_len: int,
-    attn_mask: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> None:
+    attn_mask, _, _, window, softcap, sinks = options
     batch, num_kv_heads, _, head_dim = key_tail.shape
     if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim or query.shape[1] % num_kv_heads:
         raise ValueError(

@@ -6,6 +6,7 @@ Shapes use P pages, page_size = 64 and T = P * page_size tokens.
 import torch
 from torch import Tensor
 
+from quantcache.options import PLAIN, AttentionOptions
 from quantcache.scheme import (
     MAX_ABS_STEPS,
     MAX_STEPS,
@@ -162,41 +163,31 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """Attention over dense keys and values, in one softmax.
 
     logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then masks, then softmax over the
-    keys and, with ``sinks``, one more logit per head that takes probability and returns nothing
-    (https://arxiv.org/abs/2309.17453, as gpt-oss uses it).
+    keys and, with ``sinks``, one more logit per head.
 
     Args:
         query: (batch, num_q_heads, query_len, head_dim); float64 computes in float64, any other dtype in float32.
         key: (batch, num_kv_heads, kv_len, head_dim); num_q_heads is a multiple of num_kv_heads.
         value: (batch, num_kv_heads, kv_len, v_head_dim).
-        attn_mask: broadcastable to (batch, num_q_heads, query_len, kv_len). Bool: True attends. Float: added.
-        is_causal: hide keys newer than the query, see ``visible``.
-        softmax_scale: factor on the logits.
-        window: see ``visible``.
-        softcap: bound of the logits, None for none.
-        sinks: (num_q_heads,), None for none.
+        options: see ``AttentionOptions``; causality and windows are those of ``visible``.
 
     Returns:
         (batch, query_len, num_q_heads, v_head_dim) in the dtype of ``query``, contiguous. A query that may see no key
         and has no sink gets zeros.
     """
+    attn_mask, is_causal, _, window, softcap, sinks = options
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch, num_q_heads, query_len, _ = query.shape
+    batch, num_q_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     group = num_q_heads // num_kv_heads
 
     grouped = query.to(compute).reshape(batch, num_kv_heads, group * query_len, -1)
-    logits = softmax_scale * (grouped @ key.to(compute).transpose(-1, -2))
+    logits = options.scale(head_dim) * (grouped @ key.to(compute).transpose(-1, -2))
     logits = logits.view(batch, num_q_heads, query_len, kv_len)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

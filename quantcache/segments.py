@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcache import ops
+from quantcache.options import PLAIN, AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 
@@ -183,40 +184,18 @@ class PagesView:
         """(batch, num_kv_heads, seq_len, v_head_dim) in the model's dtype."""
         return ops.restore_values(*self.closed.value_parts, self.value_tail) if self.segments else self.value_tail
 
-    def attention(
-        self,
-        query: Tensor,
-        *,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        softmax_scale: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attention(self, query: Tensor, options: AttentionOptions = PLAIN) -> Tensor:
         """``ops.attention`` over this view."""
         parts = (*self.closed.key_parts, *self.closed.value_parts)
         backend = self.backend and self.backend[0]
         if self.pending is not None and ops.is_plain(query) and not (query.requires_grad and torch.is_grad_enabled()):
+            new_states = self.pending
             output = ops.write_and_attend(
-                query, self.pending, *parts, *self._buffers, self._tail_len, backend or "",
-                attn_mask, is_causal, softmax_scale, window, softcap, sinks,
-            )  # fmt: skip
+                query, new_states, *parts, *self._buffers, self._tail_len, backend or "", options
+            )
             self.pending = None
             return output
-        return ops.attention(
-            query,
-            *parts,
-            self.key_tail,
-            self.value_tail,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            backend=backend,
-        )
+        return ops.attention(query, *parts, self.key_tail, self.value_tail, options, backend)
 
     def __getstate__(self) -> tuple[object, ...]:
         """A copy or a pickle is of the tokens there are, without slack."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantcache import ops
 from quantcache.backends import cuda as cuda_backend
+from quantcache.options import PLAIN, SCHEMA, AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 NUM_LENGTHS: Final = 4
@@ -159,8 +160,7 @@ _library.define(
 # The scratch is written, but what is in it before and after means nothing, so it counts as read-only.
 _library.define(
     f"static_attention(Tensor query, Tensor memory, {_LAYOUT}, Tensor? key_tail, Tensor? value_tail, Tensor? lengths, "
-    "Tensor scratch, Tensor? attn_mask, bool is_causal, float softmax_scale, int? window, float? softcap, "
-    "Tensor? sinks) -> Tensor"
+    f"Tensor scratch, {SCHEMA}) -> Tensor"
 )
 
 
@@ -192,14 +192,8 @@ def attention(
     memory: Tensor,
     layout: Layout,
     scratch: Tensor,
+    options: AttentionOptions = PLAIN,
     newer: NewerTail | None = None,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    softmax_scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """``ops.attention`` over the tokens that there are when it runs.
 
@@ -208,22 +202,14 @@ def attention(
         memory: what is read. Nothing behind its lengths is, and the time follows them.
         layout: of the memory.
         scratch: see ``make_scratch``.
+        options: see ``AttentionOptions``; the last axis of a mask may be longer than there are keys.
         newer: instead of the tail.
-        attn_mask: see ``ops.attention``; its last axis may be longer than there are keys.
-        is_causal: see ``ops.attention``, as for the arguments that follow.
-        softmax_scale: see ``ops.attention``.
-        window: see ``ops.attention``.
-        softcap: see ``ops.attention``.
-        sinks: see ``ops.attention``.
 
     Returns:
         (batch, query_len, num_q_heads, v_head_dim), contiguous, in the dtype of ``query``.
     """
-    if softmax_scale is None:
-        softmax_scale = float(query.shape[-1]) ** -0.5
     output: Tensor = torch.ops.quantcache.static_attention(
-        *(query, memory, layout.sizes, layout.dtype, *(newer or (None, None, None)), scratch),
-        *(attn_mask, is_causal, softmax_scale, window, softcap, sinks),
+        *(query, memory, layout.sizes, layout.dtype, *(newer or (None, None, None)), scratch, *options)
     )
     return output
 
@@ -333,28 +319,22 @@ def _run_attention(
     value_tail: Tensor | None,
     lengths: Tensor | None,
     scratch: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    *args: Any,
 ) -> Tensor:
-    options = (is_causal, softmax_scale, window, softcap, sinks)
+    options = AttentionOptions(*args)
     newer = None
     if key_tail is not None and value_tail is not None and lengths is not None:
         newer = NewerTail(key_tail, value_tail, lengths)
     store = _readable(memory, layout_for(Sizes(*sizes), dtype), newer)
     backend, _ = ops.backend_for(query, store.value_tail)
     if backend == "cuda":
-        return cuda_backend.static_attention(query, store, scratch, attn_mask, *options)
+        return cuda_backend.static_attention(query, store, scratch, options)
     num_pages, tail_len, *_ = store.lengths.tolist()
-    if attn_mask is not None and attn_mask.shape[-1] > 1:
-        attn_mask = attn_mask[..., : num_pages * PAGE_SIZE + tail_len]
+    if options.attn_mask is not None and options.attn_mask.shape[-1] > 1:
+        options = options._replace(attn_mask=options.attn_mask[..., : num_pages * PAGE_SIZE + tail_len])
     run: Any = ops.BACKENDS[backend].attention
     parts = ([part[:num_pages]] for part in store[:4])
-    tails_of = (tail[:, :, :tail_len] for tail in store[4:6])
-    output: Tensor = run(query, *parts, *tails_of, attn_mask, *options)
+    output: Tensor = run(query, *parts, *(tail[:, :, :tail_len] for tail in store[4:6]), options)
     return output
 
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from quantcache import static_ops, tensor
 from quantcache.errors import FallbackWarning
+from quantcache.options import AttentionOptions
 from quantcache.report import ReadLog, strict_error
 from quantcache.segments import PagesView
 from quantcache.static_ops import Layout, NewerTail, Sizes
@@ -125,19 +126,15 @@ class StaticInt8Tensor(Tensor):
         return func(*args, **kwargs)
 
 
-def read(key: StaticInt8Tensor, query: Tensor, **options: Any) -> Tensor:
-    """Attention over the layer whose keys are ``key``; ``options`` are the keyword arguments of ``ops.attention``.
-
-    The mask may be as wide as the capacity.
-    """
+def read(key: StaticInt8Tensor, query: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention over the layer whose keys are ``key``. The mask may be as wide as the capacity."""
     if not torch.compiler.is_compiling() and key.view_of_host is not None and key.read_log is not None:
-        attn_mask = options.get("attn_mask")
-        if attn_mask is not None:
-            options["attn_mask"] = attn_mask[..., : key.view_of_host.seq_len]
-        return tensor.read(key.view_of_host, key.read_log, query, **options)
+        if options.attn_mask is not None:
+            options = options._replace(attn_mask=options.attn_mask[..., : key.view_of_host.seq_len])
+        return tensor.read(key.view_of_host, key.read_log, query, options)
     # No methods of the key: torch.compile would take them for operations on tensors.
     layout = Layout(key.sizes, key.dtype)
-    return static_ops.attention(query, key.memory, layout, key.scratch, _newer(key), **options)
+    return static_ops.attention(query, key.memory, layout, key.scratch, options, _newer(key))
 
 
 def _newer(states: StaticInt8Tensor) -> NewerTail | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quantcache import ops
+from quantcache.options import AttentionOptions
 from quantcache.report import ReadLog
 from quantcache.segments import PagesView
 
@@ -138,8 +139,8 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
     return states
 
 
-def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any) -> Tensor:
-    """``ops.attention`` over the view, noted in the log; ``options`` are its keyword arguments."""
+def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: AttentionOptions) -> Tensor:
+    """``ops.attention`` over the view, noted in the log."""
     if pages_view.backend is None:
         pages_view.backend = ops.backend_for(query, pages_view.value_tail)
     backend, reason = pages_view.backend
@@ -147,7 +148,7 @@ def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, **options: Any
         read_log.fell_back(reason, backend)
     else:
         read_log.kernel, read_log.reason = backend, None
-    return pages_view.attention(query, **options)
+    return pages_view.attention(query, options)
 
 
 def _int8_sdpa(
@@ -171,4 +172,4 @@ def _int8_sdpa(
     if is_causal:
         # torch aligns the first query with the first key, ops.attention the last with the last.
         attn_mask = torch.ones(query.shape[2], view.seq_len, dtype=torch.bool, device=query.device).tril()
-    return read(view, log, query, attn_mask=attn_mask, softmax_scale=scale).transpose(1, 2)
+    return read(view, log, query, AttentionOptions(attn_mask, softmax_scale=scale)).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantcache import ops, reference
 from quantcache.backends import cpu
+from quantcache.options import AttentionOptions
 from quantcache.scheme import METADATA_SCALE, PAGE_SIZE
 from tests.attention_cases import Case, Stored, assert_within, attention_bound, build
 
@@ -48,7 +49,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(stored: Stored, **options: Any) -> Tensor:
-    return ops.attention(*stored.arguments, **options)  # type: ignore[arg-type]
+    return ops.attention(*stored.arguments, AttentionOptions(**options))  # type: ignore[arg-type]
 
 
 def check(backend: str, case: Case, seed: int = 0, **options: Any) -> None:
@@ -57,17 +58,11 @@ def check(backend: str, case: Case, seed: int = 0, **options: Any) -> None:
     key, value = stored.exact()
     scale = options.get("softmax_scale") or case.head_dim**-0.5
     sinks, mask = options.get("sinks"), options.get("attn_mask")
-    expected = reference.attend(
-        stored.query.double(),
-        key,
-        value,
-        mask if mask is None or mask.dtype == torch.bool else mask.double(),
-        options.get("is_causal", False),
-        scale,
-        options.get("window"),
-        options.get("softcap"),
-        None if sinks is None else sinks.double(),
-    )
+    exact = {
+        "attn_mask": mask if mask is None or mask.dtype == torch.bool else mask.double(),
+        "sinks": None if sinks is None else sinks.double(),
+    }
+    expected = reference.attend(stored.query.double(), key, value, AttentionOptions(**(options | exact)))
     output = run(stored, **options)
     assert output.dtype == case.dtype
     assert output.is_contiguous()
@@ -160,7 +155,7 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
     mask[1] = False
     for isa in cpu.ISAS:
         if cpu.unavailable() is None and cpu.use_isa(isa):
-            output = cpu.attention(*stored.arguments, mask, False, 0.1, None, None, None)  # type: ignore[arg-type]
+            output = cpu.attention(*stored.arguments, AttentionOptions(mask))  # type: ignore[arg-type]
             assert torch.equal(output[:, 1], torch.zeros_like(output[:, 1]))
             assert (output[:, 0] != 0).all()
 
@@ -198,7 +193,7 @@ def test_a_hidden_broken_page_is_not_read() -> None:
     mask[:, 64:128] = False
     for isa in cpu.ISAS:
         if cpu.unavailable() is None and cpu.use_isa(isa):
-            output = cpu.attention(*stored.arguments, mask, False, 0.1, None, None, None)  # type: ignore[arg-type]
+            output = cpu.attention(*stored.arguments, AttentionOptions(mask))  # type: ignore[arg-type]
             assert output.isfinite().all()
 
 

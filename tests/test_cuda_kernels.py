@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantcache import ops, reference
 from quantcache.backends import cuda
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 from quantcache.scheme import PAGE_SIZE
 from tests.attention_cases import Case, Stored, build
@@ -37,6 +38,9 @@ def on_gpu(stored: Stored) -> Stored:
     )
 
 
+CAUSAL = AttentionOptions(is_causal=True)
+
+
 def move_states(states: Tensor) -> Tensor:
     """To the GPU with the same strides."""
     return torch.empty_strided(states.shape, states.stride(), dtype=states.dtype, device="cuda").copy_(states)
@@ -48,17 +52,10 @@ def check(stored: Stored, tolerance: float | None = None, **options: Any) -> Ten
     if stored.query.shape[1] // key.shape[1] * stored.query.shape[2] > cuda.MAX_FUSED_ROWS:
         # Such a layer is restored in its own dtype, which is the backend's contract; what follows is torch's attention.
         key, value = key.to(stored.query.dtype).double(), value.to(stored.query.dtype).double()
-    scale = options.pop("softmax_scale", stored.query.shape[-1] ** -0.5)
-    names = ("attn_mask", "is_causal", "window", "softcap", "sinks")
-    arguments = {name: options.get(name) for name in names} | {"is_causal": options.get("is_causal", False)}
-    expected = reference.attend(
-        stored.query.double(),
-        key.to(stored.query.device),
-        value.to(stored.query.device),
-        softmax_scale=scale,
-        **arguments,
-    )
-    output = ops.attention(*stored.arguments, softmax_scale=scale, **options)
+    asked = AttentionOptions(**options)
+    device = stored.query.device
+    expected = reference.attend(stored.query.double(), key.to(device), value.to(device), asked)
+    output = ops.attention(*stored.arguments, asked)
     assert output.dtype == stored.query.dtype
     assert output.is_contiguous()
     error = (output.double() - expected).norm() / expected.norm()
@@ -144,9 +141,7 @@ def test_splitting_changes_nothing(splits: tuple[int, int], rows: int) -> None:
     stored = on_gpu(build(case))
     whole = check(stored, is_causal=True)
     table = cuda.segment_table(*stored.arguments[1:5])
-    output = cuda.fused_attention(
-        stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, splits=splits
-    )
+    output = cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, splits=splits)
     torch.testing.assert_close(output, whole, rtol=2e-3, atol=2e-3)
 
 
@@ -253,9 +248,7 @@ def test_lengths_are_read_by_a_captured_graph_when_it_runs() -> None:
     lengths = torch.tensor([40, 95], dtype=torch.int32, device="cuda")
 
     def step() -> Tensor:
-        return cuda.fused_attention(
-            stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, lengths=lengths
-        )
+        return cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, lengths=lengths)
 
     step()
     stream = torch.cuda.Stream()
@@ -280,7 +273,7 @@ def test_lengths_are_read_by_a_captured_graph_when_it_runs() -> None:
             value_tail=stored.value_tail[:, :, :tail],
         )
         key, value = live.exact()
-        expected = reference.attend(live.query.double(), key, value, None, True, 128**-0.5, None, None, None)
+        expected = reference.attend(live.query.double(), key, value, CAUSAL)
         error = (output.double() - expected).norm() / expected.norm()
         assert error <= TOLERANCE[case.dtype]
 
@@ -293,9 +286,7 @@ def test_what_lies_behind_the_pages_in_use_is_not_read() -> None:
 
     def run() -> Tensor:
         table = cuda.segment_table(*(list(part) for part in stored.arguments[1:5]))
-        return cuda.fused_attention(
-            stored.query, table, *stored.arguments[5:], None, True, 128**-0.5, None, None, None, lengths=lengths
-        )
+        return cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, lengths=lengths)
 
     clean = run()
     for metadata in (*stored.key_metadata, *stored.value_metadata):

@@ -11,6 +11,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausa
 
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache, ops
 from quantcache.layers import Int8Layer
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 from quantcache.sliding import Int8SlidingLayer
 from tests.strategies import random_states
@@ -348,7 +349,8 @@ REFUSED_ATTENTION = {
 @pytest.mark.parametrize("case", REFUSED_ATTENTION)
 def test_attention_says_what_does_not_fit(cache: QuantizedInt8Cache, case: str) -> None:
     query, options, error, message = REFUSED_ATTENTION[case]
-    assert_refused(cache, error, message, lambda: cache.layers[0].pages.view().attention(query, **options))
+    asked = AttentionOptions(**options)
+    assert_refused(cache, error, message, lambda: cache.layers[0].pages.view().attention(query, asked))
 
 
 def test_a_crop_beyond_what_a_window_keeps_is_refused() -> None:

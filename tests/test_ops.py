@@ -1,12 +1,14 @@
 """Does each backend equal the reference, and each operation its schema?"""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from quantcache import ops, reference
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages, PagesView
 from tests.conftest import devices
 from tests.strategies import DTYPES, make_states, random_states
@@ -35,15 +37,13 @@ def filled(
     return pages.view()
 
 
-def expected_attention(view: PagesView, query: Tensor, **options: object) -> Tensor:
+def expected_attention(view: PagesView, query: Tensor, **options: Any) -> Tensor:
     """The specification in float64 over the restored states."""
     keys = [reference.restore_key_pages(s.key_qdata, s.key_metadata, torch.float32) for s in view.segments]
     values = [reference.restore_value_pages(s.value_qdata, s.value_metadata, torch.float32) for s in view.segments]
     key = torch.cat([*keys, view.key_tail.float()], dim=2)
     value = torch.cat([*values, view.value_tail.float()], dim=2)
-    names = ("attn_mask", "is_causal", "softmax_scale", "window", "softcap", "sinks")
-    defaults = {"is_causal": False, "softmax_scale": query.shape[-1] ** -0.5}
-    return reference.attend(query.double(), key, value, *(options.get(n, defaults.get(n)) for n in names))
+    return reference.attend(query.double(), key, value, AttentionOptions(**options))
 
 
 @pytest.mark.parametrize("device", devices())
@@ -118,7 +118,7 @@ def test_attention_equals_the_reference(backend: str, option: str, dtype: torch.
         view = filled(seq_len, dtype=dtype, device=device)
         query, _ = random_states(2, 2 * group, query_len, 16, seed=3, dtype=dtype, device=device)
         options = options_for(option, query, view.seq_len)
-        output = view.attention(query, **options)
+        output = view.attention(query, AttentionOptions(**options))
         assert output.dtype == dtype
         assert output.is_contiguous()
         expected = expected_attention(view, query, **options)
@@ -154,7 +154,7 @@ def test_a_query_that_sees_nothing_gets_zeros(backend: str, dtype: torch.dtype, 
     mask = torch.ones(2, 1, 3, 300, dtype=torch.bool, device=device)
     mask[1, :, 2] = False
     for attn_mask in (mask, torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -torch.inf)):
-        output = view.attention(query, attn_mask=attn_mask)
+        output = view.attention(query, AttentionOptions(attn_mask))
         assert (output[1, 2] == 0).all()
         assert (output[1, 1] != 0).any()
         assert output.isfinite().all()
@@ -181,7 +181,7 @@ def test_operations_keep_their_schemas() -> None:
 def test_a_gradient_to_the_query_is_that_of_attention_over_restored_states(backend: str) -> None:
     view = filled(300, v_head_dim=16)
     query = random_states(2, 4, 3, 16, seed=3)[0].requires_grad_()
-    view.attention(query, is_causal=True).square().sum().backward()
+    view.attention(query, AttentionOptions(is_causal=True)).square().sum().backward()
     again = query.detach().double().requires_grad_()
     expected_attention(view, again, is_causal=True).square().sum().backward()
     torch.testing.assert_close(query.grad, again.grad.float(), rtol=1e-4, atol=1e-5)

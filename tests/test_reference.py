@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantcache import reference, scheme
+from quantcache.options import AttentionOptions
 from tests.bounds import assert_within, attention_bound, cast_bound
 from tests.strategies import DTYPES, kv_states, make_states, random_states
 
@@ -117,13 +118,13 @@ def test_quantised_attention_stays_within_the_bound(group: int, v_head_dim: int)
     query, _ = random_states(2, 2 * group, 5, 16, seed=3, dtype=torch.float64)
     key_qdata, key_metadata = reference.quantize_key_pages(key)
     value_qdata, value_metadata = reference.quantize_value_pages(value)
-    options = (None, True, 0.25, None, None, None)
-    exact = reference.attend(query, key, value, *options)
+    options = AttentionOptions(is_causal=True, softmax_scale=0.25)
+    exact = reference.attend(query, key, value, options)
     restored = reference.attend(
         query,
         reference.restore_key_pages(key_qdata, key_metadata, torch.float32),
         reference.restore_value_pages(value_qdata, value_metadata, torch.float32),
-        *options,
+        options,
     )
     key_scale, value_scale = (reference.unpack_metadata(m)[0] for m in (key_metadata, value_metadata))
     bound = attention_bound(query, 0.25, key_scale, value_scale, value)
@@ -138,7 +139,7 @@ def test_attend_equals_torch_attention() -> None:
     mask[..., 0] = True
     additive = torch.randn(2, 6, 7, 20, dtype=torch.float64)
     for attn_mask in (None, mask, additive):
-        ours = reference.attend(query, key, value, attn_mask, False, 0.3, None, None, None)
+        ours = reference.attend(query, key, value, AttentionOptions(attn_mask, softmax_scale=0.3))
         theirs = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, scale=0.3, enable_gqa=True
         )
@@ -150,8 +151,8 @@ def test_causality_and_window_are_the_masks_they_name() -> None:
     key, value = random_states(1, 2, 10, 8, seed=2, dtype=torch.float64)
     position, key_position = torch.arange(6, 10)[:, None], torch.arange(10)[None]
     mask = (key_position <= position) & (key_position > position - 3)
-    by_rule = reference.attend(query, key, value, None, True, 0.3, 3, None, None)
-    by_mask = reference.attend(query, key, value, mask, False, 0.3, None, None, None)
+    by_rule = reference.attend(query, key, value, AttentionOptions(is_causal=True, window=3))
+    by_mask = reference.attend(query, key, value, AttentionOptions(mask))
     assert torch.equal(by_rule, by_mask)
 
 
@@ -159,7 +160,7 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     query, _ = random_states(1, 1, 2, 8)
     key, value = random_states(1, 1, 5, 8, seed=1)
     mask = torch.tensor([[False] * 5, [True] * 5])
-    output = reference.attend(query, key, value, mask, False, 1.0, None, None, None)
+    output = reference.attend(query, key, value, AttentionOptions(mask))
     assert (output[0, 0] == 0).all()
     assert (output[0, 1] != 0).all()
 
@@ -169,7 +170,7 @@ def test_softcap_bounds_the_logits_and_sinks_take_probability() -> None:
     key, _ = random_states(1, 2, 6, 8, seed=1, dtype=torch.float64)
     value = torch.ones(1, 2, 6, 8, dtype=torch.float64)
     sinks = torch.tensor([0.5, -1.0], dtype=torch.float64)
-    output = reference.attend(query, key, value, None, False, 1.0, None, 2.0, sinks)
+    output = reference.attend(query, key, value, AttentionOptions(softmax_scale=1.0, softcap=2.0, sinks=sinks))
     logits = 2.0 * torch.tanh((query @ key.transpose(-1, -2)) / 2.0)
     mass = logits.exp().sum(-1) / (logits.exp().sum(-1) + sinks.exp()[None, :, None])
     torch.testing.assert_close(output[..., 0], mass.transpose(1, 2), rtol=1e-12, atol=0)

@@ -19,6 +19,7 @@ from transformers import (
 
 from quantcache import QuantizedInt8Cache, static_ops
 from quantcache.errors import FallbackWarning
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 from quantcache.scheme import PAGE_SIZE
 from quantcache.static_layers import StaticInt8Layer
@@ -62,7 +63,7 @@ class Attention(torch.nn.Module):
         from quantcache import static_tensor
 
         states, _ = self.layer.update(key, value)
-        return static_tensor.read(states, query, attn_mask=mask, is_causal=mask is None)
+        return static_tensor.read(states, query, AttentionOptions(mask, is_causal=mask is None))
 
 
 @pytest.mark.parametrize("device", devices())

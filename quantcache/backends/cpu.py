@@ -17,6 +17,7 @@ from torch import Tensor
 from quantcache import native
 from quantcache.backends.torch import append_tail
 from quantcache.native import BuildError
+from quantcache.options import AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 __all__ = ["append_tail", "attention", "restore_keys", "restore_values", "store_pages", "unavailable", "unsupported"]
@@ -129,18 +130,14 @@ def attention(
     value_metadata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``ops.attention``; ``unsupported`` must be None."""
     batch, num_q_heads, query_len, head_dim = query.shape
     _, num_kv_heads, tail_len, v_head_dim = value_tail.shape
     query, key_tail, value_tail = _rows(query), _rows(key_tail), _rows(value_tail)
     segments, kept = _segments(key_qdata, key_metadata, value_qdata, value_metadata)
+    attn_mask, is_causal, _, window, softcap, sinks = options
     mask_fields: tuple[int, ...] = _NO_MASK
     if attn_mask is not None:
         if attn_mask.dtype not in _MASK_DTYPES:
@@ -172,7 +169,7 @@ def attention(
         *mask_fields,
         is_causal,
         window or 0,
-        softmax_scale,
+        options.scale(head_dim),
         softcap or 0.0,
         0 if sinks is None else sinks.data_ptr(),
         output.data_ptr(),

@@ -4,13 +4,13 @@ Its extra memory is one layer's keys and values in the dtype of the query, freed
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache import reference
+from quantcache.options import AttentionOptions
 
 
 def store_pages(
@@ -57,28 +57,23 @@ def attention(
     value_metadata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``ops.attention``."""
     key = restore_keys(key_qdata, key_metadata, key_tail)
     value = restore_values(value_qdata, value_metadata, value_tail)
-    if softcap is not None or sinks is not None:
-        return reference.attend(query, key, value, attn_mask, is_causal, softmax_scale, window, softcap, sinks)
+    if options.softcap is not None or options.sinks is not None:
+        return reference.attend(query, key, value, options)
 
     batch, num_q_heads, query_len, head_dim = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    mask = combined_mask(query, kv_len, attn_mask, is_causal, window)
+    mask = combined_mask(query, kv_len, options)
     # The query heads of one KV head become query rows, so that torch never copies keys for them.
     group = num_q_heads // num_kv_heads
     if group > 1:
         query = query.reshape(batch, num_kv_heads, group * query_len, head_dim)
         mask = None if mask is None else _packed_mask(mask, num_kv_heads, group, query_len, kv_len)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=options.softmax_scale)
     if mask is not None:
         output = zero_where_blind(output, mask)
     return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
@@ -90,12 +85,12 @@ def write_and_attend(
     parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
     tails: tuple[Tensor, Tensor],
     tail_len: int,
-    *options: Any,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``ops.write_and_attend``; here it is no faster than one after the other, and is what tests compare with."""
     append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
     key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
-    return attention(query, *parts, key_tail, value_tail, *options)
+    return attention(query, *parts, key_tail, value_tail, options)
 
 
 def zero_where_blind(output: Tensor, mask: Tensor) -> Tensor:
@@ -104,13 +99,11 @@ def zero_where_blind(output: Tensor, mask: Tensor) -> Tensor:
     return output.masked_fill(~sees.any(dim=-1, keepdim=True), 0)
 
 
-def combined_mask(
-    query: Tensor, kv_len: int, attn_mask: Tensor | None, is_causal: bool, window: int | None
-) -> Tensor | None:
+def combined_mask(query: Tensor, kv_len: int, options: AttentionOptions) -> Tensor | None:
     """One mask of at least 4 axes for the position rules and ``attn_mask`` together, or None."""
-    query_len = query.shape[2]
+    query_len, attn_mask, window = query.shape[2], options.attn_mask, options.window
     # The only query of a decode step is the newest token, from which causality hides nothing.
-    is_causal = is_causal and query_len > 1
+    is_causal = options.is_causal and query_len > 1
     if attn_mask is not None:
         attn_mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
         if attn_mask.dtype != torch.bool:

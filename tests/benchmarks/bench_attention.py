@@ -26,9 +26,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache import QuantizedInt8Cache, reference
 from quantcache.backends import cuda
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages, PagesView
 
 Row = dict[str, Any]
+
+CAUSAL = AttentionOptions(is_causal=True)
 
 SHAPES = [  # batch, q heads, kv heads, tokens, head_dim, query_len, target
     (32, 32, 32, 4096, 128, 1, 1.75),
@@ -93,10 +96,10 @@ def check(view: PagesView, query: Tensor, output: Tensor, attn_mask: Tensor | No
                 )
             ]  # fmt: skip
             heads = slice(head * group, (head + 1) * group)
+            row_mask = None if attn_mask is None else attn_mask[row : row + 1]
             expected = reference.attend(
-                query[row : row + 1, heads].double(), *part, None if attn_mask is None else attn_mask[row : row + 1],
-                True, query.shape[-1] ** -0.5, None, None, None,
-            )  # fmt: skip
+                query[row : row + 1, heads].double(), *part, CAUSAL._replace(attn_mask=row_mask)
+            )
             got = output[row : row + 1, :, heads].double()
             errors.append(float((got - expected).norm() / expected.norm()))
     return max(errors)
@@ -119,9 +122,9 @@ def attention_row(
 ) -> Row:
     view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
     query = torch.randn(batch, query_len, num_q_heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    error = check(view, query, view.attention(query, is_causal=True))
+    error = check(view, query, view.attention(query, CAUSAL))
     mask = causal_lower_right(query_len, tokens) if query_len > 1 else None
-    candidates = {"int8": lambda: view.attention(query, is_causal=True)} | baselines(query, key, value, mask)
+    candidates = {"int8": lambda: view.attention(query, CAUSAL)} | baselines(query, key, value, mask)
     times = interleaved(candidates)
     best = min(t for name, t in times.items() if name != "int8")
     nbytes = sum(part.nbytes for segment in view.segments for part in segment)
@@ -142,14 +145,14 @@ def chunk_row() -> Row:
     batch, num_q_heads, num_kv_heads, tokens, new, head_dim = 1, 32, 8, 32768, 512, 128
     view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
     query = torch.randn(batch, num_q_heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
-    error = check(view, query, view.attention(query, is_causal=True))
+    error = check(view, query, view.attention(query, CAUSAL))
     mask = causal_lower_right(new, tokens)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    view.attention(query, is_causal=True)
+    view.attention(query, CAUSAL)
     extra = torch.cuda.max_memory_allocated() - before
-    times = interleaved({"int8": lambda: view.attention(query, is_causal=True)} | baselines(query, key, value, mask))
+    times = interleaved({"int8": lambda: view.attention(query, CAUSAL)} | baselines(query, key, value, mask))
     return {
         "row": "512 new tokens over 32768, 32/8 heads, head_dim 128",
         "median_us": times,
@@ -168,11 +171,11 @@ def padding_row() -> Row:
     query = torch.randn(batch, num_q_heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
     hidden = torch.arange(batch, device="cuda") * 3
     mask = (torch.arange(tokens, device="cuda") >= hidden[:, None])[:, None, None]
-    error = check(view, query, view.attention(query, attn_mask=mask), mask)
+    error = check(view, query, view.attention(query, AttentionOptions(mask)), mask)
     times = interleaved(
         {
-            "int8": lambda: view.attention(query, is_causal=True),
-            "int8 with mask": lambda: view.attention(query, attn_mask=mask),
+            "int8": lambda: view.attention(query, CAUSAL),
+            "int8 with mask": lambda: view.attention(query, AttentionOptions(mask)),
         }
         | baselines(query, key, value)
         | {f"{name} with mask": call for name, call in baselines(query, key, value, mask).items()}
@@ -221,6 +224,7 @@ def store_row() -> Row:
 
 FIRST_USE = """
 import time, torch
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 torch.zeros(1, device="cuda"); torch.cuda.synchronize()
 key, value = (torch.randn(1, 300, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
@@ -231,7 +235,7 @@ pages.append(key, value)
 view = pages.append(key[:, :, :1], value[:, :, :1])
 view.attention(query)
 mask = torch.ones(1, 1, 1, 301, dtype=torch.bool, device="cuda")
-view.attention(query, attn_mask=mask)
+view.attention(query, AttentionOptions(mask))
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """

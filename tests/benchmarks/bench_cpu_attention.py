@@ -26,9 +26,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from quantcache import QuantizedInt8Cache, ops, reference
 from quantcache.backends import cpu
 from quantcache.backends import torch as torch_backend
+from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 
 Row = dict[str, Any]
+
+CAUSAL = AttentionOptions(is_causal=True)
 
 COPIED_BYTES = 256 << 20
 
@@ -75,12 +78,12 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
             ),
         )
     )
-    expected = reference.attend(query.double(), exact_key, exact_value, None, True, head_dim**-0.5, None, None, None)
+    expected = reference.attend(query.double(), exact_key, exact_value, CAUSAL)
     del exact_key, exact_value
-    output = view.attention(query, is_causal=True)
+    output = view.attention(query, CAUSAL)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
 
-    candidates: dict[str, Callable[[], object]] = {"int8": lambda: view.attention(query, is_causal=True)}
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: view.attention(query, CAUSAL)}
     for dtype in (torch.bfloat16, torch.float32):
         dense = query.to(dtype), key.to(dtype), value.to(dtype)
         packed = dense[0].reshape(batch, num_kv_heads, group, head_dim)
@@ -96,9 +99,7 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
             [x.value_qdata for x in s],
             [x.value_metadata for x in s],
         )
-        return torch_backend.attention(
-            query, *lists, view.key_tail, view.value_tail, None, True, head_dim**-0.5, None, None, None
-        )
+        return torch_backend.attention(query, *lists, view.key_tail, view.value_tail, CAUSAL)
 
     slow = interleaved({"torch backend": torch_backend_call}, 1)
     times = interleaved(candidates, 15) | slow

@@ -12,6 +12,7 @@ from quantcache.backends import torch as torch_backend
 from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
 from quantcache.backends.cuda.pages import SegmentTable, append_tail, restore, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
+from quantcache.options import AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 MAX_FUSED_ROWS: Final = 64
@@ -32,12 +33,7 @@ def attention(
     value_metadata: Sequence[Tensor],
     key_tail: Tensor,
     value_tail: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``ops.attention``; ``unsupported`` must be None.
 
@@ -45,18 +41,15 @@ def attention(
     longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
     """
     table = segment_table(key_qdata, key_metadata, value_qdata, value_metadata)
-    if _is_restored(query, key_tail, softcap, sinks):
-        return _attention_of_restored(
-            query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, SCRATCH_BYTES
-        )
-    return fused_attention(
-        query, table, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
-    )
+    if _is_restored(query, key_tail, options):
+        return _attention_of_restored(query, table, key_tail, value_tail, options, SCRATCH_BYTES)
+    return fused_attention(query, table, key_tail, value_tail, options)
 
 
-def _is_restored(query: Tensor, key_tail: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
+def _is_restored(query: Tensor, key_tail: Tensor, options: AttentionOptions) -> bool:
     _, num_q_heads, query_len, _ = query.shape
-    return query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1] and softcap is None and sinks is None
+    is_long = query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1]
+    return is_long and options.softcap is None and options.sinks is None
 
 
 def write_and_attend(
@@ -65,33 +58,14 @@ def write_and_attend(
     parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
     tails: tuple[Tensor, Tensor],
     tail_len: int,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``ops.write_and_attend``."""
-    if _is_restored(query, tails[0], softcap, sinks):
+    if _is_restored(query, tails[0], options):
         append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
         key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
-        return attention(
-            query, *parts, key_tail, value_tail, attn_mask, is_causal, softmax_scale, window, softcap, sinks
-        )
-    return fused_attention(
-        query,
-        segment_table(*parts),
-        *tails,
-        attn_mask,
-        is_causal,
-        softmax_scale,
-        window,
-        softcap,
-        sinks,
-        tail_len,
-        new_states,
-    )
+        return attention(query, *parts, key_tail, value_tail, options)
+    return fused_attention(query, segment_table(*parts), *tails, options, tail_len, new_states)
 
 
 def fused_attention(
@@ -99,12 +73,7 @@ def fused_attention(
     table: SegmentTable,
     key_tail: Tensor,
     value_tail: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
     tail_len: int | None = None,
     new_states: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
@@ -119,12 +88,7 @@ def fused_attention(
         table: the pages; with ``lengths`` the first of them count.
         key_tail: see ``ops.attention``.
         value_tail: see ``ops.attention``.
-        attn_mask: see ``ops.attention``.
-        is_causal: see ``ops.attention``.
-        softmax_scale: see ``ops.attention``.
-        window: see ``ops.attention``.
-        softcap: see ``ops.attention``.
-        sinks: see ``ops.attention``.
+        options: see ``ops.attention``.
         tail_len: tokens of ``key_tail`` that count, all if None.
         new_states: keys and values of the newest of them, which are to be written into ``key_tail`` and ``value_tail``.
         lengths: int32 (2 or more,) on the device, pages and tail_len in use, read when the kernel runs.
@@ -132,6 +96,7 @@ def fused_attention(
         shape: instead of the one chosen for the call.
         splits: instead of those chosen: splits of the pages, splits in all.
     """
+    attn_mask, is_causal, _, window, softcap, sinks = options
     batch, num_q_heads, query_len, head_dim = query.shape
     _, num_kv_heads, room, v_head_dim = value_tail.shape
     if tail_len is None:
@@ -193,7 +158,7 @@ def fused_attention(
         *mask_strides,
         *(num_kv_heads, group, query_len, table.num_pages, tail_len, table.num_segments),
         *(plan.page_splits, plan.num_splits, is_causal, window or 0, mask_dtype, batch),
-        softmax_scale,
+        options.scale(head_dim),
         softcap or 0.0,
         *table.first,
         0,
@@ -211,10 +176,7 @@ def _attention_of_restored(
     table: SegmentTable,
     key_tail: Tensor,
     value_tail: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
+    options: AttentionOptions,
     scratch_bytes: int,
 ) -> Tensor:
     """Torch's attention over a few heads at a time, restored to memory that all layers take in turn."""
@@ -226,10 +188,10 @@ def _attention_of_restored(
     heads_at_once = num_kv_heads if at_once >= num_kv_heads else at_once
     rows_at_once = max(1, at_once // num_kv_heads)
     mask: Any = None
-    if attn_mask is not None or window is not None:
-        mask = torch_backend.combined_mask(query, kv_len, attn_mask, is_causal, window)
+    if options.attn_mask is not None or options.window is not None:
+        mask = torch_backend.combined_mask(query, kv_len, options)
         mask = mask.expand(-1, num_q_heads if mask.shape[1] > 1 else 1, -1, -1)
-    elif is_causal and query_len > 1:
+    elif options.is_causal and query_len > 1:
         from torch.nn.attention.bias import causal_lower_right  # half a second: it brings torch's compiler
 
         mask = causal_lower_right(query_len, kv_len)
@@ -252,7 +214,7 @@ def _attention_of_restored(
                 key,
                 value,
                 attn_mask=part,
-                scale=softmax_scale,
+                scale=options.softmax_scale,
                 enable_gqa=group > 1,
             )
             if type(part) is Tensor:

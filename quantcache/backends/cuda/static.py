@@ -9,6 +9,7 @@ from torch import Tensor
 from quantcache.backends.cuda.attention import fused_attention
 from quantcache.backends.cuda.launch import gpu, launch, readable
 from quantcache.backends.cuda.pages import pages_kernel, segment_table
+from quantcache.options import AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 _ADVANCE_ARGS: Final = struct.Struct("2P 2P 2P 2P 2P 2P 12q 6i")
@@ -63,12 +64,7 @@ def static_attention(
     query: Tensor,
     store: Sequence[Tensor],
     scratch: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """See ``static_ops.attention``."""
     *parts, key_tail, value_tail, lengths = store
@@ -78,12 +74,7 @@ def static_attention(
         table,
         key_tail,
         value_tail,
-        attn_mask,
-        is_causal,
-        softmax_scale,
-        window,
-        softcap,
-        sinks,
+        options,
         lengths=lengths,
         scratch=scratch,
     )
