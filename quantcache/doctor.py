@@ -9,7 +9,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from quantcache import __version__, ops
+from quantcache import __version__, dispatch
 from quantcache.folders import cache_folder
 
 
@@ -37,15 +37,15 @@ def examine() -> list[Finding]:
 
 
 def _finding(device: torch.device) -> Finding:
-    forced = os.environ.get(ops.BACKEND_VARIABLE)
+    forced = os.environ.get(dispatch.BACKEND_VARIABLE)
     try:
-        backend = ops.choose_backend(device)
+        backend = dispatch.choose_backend(device)
     except ValueError as error:
         return Finding(str(device), "none", str(error))
     if forced:
-        return Finding(str(device), backend, f"{ops.BACKEND_VARIABLE} asks for it")
+        return Finding(str(device), backend, f"{dispatch.BACKEND_VARIABLE} asks for it")
     if backend == "torch":
-        return Finding(str(device), backend, ops.why_torch(device))
+        return Finding(str(device), backend, dispatch.why_torch(device))
     return Finding(str(device), backend, "the fastest there is for this device")
 
 

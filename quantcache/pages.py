@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache import ops
+from quantcache import dispatch, ops
 from quantcache.offloading import HostCopy, write_access
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
 from quantcache.segments import ClosedPages, PagesView, Segment
@@ -34,7 +34,7 @@ class Int8Pages:
     """
 
     reader: str | None = None
-    """The backend of ``ops`` that attention takes; None for the best there is. Set it before anything is stored."""
+    """The backend that attention takes; None for the best there is. Set it before anything is stored."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Int8Pages:
         self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
         self._closed: ClosedPages | None = None
-        # What ops.backend_for says; asked once, since asking takes as long as a launch.
+        # What dispatch.backend_for says; asked once, since asking takes as long as a launch.
         self._backend: tuple[str, str | None] | None = None
         # Twins of the segments in host memory, if pages were ever evicted; whether the segments are there alone; what
         # to wait for before they are read, while they are on the way back.
@@ -125,10 +125,10 @@ class Int8Pages:
 
     @property
     def backend(self) -> tuple[str, str | None]:
-        """``ops.backend_for`` the states; the first question for a CPU builds its kernels."""
+        """``dispatch.backend_for`` the states; the first question for a CPU builds its kernels."""
         if self._backend is None:
-            best = ops.backend_for(self._key_tail, self._value_tail) if self.reader is None else (self.reader, None)
-            self._backend = best
+            chosen = self.reader and (self.reader, None)
+            self._backend = chosen or dispatch.backend_for(self._key_tail, self._value_tail)
         return self._backend
 
     @property
@@ -341,7 +341,7 @@ class Int8Pages:
     @property
     def _reads_unwritten(self) -> bool:
         """Whether attention writes the newest tokens on its way."""
-        return self._backend is not None and self._backend[0] in ops.WRITE_ON_READ
+        return self._backend is not None and self._backend[0] in dispatch.WRITE_ON_READ
 
     def _write_pending(self) -> None:
         """Have the newest tokens in the buffers of the tail."""

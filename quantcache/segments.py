@@ -92,7 +92,7 @@ class PagesView:
 
     Attributes:
         closed: the closed pages, without slack.
-        backend: what ``ops.backend_for`` says of it, where it has been asked.
+        backend: what ``dispatch.backend_for`` says of it, where it has been asked.
         pending: the newest keys and values, if they are to be written into the buffers; else None.
     """
 

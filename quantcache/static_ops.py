@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantcache import ops
+from quantcache import dispatch, ops
 from quantcache.backends import cuda as cuda_backend
 from quantcache.options import PLAIN, SCHEMA, AttentionOptions
 from quantcache.scheme import PAGE_SIZE
@@ -237,7 +237,7 @@ def _readable(memory: Tensor, layout: Layout, newer: NewerTail | None) -> Store:
 
 def make_scratch(key_states: Tensor, value_states: Tensor) -> Tensor:
     """Memory that the kernels on this device need besides the store, zeroed; for all layers that run in turn."""
-    if not key_states.is_cuda or ops.backend_for(key_states, value_states)[0] != "cuda":
+    if not key_states.is_cuda or dispatch.backend_for(key_states, value_states)[0] != "cuda":
         return torch.zeros(0, dtype=torch.int32, device=key_states.device)
     return cuda_backend.make_scratch(key_states.device, value_states.shape[-1])
 
@@ -246,14 +246,14 @@ def why_not_compileable(key_states: Tensor, value_states: Tensor) -> str | None:
     """Why a compiled step cannot run with such states, or None: where lengths would be read on the host, it cannot."""
     if not key_states.is_cuda:
         return None
-    backend, reason = ops.backend_for(key_states, value_states)
-    return None if backend == "cuda" else reason or ops.why_torch(key_states.device)
+    backend, reason = dispatch.backend_for(key_states, value_states)
+    return None if backend == "cuda" else reason or dispatch.why_torch(key_states.device)
 
 
 def _run_append(key_states: Tensor, value_states: Tensor, memory: Tensor, sizes: list[int], dtype: torch.dtype) -> None:
     layout = layout_for(Sizes(*sizes), dtype)
     store = layout.unpack(memory)
-    backend, _ = ops.backend_for(key_states, value_states)
+    backend, _ = dispatch.backend_for(key_states, value_states)
     if backend == "cuda":
         cuda_backend.static_append(key_states, value_states, store, layout.sizes.residual_length)
         return
@@ -278,7 +278,7 @@ def _run_store(
 ) -> None:
     layout = layout_for(Sizes(*sizes), dtype)
     store = layout.unpack(memory)
-    backend, _ = ops.backend_for(key_source, value_source)
+    backend, _ = dispatch.backend_for(key_source, value_source)
     if backend == "cuda":
         cuda_backend.static_store(key_source, value_source, source_lengths, store, layout.sizes.residual_length)
         return
@@ -326,13 +326,13 @@ def _run_attention(
     if key_tail is not None and value_tail is not None and lengths is not None:
         newer = NewerTail(key_tail, value_tail, lengths)
     store = _readable(memory, layout_for(Sizes(*sizes), dtype), newer)
-    backend, _ = ops.backend_for(query, store.value_tail)
+    backend, _ = dispatch.backend_for(query, store.value_tail)
     if backend == "cuda":
         return cuda_backend.static_attention(query, store, scratch, options)
     num_pages, tail_len, *_ = store.lengths.tolist()
     if options.attn_mask is not None and options.attn_mask.shape[-1] > 1:
         options = options._replace(attn_mask=options.attn_mask[..., : num_pages * PAGE_SIZE + tail_len])
-    run: Any = ops.BACKENDS[backend].attention
+    run: Any = dispatch.BACKENDS[backend].attention
     parts = ([part[:num_pages]] for part in store[:4])
     output: Tensor = run(query, *parts, *(tail[:, :, :tail_len] for tail in store[4:6]), options)
     return output

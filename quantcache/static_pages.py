@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache import ops, static_ops
+from quantcache import dispatch, ops, static_ops
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.segments import ClosedPages, PagesView, Segment
 from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, NewerTail, Sizes, layout_for
@@ -94,8 +94,8 @@ class StaticInt8Pages:
 
     @property
     def backend(self) -> str:
-        """What ``ops.backend_for`` the states names."""
-        return ops.backend_for(self.store.key_tail, self.store.value_tail)[0]
+        """What ``dispatch.backend_for`` the states names."""
+        return dispatch.backend_for(self.store.key_tail, self.store.value_tail)[0]
 
     @property
     def device(self) -> torch.device:

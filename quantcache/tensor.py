@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quantcache import ops
+from quantcache import dispatch
 from quantcache.options import AttentionOptions
 from quantcache.report import ReadLog
 from quantcache.segments import PagesView
@@ -142,7 +142,7 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: AttentionOptions) -> Tensor:
     """``ops.attention`` over the view, noted in the log."""
     if pages_view.backend is None:
-        pages_view.backend = ops.backend_for(query, pages_view.value_tail)
+        pages_view.backend = dispatch.backend_for(query, pages_view.value_tail)
     backend, reason = pages_view.backend
     if reason:
         read_log.fell_back(reason, backend)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache, attention, ops
+from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache, attention, dispatch
 from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy
 from tests.strategies import random_states
@@ -62,7 +62,7 @@ def test_sdpa_over_int8_equals_sdpa_over_the_restored_states(installed: None, qu
     assert ours.shape == theirs.shape
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert layer.read_log.kernel == ops.choose_backend(torch.device("cpu"))
+    assert layer.read_log.kernel == dispatch.choose_backend(torch.device("cpu"))
 
 
 def test_flash_arguments_mean_what_the_flash_function_means(installed: None) -> None:

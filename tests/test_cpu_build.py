@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantcache import dispatch, ops
 from quantcache import native as build
-from quantcache import ops
 from quantcache.backends import cpu
 from quantcache.errors import FallbackWarning
 from quantcache.folders import CACHE_VARIABLE
@@ -111,18 +111,18 @@ def test_two_processes_at_once_both_get_the_kernels(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler found")
-    ops._cpu_is_available.cache_clear()
+    dispatch._cpu_is_available.cache_clear()
     try:
         with pytest.warns(FallbackWarning, match=r"no C\+\+ compiler found"):
-            assert ops.choose_backend(torch.device("cpu")) == "torch"
-        assert ops.choose_backend(torch.device("cpu")) == "torch"
-        monkeypatch.setenv(ops.BACKEND_VARIABLE, "cpu")
+            assert dispatch.choose_backend(torch.device("cpu")) == "torch"
+        assert dispatch.choose_backend(torch.device("cpu")) == "torch"
+        monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "cpu")
         with pytest.raises(ValueError, match="QUANTCACHE_BACKEND: cpu cannot run here: no C"):
-            ops.choose_backend(torch.device("cpu"))
+            dispatch.choose_backend(torch.device("cpu"))
     finally:
-        ops._cpu_is_available.cache_clear()
+        dispatch._cpu_is_available.cache_clear()
 
 
 def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,4 +171,4 @@ def test_what_is_called_first_builds_and_runs() -> None:
     stored = build_case(Case())
     output = ops.attention(*stored.arguments)  # type: ignore[arg-type]
     assert output.isfinite().all()
-    assert ops.choose_backend(torch.device("cpu")) in ("cpu", "torch")
+    assert dispatch.choose_backend(torch.device("cpu")) in ("cpu", "torch")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import ops, reference
+from quantcache import dispatch, ops, reference
 from quantcache.backends import cpu
 from quantcache.options import AttentionOptions
 from quantcache.scheme import METADATA_SCALE, PAGE_SIZE
@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Name of the backend that every operation of the test runs on."""
     name, _, isa = request.param.partition("-")
     if not isa:
-        monkeypatch.setenv(ops.BACKEND_VARIABLE, name)
+        monkeypatch.setenv(dispatch.BACKEND_VARIABLE, name)
         yield name
         return
     reason = cpu.unavailable()
@@ -44,7 +44,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"the CPU kernels cannot be built here: {reason}")
     if not cpu.use_isa(isa):
         pytest.skip(f"this processor does not run {isa}")
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, name)
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, name)
     yield name
 
 
@@ -280,6 +280,6 @@ def test_operations_pass_opcheck(backend: str) -> None:
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "fast")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "fast")
     with pytest.raises(ValueError, match=re.escape("QUANTCACHE_BACKEND: must be one of torch, cpu")):
-        ops.choose_backend(torch.device("cpu"))
+        dispatch.choose_backend(torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import ops, reference
+from quantcache import dispatch, ops, reference
 from quantcache.backends import cuda
 from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
@@ -344,7 +344,7 @@ def test_a_cache_reads_with_the_kernels_and_says_so() -> None:
 
 def test_a_head_dim_without_a_kernel_falls_back_with_its_reason() -> None:
     states = torch.randn(1, 1, 200, 72, device="cuda").half()
-    assert ops.backend_for(states, states) == (
+    assert dispatch.backend_for(states, states) == (
         "torch",
         "the CUDA kernels take head_dims up to 256 in steps of 16, got 72",
     )

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from quantcache import __version__, demo, ops
+from quantcache import __version__, demo, dispatch
 from quantcache.cli import app
 
 
@@ -52,7 +52,7 @@ def test_the_table_compares_both_caches(folder: Path, monkeypatch: pytest.Monkey
     # 3 pages: a byte an element, 4 bytes a channel of keys and a token of values; 59 exact tokens in a buffer of 64.
     codes, metadata, tail = 3 * 64 * 128, 3 * 4 * (16 + 64) * 4, 64 * 512
     assert rows["KV cache"][1] == f"{codes + metadata + tail:,} bytes"
-    assert rows["read by"][:2] == ["transformers", ops.choose_backend(torch.device("cpu"))]
+    assert rows["read by"][:2] == ["transformers", dispatch.choose_backend(torch.device("cpu"))]
     assert rows["decoding behind 128 tokens"][0].endswith("tokens/s")
     assert rows["answers"][0] == "12 tokens"
     assert rows["mean KL to the default cache"][1].endswith("nats/token")

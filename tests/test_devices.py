@@ -49,10 +49,10 @@ def tensors_of(held: object, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def assert_in_place(cache: QuantizedInt8Cache, places: tuple[str, ...] = PLACES) -> None:
     for layer, place in zip(cache.layers, places, strict=True):
-        scratch = vars(layer).get("_scratch", {})  # of all layers, by device
-        assert set(scratch) <= set(map(torch.device, places))
-        assert all(memory.device == device for device, memory in scratch.items())
-        shared = {id(memory) for memory in scratch.values()}
+        commons = vars(layer).get("_commons", {})  # of all layers, by layout and device
+        assert {device for _, device in commons} <= set(map(torch.device, places))
+        assert all(common.scratch.device == device for (_, device), common in commons.items())
+        shared = {id(common.scratch) for common in commons.values()}
         found = [tensor.device for tensor in tensors_of(layer) if id(tensor) not in shared]
         assert len(found) >= 6
         assert set(found) == {torch.device(place)}

@@ -4,23 +4,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quantcache import doctor, ops
+from quantcache import dispatch, doctor
 from quantcache.backends import cpu
 from quantcache.cli import app
 
 
 def test_the_backend_of_the_cpu_is_the_one_that_runs() -> None:
     found = {finding.device: finding for finding in doctor.examine()}
-    assert found["cpu"].backend == ops.choose_backend(torch.device("cpu"))
+    assert found["cpu"].backend == dispatch.choose_backend(torch.device("cpu"))
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     assert found["cpu"].backend in result.output
 
 
 def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "torch")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
     assert doctor.examine()[0] == doctor.Finding("cpu", "torch", "QUANTCACHE_BACKEND asks for it")
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "tpu")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "tpu")
     finding = doctor.examine()[0]
     assert finding.backend == "none"
     assert "must be one of torch, cpu, cuda, got 'tpu'" in finding.reason
@@ -28,10 +28,10 @@ def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler found")
-    ops._cpu_is_available.cache_clear()
+    dispatch._cpu_is_available.cache_clear()
     try:
         assert doctor.examine()[0] == doctor.Finding("cpu", "torch", "no C++ compiler found")
     finally:
-        ops._cpu_is_available.cache_clear()
+        dispatch._cpu_is_available.cache_clear()

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import quantcache.adapters.qwen
-from quantcache import QuantizedInt8Cache, ops
+from quantcache import QuantizedInt8Cache, dispatch
 
 SIZES = {
     "vocab_size": 256,
@@ -70,7 +70,7 @@ def test_newer_qwen_needs_no_adapter(family: str, with_config: bool) -> None:
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(ids)}
     output = model.generate(ids, past_key_values=cache, pad_token_id=0, eos_token_id=None, **options)
     assert output.shape == (2, PROMPT_LEN + NEW_TOKENS)
-    assert cache.report().backend == ops.choose_backend(torch.device("cpu"))
+    assert cache.report().backend == dispatch.choose_backend(torch.device("cpu"))
     assert 0 < mean_kl(model, output, QuantizedInt8Cache()) <= 1e-3
 
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import ops, reference
+from quantcache import dispatch, reference
 from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages, PagesView
 from tests.conftest import devices
 from tests.strategies import DTYPES, make_states, random_states
 
 
-@pytest.fixture(params=sorted(ops.BACKENDS))
+@pytest.fixture(params=sorted(dispatch.BACKENDS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces one backend; those that do not run on the test's device are skipped."""
     device = request.node.callspec.params.get("device", "cpu")
     if request.param not in ("torch", device):
         pytest.skip(f"{request.param} does not run on {device}")
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, request.param)
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, request.param)
     return request.param
 
 
@@ -188,6 +188,6 @@ def test_a_gradient_to_the_query_is_that_of_attention_over_restored_states(backe
 
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "tpu")
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "tpu")
     with pytest.raises(ValueError, match=r"QUANTCACHE_BACKEND: must be one of .*torch.*, got 'tpu'"):
-        ops.choose_backend(torch.device("cpu"))
+        dispatch.choose_backend(torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from quantcache import QuantizedInt8Cache, ops
+from quantcache import QuantizedInt8Cache, dispatch
 from quantcache.adapters import legacy
 from quantcache.adapters.qwen import QWenLMHeadModel
 from quantcache.adapters.qwen.positions import logn_factors, prompt_alphas, rotary_embedding
@@ -94,7 +94,7 @@ def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHea
         output_logits=True,
     )
     cache = output.past_key_values
-    assert cache.report().backend == ops.choose_backend(torch.device("cpu"))
+    assert cache.report().backend == dispatch.choose_backend(torch.device("cpu"))
     assert all(layer.pages.num_pages == 3 for layer in cache.layers)
     exact = long_model(output.sequences, past_key_values=DynamicCache()).logits[:, 199:-1].double().log_softmax(-1)
     int8 = torch.stack(output.logits, dim=1).double().log_softmax(-1)

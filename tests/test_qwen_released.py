@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantcache import QuantizedInt8Cache, ops
+from quantcache import QuantizedInt8Cache, dispatch
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel
 from tests.qwen_checkpoint import HIDDEN, VOCAB, write_checkpoint
 
@@ -138,7 +138,7 @@ def test_the_kernel_is_a_choice_that_never_fails(folder: Path, tmp_path: Path, k
     cache = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
     # What the original saves has all its defaults written out, which nobody chose.
     assert AutoConfig.from_pretrained(write_checkpoint(tmp_path, use_cache_kernel=False)).use_cache_kernel is None
-    best = ops.choose_backend(torch.device("cpu"))
+    best = dispatch.choose_backend(torch.device("cpu"))
     assert cache.report().backend == ("torch" if kernel is False else best)
 
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from quantcache import FallbackWarning, QuantizedInt8Cache, ops
+from quantcache import FallbackWarning, QuantizedInt8Cache, dispatch
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
@@ -53,7 +53,7 @@ def test_attention_reads_as_the_page_says_and_warns_only_where_more_was_wanted(
         with pytest.warns(FallbackWarning) if surprised else nullcontext():
             case.logits(tokens(1), cache)
     kernels = {layer.read_log.kernel for layer in int8_layers(cache)}
-    backend = ops.choose_backend(torch.device("cpu"))
+    backend = dispatch.choose_backend(torch.device("cpu"))
     assert kernels == {"int8": {backend}, "restored": {"restored"}, "own": set()}[expected]
     for part in parts(cache):
         for row, layer in zip(part.report().layers, part.layers, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from quantcache import Int8Tensor, ops
+from quantcache import Int8Tensor, dispatch
 from quantcache.layers import Int8Layer
 from quantcache.sliding import Int8SlidingLayer
 from tests.strategies import Operation, random_states, schedules
@@ -20,8 +20,8 @@ fixtures_last_for_all_examples = settings(suppress_health_check=[HealthCheck.fun
 
 @pytest.fixture(autouse=True)
 def writes_on_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.BACKEND_VARIABLE, "torch")
-    monkeypatch.setattr(ops, "WRITE_ON_READ", frozenset({"torch"}))
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
+    monkeypatch.setattr(dispatch, "WRITE_ON_READ", frozenset({"torch"}))
 
 
 @given(operations=schedules())

@@ -1,1 +1,1 @@
-"""One file a backend; each offers the functions that ``ops.Backend`` lists. They never import each other."""
+"""One file a backend; each offers the functions that ``dispatch.Backend`` lists. They never import each other."""

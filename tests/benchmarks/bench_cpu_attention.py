@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache import QuantizedInt8Cache, ops, reference
+from quantcache import QuantizedInt8Cache, dispatch, reference
 from quantcache.backends import cpu
 from quantcache.backends import torch as torch_backend
 from quantcache.options import AttentionOptions
@@ -322,7 +322,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "backend": ops.choose_backend(torch.device("cpu")),
+        "backend": dispatch.choose_backend(torch.device("cpu")),
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

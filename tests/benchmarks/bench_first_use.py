@@ -15,7 +15,7 @@ from pathlib import Path
 
 PROGRAM = """
 import time, torch
-from quantcache import QuantizedInt8Cache, ops
+from quantcache import dispatch, QuantizedInt8Cache, ops
 from torch.nn.functional import scaled_dot_product_attention
 cache = QuantizedInt8Cache()
 states = torch.randn(1, 2, 200, 64)
@@ -23,7 +23,7 @@ start = time.perf_counter()
 cache.update(states, states, 0)
 scaled_dot_product_attention(states[:, :, :1], *cache.update(states[:, :, :1], states[:, :, :1], 0))
 seconds = time.perf_counter() - start
-assert ops.choose_backend(torch.device("cpu")) == "cpu", "the CPU kernels do not run here"
+assert dispatch.choose_backend(torch.device("cpu")) == "cpu", "the CPU kernels do not run here"
 print(seconds)
 """
 
