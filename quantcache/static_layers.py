@@ -99,11 +99,18 @@ class StaticInt8Layer(Int8Layer):
         self.is_compileable = self._why_eager is None
         kind = self.pages.layout, self.device
         if kind not in self._commons:
-            scratch = static_ops.make_scratch(key_states, value_states)
-            self._commons[kind] = Common(self.pages.layout, scratch, self.read_log.policy)
+            self._commons[kind] = Common(self.pages.layout, self._scratch_for(self.pages), self.read_log.policy)
         self._common = self._commons[kind]
         self._mark_addresses()
         self.is_initialized = True
+
+    def _scratch_for(self, pages: StaticInt8Pages) -> Tensor:
+        """That of another layout of the cache if it does; layers run in turn."""
+        v_head_dim = pages.layout.sizes.v_head_dim
+        for (layout, device), common in self._commons.items():
+            if device == pages.device and layout.sizes.v_head_dim == v_head_dim:
+                return common.scratch
+        return static_ops.make_scratch(pages.store.key_tail, pages.store.value_tail)
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""

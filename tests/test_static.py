@@ -362,6 +362,7 @@ def test_memory_is_allocated_once_and_counted() -> None:
 def test_after_a_reset_other_sequences_may_come(change: str) -> None:
     layer = StaticInt8Layer(CAPACITY)
     layer.update(*new_states(100, 0))
+    scratch = layer._common.scratch
     layer.reset()
     states = new_states(200, 1, batch=3 if change == "batch" else 2)
     if change == "dtype":
@@ -370,6 +371,7 @@ def test_after_a_reset_other_sequences_may_come(change: str) -> None:
     layer.update(*states)
     growing.append(*states)
     assert_same_bytes(layer.pages, growing)
+    assert layer._common.scratch is scratch
 
 
 def test_a_full_cache_refuses_before_it_writes() -> None:
