@@ -60,6 +60,10 @@ ROWS = {  # geometry, batch, tokens, capacity, target: ms a token, or times as f
 LENGTHS = [1024, 8192, 32768, 131072]
 """Tokens of the row "long" that each cache is read behind, compiled ones without another compilation."""
 
+EAGER = ("DynamicCache eager", "DynamicCache eager, no cuDNN", "int8 eager")
+"""Growing caches of that row. cuDNN's attention, which torch may take, builds a plan for every new length
+(https://github.com/pytorch/pytorch/pull/155958)."""
+
 WARM_UP, STEPS, PROFILED = 8, 40, 8
 
 
@@ -124,7 +128,7 @@ def steps_alone(model: Any, cache: Any, ids: torch.Tensor) -> float:
 
 
 def filled(kind: str, config: Qwen2Config, batch: int, tokens: int, capacity: int) -> Any:
-    if kind.endswith("eager"):
+    if kind in EAGER:
         cache: Any = (DynamicCache if kind.startswith("Dynamic") else QuantizedInt8Cache)(config=config)
     else:
         cache = (StaticCache if kind == "StaticCache" else QuantizedInt8Cache)(config=config, max_cache_len=capacity)
@@ -144,14 +148,16 @@ def fill(cache: Any, config: Qwen2Config, batch: int, tokens: int) -> None:
 def by_length(kind: str, cache: Any, config: Qwen2Config, model: Any, lengths: list[int]) -> dict[str, float]:
     """Milliseconds a token of ``generate()`` behind so many tokens of one sequence; compiled if the cache is static."""
     found = {}
+    torch.backends.cuda.enable_cudnn_sdp(not kind.endswith("no cuDNN"))
     for tokens in lengths:
-        if kind.endswith("eager"):
+        if kind in EAGER:
             cache = filled(kind, config, 1, tokens - 1, 0)
         else:
             cache.reset()
             fill(cache, config, 1, tokens - 1)
         ids = torch.zeros(1, tokens, dtype=torch.long, device="cuda")
         found[str(tokens)] = generate(model, cache, ids, WARM_UP + STEPS // 2).median_ms()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     return found
 
 
@@ -229,7 +235,7 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
             row["ms"][kind] = None
         del cache
     if name == "long":
-        for kind in ("DynamicCache eager", "int8 eager"):
+        for kind in EAGER:
             forget()
             row["ms_by_tokens"][kind] = by_length(kind, None, model.config, model, LENGTHS)
     if row["ms"].get("StaticCache") and row["ms"].get("int8"):

@@ -95,9 +95,16 @@ def compiled_lengths() -> str:
     """One token behind contexts of several lengths, eager and compiled."""
     (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
     found = row["ms_by_tokens"]
-    kinds = ("int8", "StaticCache", "int8 eager", "DynamicCache eager")
+    columns = {
+        "int8": "int8, compiled",
+        "StaticCache": "StaticCache, compiled",
+        "int8 eager": "int8, eager",
+        "DynamicCache eager": "DynamicCache, eager",
+        "DynamicCache eager, no cuDNN": "DynamicCache, eager, without cuDNN",
+    }
+    kinds = [kind for kind in columns if kind in found]
     body = [[f"{int(tokens):,}", *(number(found[kind][tokens]) for kind in kinds)] for tokens in found["int8"]]
-    header = ["tokens", "int8, compiled", "StaticCache, compiled", "int8, eager", "DynamicCache, eager"]
+    header = ["tokens", *(columns[kind] for kind in kinds)]
     capacity = str(row["row"]).rsplit(" ", 1)[1]
     geometry = str(row["row"]).split(",", 1)[0]
     return (
