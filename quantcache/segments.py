@@ -189,9 +189,8 @@ class PagesView:
         parts = (*self.closed.key_parts, *self.closed.value_parts)
         backend = self.backend and self.backend[0]
         if self.pending is not None and ops.is_plain(query) and not (query.requires_grad and torch.is_grad_enabled()):
-            new_states = self.pending
             output = ops.write_and_attend(
-                query, new_states, *parts, *self._buffers, self._tail_len, backend or "", options
+                query, self.pending, *parts, *self._buffers, self._tail_len, backend or "", options
             )
             self.pending = None
             return output

@@ -10,27 +10,26 @@ from quantcache import static_ops
 from quantcache.layers import Int8Layer
 from quantcache.report import FallbackPolicy, LayerReport
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.static_ops import Layout, NewerTail
+from quantcache.static_ops import NewerTail
 from quantcache.static_pages import StaticInt8Pages, check_room
 from quantcache.static_tensor import StaticInt8Tensor
 
 
 @dataclass(eq=False)
 class Common:
-    """What the layers of one cache that are alike share; a compiled step then checks one object a layer.
+    """What the layers of one cache share; a compiled step then checks one object a layer.
 
     Attributes:
-        layout: of their memory.
         scratch: see ``static_ops.make_scratch``.
         policy: of their cache.
     """
 
-    layout: Layout
     scratch: Tensor
     policy: FallbackPolicy
 
 
-CommonByKind = dict[tuple[Layout, torch.device], Common]
+CommonByKind = dict[tuple[torch.device, int], Common]
+"""By device and v_head_dim, which decide how much scratch there is; layers run in turn."""
 
 
 class StaticInt8Layer(Int8Layer):
@@ -97,20 +96,13 @@ class StaticInt8Layer(Int8Layer):
         self.pages = StaticInt8Pages(key_states, value_states, self.max_cache_len, self.residual_length)
         self._why_eager = static_ops.why_not_compileable(key_states, value_states)
         self.is_compileable = self._why_eager is None
-        kind = self.pages.layout, self.device
+        kind = self.device, value_states.shape[3]
         if kind not in self._commons:
-            self._commons[kind] = Common(self.pages.layout, self._scratch_for(self.pages), self.read_log.policy)
+            scratch = static_ops.make_scratch(key_states, value_states)
+            self._commons[kind] = Common(scratch, self.read_log.policy)
         self._common = self._commons[kind]
         self._mark_addresses()
         self.is_initialized = True
-
-    def _scratch_for(self, pages: StaticInt8Pages) -> Tensor:
-        """That of another layout of the cache if it does; layers run in turn."""
-        v_head_dim = pages.layout.sizes.v_head_dim
-        for (layout, device), common in self._commons.items():
-            if device == pages.device and layout.sizes.v_head_dim == v_head_dim:
-                return common.scratch
-        return static_ops.make_scratch(pages.store.key_tail, pages.store.value_tail)
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
@@ -163,7 +155,7 @@ class StaticInt8Layer(Int8Layer):
         assert pages is not None
         assert common is not None
         on_restore = "raise" if common.policy.strict else "quiet" if common.policy.warned else "warn"
-        kind: Any = {"sizes": common.layout.sizes, "dtype": common.layout.dtype, "on_restore": on_restore}
+        kind: Any = {"sizes": pages.layout.sizes, "dtype": pages.layout.dtype, "on_restore": on_restore}
         parts = (pages.memory, common.scratch, *(newer or ()))
         return (
             StaticInt8Tensor(*parts, **kind, is_key=True),

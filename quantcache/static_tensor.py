@@ -13,7 +13,7 @@ from quantcache.errors import FallbackWarning
 from quantcache.options import AttentionOptions
 from quantcache.report import ReadLog, strict_error
 from quantcache.segments import PagesView
-from quantcache.static_ops import Layout, NewerTail, Sizes
+from quantcache.static_ops import Layout, NewerTail, Sizes, layout_for
 
 
 class StaticInt8Tensor(Tensor):
@@ -81,7 +81,7 @@ class StaticInt8Tensor(Tensor):
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor."""
-        return static_ops.restore(self.memory, Layout(self.sizes, self.dtype), self.is_key, _newer(self))
+        return static_ops.restore(self.memory, layout_for(self.sizes, self.dtype), self.is_key, _newer(self))
 
     @classmethod
     def __torch_function__(
@@ -132,7 +132,8 @@ def read(key: StaticInt8Tensor, query: Tensor, options: AttentionOptions) -> Ten
         if options.attn_mask is not None:
             options = options._replace(attn_mask=options.attn_mask[..., : key.view_of_host.seq_len])
         return tensor.read(key.view_of_host, key.read_log, query, options)
-    # No methods of the key: torch.compile would take them for operations on tensors.
+    # Neither methods of the key nor ``layout_for``: torch.compile would take the ones for operations on tensors, and
+    # does not look into the memory of the other.
     layout = Layout(key.sizes, key.dtype)
     return static_ops.attention(query, key.memory, layout, key.scratch, options, _newer(key))
 

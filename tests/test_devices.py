@@ -49,9 +49,9 @@ def tensors_of(held: object, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def assert_in_place(cache: QuantizedInt8Cache, places: tuple[str, ...] = PLACES) -> None:
     for layer, place in zip(cache.layers, places, strict=True):
-        commons = vars(layer).get("_commons", {})  # of all layers, by layout and device
-        assert {device for _, device in commons} <= set(map(torch.device, places))
-        assert all(common.scratch.device == device for (_, device), common in commons.items())
+        commons = vars(layer).get("_commons", {})  # of all layers, by device and v_head_dim
+        assert {device for device, _ in commons} <= set(map(torch.device, places))
+        assert all(common.scratch.device == device for (device, _), common in commons.items())
         shared = {id(common.scratch) for common in commons.values()}
         found = [tensor.device for tensor in tensors_of(layer) if id(tensor) not in shared]
         assert len(found) >= 6

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from tools.measurements import GIB, NotMeasuredError, load, rows
+from tools.measurements import GIB, NotMeasuredError, attention_name, load, rows
 
 matplotlib.use("agg")
 
@@ -172,7 +172,7 @@ def rounding(theme: Theme) -> str:
 
 def cuda_attention(theme: Theme) -> str:
     found = rows("cuda-attention", "attention")
-    names = [row["row"].removeprefix("attention, ").replace(", query_len 1", "") for row in found]
+    names = [attention_name(row) for row in found]
     return bars(theme, names, [row["ratio"] for row in found], "times as fast as bfloat16 SDPA, H200")
 
 

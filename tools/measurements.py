@@ -42,6 +42,11 @@ def rows(name: str, starting: str = "") -> list[Row]:
     return found
 
 
+def attention_name(row: Row) -> str:
+    """What a row of attention is of, without what all of them share."""
+    return str(row["row"]).removeprefix("attention, ").removeprefix("decode attention, ").replace(", query_len 1", "")
+
+
 def where(name: str, *, link: str = "benchmarks/") -> str:
     """One line of Markdown: hardware, versions, command and the file itself."""
     report = load(name)

@@ -117,11 +117,10 @@ def forget() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peaks(prefix: str = "") -> Row:
-    """Peak GiB that torch has allocated and reserved since ``forget``; null without a GPU."""
+def peaks(on_gpu: bool, prefix: str = "") -> Row:
+    """Peak GiB that torch has allocated and reserved since ``forget``; null for a model on the CPU."""
     found = {"allocated": torch.cuda.max_memory_allocated, "reserved": torch.cuda.max_memory_reserved}
-    gpu = torch.cuda.is_available()
-    return {f"{prefix}peak_{name}_gib": round(peak() / GIB, 3) if gpu else None for name, peak in found.items()}
+    return {f"{prefix}peak_{name}_gib": round(peak() / GIB, 3) if on_gpu else None for name, peak in found.items()}
 
 
 def measure_dynamic(model: QWenLMHeadModel, batch: int, tokens: int) -> Row:
@@ -130,8 +129,8 @@ def measure_dynamic(model: QWenLMHeadModel, batch: int, tokens: int) -> Row:
     try:
         feed(model, DynamicCache(config=model.config), batch, tokens)
     except torch.cuda.OutOfMemoryError:
-        return dict.fromkeys(peaks("dynamic_"))
-    return peaks("dynamic_")
+        return peaks(False, "dynamic_")
+    return peaks(model.device.type == "cuda", "dynamic_")
 
 
 def measure(
@@ -161,7 +160,7 @@ def measure(
         "cache_bytes": report.cache,
         "read_by": cache.report().backend,
         "seconds": round(time.perf_counter() - started, 1),
-        **peaks(),
+        **peaks(on_gpu),
         "original_without_gib": figures[0],
         "original_with_gib": figures[1],
         "limit_gib": round(figures[1] - (bf16 - held) / GIB, 3),

@@ -1,11 +1,7 @@
 """Tables of speed: kernels, decoding, first use."""
 
-from tools.measurements import Row, load, rows, where
+from tools.measurements import Row, attention_name, load, rows, where
 from tools.tables.markdown import number, table
-
-
-def _attention_name(row: Row) -> str:
-    return str(row["row"]).removeprefix("attention, ").removeprefix("decode attention, ").replace(", query_len 1", "")
 
 
 def cuda_attention() -> str:
@@ -14,7 +10,7 @@ def cuda_attention() -> str:
         times = dict(row["median_us"])
         int8 = times.pop("int8")
         body.append(
-            [_attention_name(row), number(int8), number(min(times.values())), f"**{row['ratio']:.2f}**",
+            [attention_name(row), number(int8), number(min(times.values())), f"**{row['ratio']:.2f}**",
              number(row["tb_per_s"]), number(row["relative_error"], 2)]
         )  # fmt: skip
     header = ["", "int8, µs", "bfloat16 SDPA, µs", "times as fast", "TB/s", "relative error"]
@@ -80,15 +76,20 @@ def compiled_account() -> str:
     for row in load("compiled-decode")["rows"]:
         if not row.get("account_ms"):
             continue
-        account = {"the new token and page ends": row["account_ms"]["advance"]} | row["account_ms"]
-        del account["advance"]
+        account = row["account_ms"]
         between = row["ms"]["int8"] - sum(account.values())
-        body.append([row["row"], *(number(account[name]) for name in ACCOUNT), number(between)])
-    header = ["int8, ms a token", *ACCOUNT, "between two graphs"]
+        body.append([row["row"], *(number(account[kind]) for kind in ACCOUNT), number(between)])
+    header = ["int8, ms a token", *ACCOUNT.values(), "between two graphs"]
     return table(header, body) + "\n\n" + where("compiled-decode")
 
 
-ACCOUNT = ("attention", "the new token and page ends", "matrix products", "other")
+ACCOUNT = {
+    "attention": "attention",
+    "advance": "the new token and page ends",
+    "matrix products": "matrix products",
+    "other": "other",
+}
+"""Kinds of kernels in the measurement, and what the table calls them."""
 
 
 def compiled_lengths() -> str:
@@ -164,7 +165,7 @@ def cpu_attention() -> str:
         times = row["median_ms"]
         exact = min(value for name, value in times.items() if name.startswith("sdpa"))
         body.append(
-            [_attention_name(row), number(times["int8"]), number(exact), f"**{row['ratio_to_best_sdpa']:.2f}**",
+            [attention_name(row), number(times["int8"]), number(exact), f"**{row['ratio_to_best_sdpa']:.2f}**",
              f"{row['ratio_to_torch_backend']:.0f}"]
         )  # fmt: skip
     header = ["", "int8, ms", "exact, ms", "times as fast", "times as fast as the torch backend"]
