@@ -256,6 +256,22 @@ DEVICE void mma_exact(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     mma_bfloat(d, a, b0, b1);
 }
 
+// Copies the query's rows to shared memory; those that are only padding become zero. The copies come before those of
+// pages, behind which they would wait.
+DEVICE void copy_query(const Args& args, const Block& block, u32 target) {
+  constexpr int pieces = DK / 4;  // of four elements
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * pieces; i += kThreads) {
+    const int row = i / pieces, index = block.first_row + min(row, block.num_rows - 1);
+    const i64 start = block.batch * args.query_stride[0] +
+                      (block.kv_head * args.group + head_of(block, index)) * args.query_stride[1] +
+                      query_of(block, index) * args.query_stride[2];
+    const Four* source = static_cast<const Four*>(args.query) + start / 4 + i % pieces;
+    copy_async_or_zero<sizeof(Four)>(target + row * kQueryPitch + i % pieces * sizeof(Four), source,
+                                     row < block.num_rows);
+  }
+}
+
 // Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
 template <int D>
 DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, int first_key) {
@@ -269,8 +285,16 @@ DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, i
   }
 }
 
+// 16 keys of the tail and their values, as a lane uses them. Where registers allow, all are loaded before one is used:
+// their latency is long behind the first pages' copies, and this way there is one.
+constexpr bool kLoadsTailAtOnce = DTYPE != kFloat32 && !MASK && KSTEP > 16 && NT == 1 && DK <= 128 && DV <= 128;
+struct TailTile {
+  u32 keys[kKeyChunks][2][2], values[kValueChunks][4];
+};
+
 // The exact tail, 16 keys at a time, straight from memory: it is short, and its loads overlap the first pages' copies.
-DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 query, int warp) {
+// `place` is the warp's among those that share it.
+DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 query, int place) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int first_key = block.kv_len - (args.lengths ? args.lengths[1] : args.tail_len);
   const int tail_len = block.kv_len - first_key;
@@ -281,7 +305,7 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
       (block.batch * args.value_tail_stride[0] + block.kv_head * args.value_tail_stride[1]) * words / 4 + g * words / 2;
   const i64 key_step = args.key_tail_stride[2] * words / 4, value_step = args.value_tail_stride[2] * words / 4;
 #pragma unroll 1
-  for (int start = 16 * warp; start < tail_len; start += 16 * WARPS) {
+  for (int start = 16 * place; start < tail_len; start += 16 * WARPS) {
     // Keys behind the last one are hidden, so what is read for them is the last one. Elements 16 c + 4 t.. of the keys
     // g and g + 8, and 16 c + 2 g.. of the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
     const u32* keys_at[2];
@@ -291,6 +315,17 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
       keys_at[h] = key_tail + min(start + g + 8 * h, tail_len - 1) * key_step;
       values_at[2 * h] = value_tail + min(start + 2 * t + 8 * h, tail_len - 1) * value_step;
       values_at[2 * h + 1] = value_tail + min(start + 2 * t + 8 * h + 1, tail_len - 1) * value_step;
+    }
+    TailTile loaded;
+    if constexpr (kLoadsTailAtOnce) {
+#pragma unroll
+      for (int c = 0; c < kKeyChunks; c++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) load_now(loaded.keys[c][h], keys_at[h] + 4 * c * words);
+#pragma unroll
+      for (int c = 0; c < kValueChunks; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) load_now(loaded.values[c][n], values_at[n] + 4 * c * words);
     }
     float scores[1][NT][4];
 #pragma unroll
@@ -303,7 +338,12 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int j = 0; j < words; j++) word[h][j] = keys_at[h][4 * c * words + j];
+        for (int j = 0; j < words; j++) {
+          if constexpr (kLoadsTailAtOnce)
+            word[h][j] = loaded.keys[c][h][j];
+          else
+            word[h][j] = keys_at[h][4 * c * words + j];
+        }
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         Quad quad = load_query(query + (8 * i + g) * kQueryPitch + (16 * c + 4 * t) * kQuerySize);
@@ -353,6 +393,7 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
       for (int half = 0; half < 2; half++) {
         const u32* x = values_at[2 * half] + 4 * c * words;
         const u32* y = values_at[2 * half + 1] + 4 * c * words;
+        if constexpr (kLoadsTailAtOnce) x = &loaded.values[c][2 * half], y = &loaded.values[c][2 * half + 1];
 #if DTYPE == 0
         split_pair(__uint_as_float(x[0]), __uint_as_float(y[0]), values[0][2 * half], values[kTerms - 1][2 * half]);
         split_pair(__uint_as_float(x[1]), __uint_as_float(y[1]), values[0][2 * half + 1],
@@ -380,6 +421,7 @@ DEVICE void write_new(const Args& args, const Block& block, int which, void* tai
   const i64* stride = args.new_stride[which];
   const i64 from = block.batch * stride[0] + block.kv_head * stride[1];
   const i64 to = block.batch * tail_stride[0] + block.kv_head * tail_stride[1] + num_old * tail_stride[2];
+#pragma unroll 1
   for (int i = threadIdx.x; i < args.num_new * pieces; i += kThreads) {
     const int token = i / pieces, channel = i % pieces * 4;
     static_cast<Four*>(tail)[(to + token * tail_stride[2] + channel) / 4] =
@@ -723,17 +765,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(con
   const int first_page = low + split * pages_each + warp;
   const int last_page = split < args.page_splits ? min(low + (split + 1) * pages_each, num_pages) : 0;
   int num_here = max((last_page - first_page + WARPS - 1) / WARPS, 0);
+  // The warps that have a page less take the tail's first keys.
+  const int tail_place = (warp - max(last_page - low - split * pages_each, 0)) & (WARPS - 1);
 
+  const u32 query = shared_address(memory);
+  copy_query(args, block, query);
+  commit_copies();
   if (split == args.num_splits - 1) {
     const int tail_len = block.kv_len - num_pages * kPageSize;
     prefetch_tail<DK>(args.key_tail, block.batch * args.key_tail_stride[0] + block.kv_head * args.key_tail_stride[1],
-                      args.key_tail_stride[2], tail_len, 16 * warp);
+                      args.key_tail_stride[2], tail_len, 16 * tail_place);
     prefetch_tail<DV>(args.value_tail,
                       block.batch * args.value_tail_stride[0] + block.kv_head * args.value_tail_stride[1],
-                      args.value_tail_stride[2], tail_len, 16 * warp);
+                      args.value_tail_stride[2], tail_len, 16 * tail_place);
   }
 
-  const u32 query = shared_address(memory);
   const u32 stages = query + kQueryBytes + warp * STAGES * kStageBytes;
   const int heads = args.batch * args.num_kv_heads, head = block.batch * args.num_kv_heads + block.kv_head;
 
@@ -752,17 +798,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(con
       copied.advance();
     }
     commit_copies();
-  }
-
-  // Query rows to shared memory, a warp a row; those that are only padding read as zero.
-  for (int row = warp; row < kRows; row += WARPS) {
-    const int index = block.first_row + min(row, block.num_rows - 1);
-    const i64 start = block.batch * args.query_stride[0] +
-                      (block.kv_head * args.group + head_of(block, index)) * args.query_stride[1] +
-                      query_of(block, index) * args.query_stride[2];
-    const u32* source = reinterpret_cast<const u32*>(static_cast<const char*>(args.query) + start * kQuerySize);
-    u32* target = reinterpret_cast<u32*>(memory + row * kQueryPitch);
-    for (int i = lane; i < DK * kQuerySize / 4; i += 32) target[i] = row < block.num_rows ? source[i] : 0u;
   }
 
   if (args.num_new && split == args.num_splits - 1) {
@@ -793,8 +828,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(con
 #pragma unroll
       for (int j = 0; j < 4; j++) rows.output[i][c][j] = 0.0f;
   }
+  wait_for_copies<STAGES - 1>();  // of the query
   __syncthreads();
-  if (split == args.num_splits - 1) attend_tail(args, block, rows, query, warp);
+  if (split == args.num_splits - 1) attend_tail(args, block, rows, query, tail_place);
 
   int stage = 0;
   PageQuery scaled;
@@ -947,18 +983,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(con
   // Few rows leave threads without an element: groups of threads then take every num_groups-th split.
   const int elements = block.num_rows * (DV / 4);
   const int num_groups = max(min(kThreads / elements, 8), 1), width = num_groups > 1 ? elements : kThreads;
+  constexpr int kAtOnce = 16;  // splits whose outputs are loaded before one is used
   float4* sums_of_groups = reinterpret_cast<float4*>(totals + kRows);  // (num_groups, elements), if more than one
   const int group = min(static_cast<int>(threadIdx.x) / width, num_groups);
   for (int i = threadIdx.x - group * width; i < elements && group < num_groups; i += width) {
     const int row = i / (DV / 4), d = i % (DV / 4) * 4;
     float4 x = make_float4(0, 0, 0, 0);
     const float* source = args.partial + (tile * kRows + row) * DV + d;
-#pragma unroll 16
-    for (int s = group; s < args.num_splits; s += num_groups) {
-      const float4 y = __ldcg(reinterpret_cast<const float4*>(source + static_cast<i64>(s) * kRows * DV));
-      const float weight = weights[s * kRows + row];
-      x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y);
-      x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+#pragma unroll 1
+    for (int s = group; s < args.num_splits; s += kAtOnce * num_groups) {
+      float4 y[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++)
+        y[n] = __ldcg(
+            reinterpret_cast<const float4*>(source + min(s + n * num_groups, args.num_splits - 1) * (kRows * DV)));
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const int index = s + n * num_groups;
+        const float weight = index < args.num_splits ? weights[index * kRows + row] : 0.0f;
+        x.x = fmaf(weight, y[n].x, x.x), x.y = fmaf(weight, y[n].y, x.y);
+        x.z = fmaf(weight, y[n].z, x.z), x.w = fmaf(weight, y[n].w, x.w);
+      }
     }
     if (num_groups == 1)
       write(row, d, x, totals[row]);

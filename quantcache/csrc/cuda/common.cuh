@@ -106,6 +106,13 @@ DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_
 DEVICE void copy_async(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+// The same for 8 or 16 bytes that may lie anywhere in a line, or as many zeros; the address must exist either way.
+template <int kBytes>
+DEVICE void copy_async_or_zero(u32 shared, const void* global, bool is_copied) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes),
+               "r"(is_copied ? kBytes : 0)
+               : "memory");
+}
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void wait_for_copies() {
@@ -120,6 +127,14 @@ DEVICE u32 load_shared_4(u32 address) {
   u32 r;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));
   return r;
+}
+
+// Loads that are made where they are written, whatever registers that takes.
+DEVICE void load_now(u32& x, const u32* source) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(source) : "memory");
+}
+DEVICE void load_now(u32 (&x)[2], const u32* source) {
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(source) : "memory");
 }
 
 // The two words of a group's metadata, see scheme.py.
