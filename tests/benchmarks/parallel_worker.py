@@ -43,6 +43,9 @@ class Worker:
         self.processes = int(os.environ.get("WORLD_SIZE", 1))
         if device == "cuda":
             torch.cuda.set_device(self.rank)
+            # It builds a plan for every new length: half of DynamicCache's time with grouped heads, and not its fault
+            # (https://github.com/pytorch/pytorch/pull/155958).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.processes > 1:
             torch.distributed.init_process_group(
                 "nccl" if device == "cuda" else "gloo",

@@ -4,7 +4,8 @@
 
 Three questions for each geometry and cache: ``update`` stores one token; ``attention`` stores one and attends to all,
 which is a layer's part of a decode step; ``generate`` is a whole model of random weights that decodes a few tokens
-behind a full context. Quantised caches of transformers do most of their work, restoring, in ``update``. Every cache's
+behind a full context. The first two go through two layers, since a cache on the CPU brings the next layer while one is
+used, and count both. Quantised caches of transformers do most of their work, restoring, in ``update``. Every cache's
 output is first compared with that of float64 attention over the exact states; its error stands in the row.
 
 ``cache_bytes`` counts what the cache holds at the end, ``peak_*`` (GPU) what torch had in the timed part at its peak,
@@ -23,14 +24,15 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from tests.benchmarks.peers.candidates import CACHES, INT8, RefusedError, held_nbytes
+from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8, RefusedError, held_nbytes
 from tests.benchmarks.peers.geometries import Geometry
 
 ROUNDS, WARM_UP = 12, 2
+LAYERS = 2
 NEW_TOKENS = 8
 
-LARGEST_ERROR = 0.02
-"""Relative RMS error of int8 attention on normal random states: 8 bits give about 0.005, bfloat16 outputs 0.003."""
+LARGEST_ERROR = {INT8: 0.02, DYNAMIC: 0.01, "StaticCache": 0.01, "OffloadedCache": 0.01}
+"""Relative RMS error of attention on normal random states: 8 bits give about 0.005, bfloat16 outputs 0.003."""
 
 
 def skipped_without_memory(bench: Callable[..., None]) -> Callable[..., None]:
@@ -102,15 +104,19 @@ def note_memory(benchmark: Any, cache: Cache, weights: int, device: torch.device
 @skipped_without_memory
 @torch.no_grad()
 def bench_update(benchmark: Any, geometry: Geometry, cache_name: str, device: torch.device) -> None:
-    cache = make_cache(cache_name, geometry, 1, ROUNDS + WARM_UP + 1)
+    cache = make_cache(cache_name, geometry, LAYERS, ROUNDS + WARM_UP + 1)
     prompt = [states(geometry, geometry.num_kv_heads, geometry.tokens, device) for _ in range(2)]
-    cache.update(*prompt, 0)
+    for layer in range(LAYERS):
+        cache.update(*prompt, layer)
     del prompt
     token = [states(geometry, geometry.num_kv_heads, 1, device) for _ in range(2)]
+
+    def step() -> None:
+        for layer in range(LAYERS):
+            cache.update(*token, layer)
+
     start_peak(device)
-    benchmark.pedantic(
-        waited(lambda: cache.update(*token, 0), device), rounds=ROUNDS, warmup_rounds=WARM_UP, iterations=1
-    )
+    benchmark.pedantic(waited(step, device), rounds=ROUNDS, warmup_rounds=WARM_UP, iterations=1)
     note_memory(benchmark, cache, 0, device)
 
 
@@ -127,9 +133,10 @@ def relative_error(found: Tensor, query: Tensor, key: Tensor, value: Tensor, gro
 @torch.no_grad()
 def bench_attention(benchmark: Any, geometry: Geometry, cache_name: str, device: torch.device) -> None:
     module = Attending(geometry)
-    cache = make_cache(cache_name, geometry, 1, ROUNDS + WARM_UP + 2)
+    cache = make_cache(cache_name, geometry, LAYERS, ROUNDS + WARM_UP + 2)
     key, value = (states(geometry, geometry.num_kv_heads, geometry.tokens, device) for _ in range(2))
-    cache.update(key, value, 0)
+    for layer in range(LAYERS):
+        cache.update(key, value, layer)
     query = states(geometry, geometry.num_q_heads, 1, device)
     token = [states(geometry, geometry.num_kv_heads, 1, device) for _ in range(2)]
     attend = AttentionInterface()["sdpa"]
@@ -141,17 +148,22 @@ def bench_attention(benchmark: Any, geometry: Geometry, cache_name: str, device:
         kept = torch.arange(cache.layers[0].max_cache_len, device=device) < cache.get_seq_length()
         return kept.view(1, 1, 1, -1)
 
-    def step() -> Tensor:
-        read = cache.update(*token, 0)
-        return attend(module, query, *read, mask(), scaling=geometry.head_dim**-0.5, is_causal=False)[0]
+    def step() -> list[Tensor]:
+        found = []
+        for layer in range(LAYERS):
+            read = cache.update(*token, layer)
+            attended, _ = attend(module, query, *read, mask(), scaling=geometry.head_dim**-0.5, is_causal=False)
+            found.append(attended)
+        return found
 
-    found = step()
+    outputs = step()
     key, value = (torch.cat([old, new], dim=2) for old, new in zip((key, value), token, strict=True))
-    error = relative_error(found, query, key, value, module.num_key_value_groups)
-    if cache_name == INT8 and not error < LARGEST_ERROR:
-        raise AssertionError(f"int8 attention is {error:.3f} from the exact one, more than {LARGEST_ERROR}")
+    error = max(relative_error(found, query, key, value, module.num_key_value_groups) for found in outputs)
+    most = LARGEST_ERROR.get(cache_name, 1.0)
+    if not error < most:
+        raise AssertionError(f"{cache_name} is {error:.3f} from exact attention, more than {most}")
     benchmark.extra_info["relative_error"] = float(f"{error:.3g}")
-    del key, value, found
+    del key, value, outputs
     start_peak(device)
     benchmark.pedantic(waited(step, device), rounds=ROUNDS, warmup_rounds=WARM_UP, iterations=1)
     note_memory(benchmark, cache, 0, device)

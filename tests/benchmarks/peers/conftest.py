@@ -28,6 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    # cuDNN's attention, which torch may take, builds a plan for every new length: 35 ms a layer, and no cache's fault
+    # (https://github.com/pytorch/pytorch/pull/155958).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -120,10 +123,14 @@ _left_out: dict[str, str] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    cache = next((name for name in CACHES if name in report.nodeid), None)
+    if cache is None:
+        return
     if report.skipped and isinstance(report.longrepr, tuple):
-        cache = next((name for name in CACHES if name in report.nodeid), None)
-        if cache is not None:
-            _left_out.setdefault(cache, report.longrepr[2].removeprefix("Skipped: "))
+        _left_out.setdefault(cache, report.longrepr[2].removeprefix("Skipped: "))
+    elif report.failed:
+        message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "").splitlines() or ["failed"]
+        _left_out.setdefault(report.nodeid.partition("::")[2], message[0])
 
 
 def _digits(number: float) -> float:
