@@ -224,7 +224,7 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
             clock = generate(model, cache, ids, WARM_UP + STEPS)
             rounds[kind].append(clock.median_ms())
             row["ms"][kind] = round(statistics.mean(rounds[kind]), 3)
-            row["first_seconds"][kind] = round(time.perf_counter() - start, 1)
+            row["first_seconds"].setdefault(kind, round(time.perf_counter() - start, 1))
             row["memory_gb"][kind] = memory()
             row.setdefault("graphs", {})[kind] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             row.setdefault("cudagraph_skips", {})[kind] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

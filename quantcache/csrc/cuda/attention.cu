@@ -336,14 +336,11 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
     for (int c = 0; c < kKeyChunks; c++) {
       u32 word[2][words];
 #pragma unroll
-      for (int h = 0; h < 2; h++)
+      for (int h = 0; h < 2; h++) {
+        const u32* source = kLoadsTailAtOnce ? loaded.keys[c][h] : keys_at[h] + 4 * c * words;
 #pragma unroll
-        for (int j = 0; j < words; j++) {
-          if constexpr (kLoadsTailAtOnce)
-            word[h][j] = loaded.keys[c][h][j];
-          else
-            word[h][j] = keys_at[h][4 * c * words + j];
-        }
+        for (int j = 0; j < words; j++) word[h][j] = source[j];
+      }
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         Quad quad = load_query(query + (8 * i + g) * kQueryPitch + (16 * c + 4 * t) * kQuerySize);
@@ -391,9 +388,8 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
       u32 values[kTerms][4];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const u32* x = values_at[2 * half] + 4 * c * words;
-        const u32* y = values_at[2 * half + 1] + 4 * c * words;
-        if constexpr (kLoadsTailAtOnce) x = &loaded.values[c][2 * half], y = &loaded.values[c][2 * half + 1];
+        const u32* x = kLoadsTailAtOnce ? &loaded.values[c][2 * half] : values_at[2 * half] + 4 * c * words;
+        const u32* y = kLoadsTailAtOnce ? &loaded.values[c][2 * half + 1] : values_at[2 * half + 1] + 4 * c * words;
 #if DTYPE == 0
         split_pair(__uint_as_float(x[0]), __uint_as_float(y[0]), values[0][2 * half], values[kTerms - 1][2 * half]);
         split_pair(__uint_as_float(x[1]), __uint_as_float(y[1]), values[0][2 * half + 1],

@@ -129,8 +129,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         _left_out.setdefault(cache, report.longrepr[2].removeprefix("Skipped: "))
     elif report.failed:
-        message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "").splitlines() or ["failed"]
-        _left_out.setdefault(report.nodeid.partition("::")[2], message[0])
+        crash = getattr(report.longrepr, "reprcrash", None)
+        _left_out.setdefault(report.nodeid.partition("::")[2], crash.message.partition("\n")[0] if crash else "failed")
 
 
 def _digits(number: float) -> float:

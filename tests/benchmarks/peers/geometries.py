@@ -34,7 +34,7 @@ class Geometry:
         return f"{self.name}, {self.batch} x {self.tokens}"
 
     def config(self, num_layers: int | None = None) -> LlamaConfig:
-        """A Llama of this geometry with a small vocabulary; one layer is enough to time a layer."""
+        """A Llama of this geometry with a small vocabulary, of as many layers as a question needs."""
         return LlamaConfig(
             vocab_size=1024,
             hidden_size=self.num_q_heads * self.head_dim,
