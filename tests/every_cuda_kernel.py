@@ -1,0 +1,110 @@
+"""Launches every CUDA kernel at small sizes, for ``tests/test_cuda_sanitizer.py``.
+
+With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its own, and a read past its end is seen.
+"""
+
+import torch
+from torch import Tensor
+
+from quantcache import static_tensor
+from quantcache.backends import cuda
+from quantcache.backends.cuda.plan import Shape
+from quantcache.layers import Int8Layer
+from quantcache.options import AttentionOptions
+from quantcache.segments import PagesView
+from quantcache.static_layers import StaticInt8Layer
+from quantcache.static_tensor import StaticInt8Tensor
+from quantcache.tensor import Int8Tensor, read
+
+Kind = tuple[int, int, torch.dtype, int, int]
+
+KINDS: list[Kind] = [  # head_dim, v_head_dim, dtype, KV heads, query heads of each
+    (64, 64, torch.bfloat16, 2, 4),
+    (128, 128, torch.bfloat16, 2, 1),
+    (128, 128, torch.float32, 1, 3),
+    (192, 128, torch.float16, 3, 2),
+    (80, 80, torch.float16, 2, 7),
+    (256, 256, torch.bfloat16, 1, 8),
+]
+
+CHUNKS = (201, 1, 1, 5, 64, 1, 300, 2, 1)
+"""Tokens of each call: pages closed one and many at a time, and a tail at every stage."""
+
+CAPACITY = sum(CHUNKS) + 9
+
+BATCH = 2
+
+
+DIVISIONS = [  # shape of the kernel, splits of the pages and in all
+    (Shape(1, 4, 16, 2), (1, 1)),
+    (Shape(1, 4, 16, 2), (2, 3)),
+    (Shape(1, 8, 16, 2), (3, 3)),
+    (Shape(1, 8, 16, 2), (16, 17)),
+]
+
+
+def options(query: Tensor, kv_len: int) -> list[AttentionOptions]:
+    """Every way in which keys are hidden or logits changed; masks are ``kv_len`` wide."""
+    _, num_q_heads, query_len, _ = query.shape
+    hidden = torch.tensor([70, 0], device="cuda")[:, None]
+    seen = (torch.arange(kv_len, device="cuda") >= hidden)[:, None, None]
+    by_query = seen.expand(BATCH, 1, query_len, kv_len).contiguous()
+    sinks = torch.linspace(-1, 2, num_q_heads, device="cuda")
+    return [
+        AttentionOptions(is_causal=True),
+        AttentionOptions(seen),
+        AttentionOptions(torch.where(by_query, 0.5, -torch.inf).expand(-1, num_q_heads, -1, -1).contiguous()),
+        AttentionOptions(by_query, softcap=20.0, sinks=sinks, window=100),
+    ]
+
+
+def random_states(heads: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """As models hand them over, and not a byte longer."""
+    return torch.randn(BATCH, tokens, heads, width, device="cuda").to(dtype).transpose(1, 2)
+
+
+def run(layer: Int8Layer, kind: Kind) -> None:
+    """Store ``CHUNKS`` and read them in every way there is for the layer."""
+    head_dim, v_head_dim, dtype, num_kv_heads, group = kind
+    for tokens in CHUNKS:
+        key, _ = layer.update(
+            random_states(num_kv_heads, tokens, head_dim, dtype), random_states(num_kv_heads, tokens, v_head_dim, dtype)
+        )
+        if tokens * group > cuda.MAX_FUSED_ROWS:
+            continue  # torch reads such a chunk, from what ``restore`` below gives
+        query = random_states(num_kv_heads * group, tokens, head_dim, dtype)
+        if isinstance(key, StaticInt8Tensor):
+            read_static(key, query)
+        elif isinstance(key, Int8Tensor):
+            for asked in options(query, layer.get_seq_length()):
+                assert read(key.pages_view, layer.read_log, query, asked).isfinite().all()
+            read_divided(key.pages_view, query)
+    for states in (layer.keys, layer.values):
+        assert isinstance(states, Int8Tensor)
+        assert states.restore().isfinite().all()
+
+
+def read_static(key: StaticInt8Tensor, query: Tensor) -> None:
+    """With the lengths that the host knows, and with those in device memory."""
+    for asked in options(query, CAPACITY):
+        for view in (key.view_of_host, None):
+            key.view_of_host = view
+            assert static_tensor.read(key, query, asked).isfinite().all()
+
+
+def read_divided(view: PagesView, query: Tensor) -> None:
+    """In divisions that only other GPUs or longer texts would get, all with the same result."""
+    parts = (*view.closed.key_parts, *view.closed.value_parts)
+    states = cuda.segment_table(*parts), view.key_tail, view.value_tail
+    expected = cuda.fused_attention(query, *states, AttentionOptions(is_causal=True)).float()
+    for shape, splits in DIVISIONS:
+        output = cuda.fused_attention(query, *states, AttentionOptions(is_causal=True), shape=shape, splits=splits)
+        torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+if __name__ == "__main__":
+    for each in KINDS:
+        run(Int8Layer(), each)
+        run(StaticInt8Layer(CAPACITY), each)
+    torch.cuda.synchronize()
+    print("ok")

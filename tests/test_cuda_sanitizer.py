@@ -1,0 +1,49 @@
+"""Do the CUDA kernels read and write only what is theirs, without races? compute-sanitizer says, where there is one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import skip_without_gpu
+from tests.processes import ROOT
+
+pytestmark = [pytest.mark.cuda, skip_without_gpu]
+
+TOOLKITS = ("/usr/local/cuda/bin", "/usr/local/cuda-13.0/bin", "/opt/cuda/bin")
+
+
+def sanitizer() -> str | None:
+    """Where CUDA's toolkit has it; its folder is not always on the path."""
+    home = os.environ.get("CUDA_HOME")
+    places = [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *TOOLKITS]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_every_kernel_is_clean(tool: str) -> None:
+    command = sanitizer()
+    if command is None:
+        pytest.skip("needs compute-sanitizer, which CUDA's toolkit has")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    if tool == "memcheck":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    done = subprocess.run(
+        [
+            *(command, "--tool", tool, "--error-exitcode", "9"),
+            # torch probes the driver with calls that are meant to fail.
+            *(["--report-api-errors", "no"] if tool == "memcheck" else []),
+            *(sys.executable, str(Path(__file__).parent / "every_cuda_kernel.py")),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "ok" in done.stdout
