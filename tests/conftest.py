@@ -33,3 +33,8 @@ def devices() -> list[object]:
 
 
 skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+compiler_warnings = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+"""What inductor says of itself, of TF32, and of the empty graph with which it begins."""

@@ -13,7 +13,7 @@ from transformers import CompileConfig
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation import compare_teacher_forced
 from quantcache.models import load_model
-from tests.conftest import devices
+from tests.conftest import compiler_warnings, devices
 
 pytestmark = pytest.mark.real_model
 
@@ -58,7 +58,7 @@ def test_one_token_steps_read_the_same_cache(real_model: tuple[torch.nn.Module, 
     assert result.top1_agreement >= MIN_TOP1_AGREEMENT
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # the compiler's advice, where there is a GPU
+@compiler_warnings
 def test_compiled_steps_give_the_tokens_of_the_growing_cache(
     real_model: tuple[torch.nn.Module, object], texts: Tensor
 ) -> None:

@@ -24,7 +24,7 @@ from quantcache.pages import Int8Pages
 from quantcache.scheme import PAGE_SIZE
 from quantcache.static_layers import StaticInt8Layer
 from quantcache.static_pages import StaticInt8Pages
-from tests.conftest import devices, skip_without_gpu
+from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
 
@@ -250,7 +250,7 @@ def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
 @pytest.mark.cuda
 @skip_without_gpu
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # inductor's
+@compiler_warnings
 def test_generate_on_a_gpu_replays_one_cuda_graph(attention: str, frames: Any) -> None:
     """256 tokens over four page ends; their logits are those of the growing cache for the same tokens."""
     model = tiny_model("cuda", attn_implementation=attention)
