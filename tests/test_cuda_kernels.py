@@ -226,6 +226,27 @@ def test_pages_and_restored_states_equal_the_reference(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_mantissa_is_quantised_as_the_reference_does(dtype: torch.dtype) -> None:
+    """Every element of 11 bits under every scale of 8 that a symmetric group can have, ties among them."""
+    ends = torch.arange(128, 256, device="cuda").float()[:, None]
+    states = torch.arange(1024, 2048, device="cuda") * 2.0 ** -torch.arange(3, 12, device="cuda")[:, None]
+    states = torch.cat([states.flatten(), -states.flatten()]).expand(128, -1)
+    states = torch.where(states.abs() <= ends, states, 0.0)
+    pad = -states.shape[1] % 62
+    states = torch.nn.functional.pad(states, (0, pad)).reshape(128, -1, 62)
+    ends = ends[:, :, None].expand(-1, states.shape[1], 1)
+    groups = torch.cat([ends, -ends, states], dim=2).to(dtype).reshape(1, -1, 64)  # a group each
+    groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[1] % 64)).unflatten(1, (-1, 64))
+    value = groups.reshape(1, 1, -1, 64)
+    key = groups.transpose(2, 3).reshape(1, 1, -1, 64)
+    expected = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
+    pages = [torch.empty_like(t) for t in expected]
+    cuda.store_pages(key, value, *pages)
+    for ours, theirs in zip(pages, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_appending_writes_the_new_tokens_and_nothing_else(dtype: torch.dtype) -> None:
     key = torch.randn(2, 5, 3, 64, device="cuda").to(dtype).transpose(1, 2)
     value = torch.randn(2, 3, 5, 128, device="cuda").to(dtype)

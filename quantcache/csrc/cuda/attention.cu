@@ -758,11 +758,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) attention(con
   const int position = block.kv_len - block.query_len;  // of the first query
   const int low = args.window ? max(position - args.window + 1, 0) / kPageSize : 0;
   const int pages_each = (max(num_pages - low, 0) + args.page_splits - 1) / args.page_splits;
-  const int first_page = low + split * pages_each + warp;
-  const int last_page = split < args.page_splits ? min(low + (split + 1) * pages_each, num_pages) : 0;
-  int num_here = max((last_page - first_page + WARPS - 1) / WARPS, 0);
+  const int start = low + split * pages_each, first_page = start + warp;
+  const int end = split < args.page_splits ? min(start + pages_each, num_pages) : 0;
+  int num_here = max((end - first_page + WARPS - 1) / WARPS, 0);
   // The warps that have a page less take the tail's first keys.
-  const int tail_place = (warp - max(last_page - low - split * pages_each, 0)) & (WARPS - 1);
+  const int tail_place = (warp - max(end - start, 0)) & (WARPS - 1);
 
   const u32 query = shared_address(memory);
   copy_query(args, block, query);

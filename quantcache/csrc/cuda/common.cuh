@@ -64,6 +64,12 @@ DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+// Within an ulp.
+DEVICE float reciprocal_approx(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 DEVICE float tanh_exact(float x) {
   // 1 - 2 / (e^2x + 1), which loses nothing that matters to a logit bounded by softcap.
   return 1.0f - 2.0f / (exp2_approx(2.0f * kLog2e * x) + 1.0f);

@@ -7,7 +7,8 @@ constexpr int kThreads = 256;
 constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
 
 // scheme.py explains the numbers.
-constexpr float kQMin = -128.0f, kMaxSteps = 254.0f, kMaxAbsSteps = 32512.0f, kMinScale = 0x1p-120f;
+constexpr float kQMin = -128.0f, kMinScale = 0x1p-120f;
+constexpr int kMaxSteps = 254, kMaxAbsSteps = 32512;
 constexpr u32 kNanPair = 0x7FC0;  // scale NaN, zero_point 0
 constexpr u32 kInfinityBits = 0x7F800000u;
 
@@ -35,13 +36,6 @@ struct AppendArgs {
   const int* lengths;     // pages and tail_len in device memory, or null for position
   int num_kv_heads, batch, tokens, position;
 };
-
-DEVICE float nearest_step(float x, float scale) {
-  float half = 0.5f * scale, quarter = 0.25f * scale;
-  float steps = rintf(__fdiv_rn(x, scale));
-  float remainder = 0.5f * x - steps * half;
-  return steps + (remainder > quarter ? 1.0f : 0.0f) - (remainder < -quarter ? 1.0f : 0.0f);
-}
 
 struct Range {
   float low, high;  // NaN if an element is
@@ -71,33 +65,53 @@ DEVICE Range warp_range(const Range& range) {
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
 
-// The affine map of a group; a scale of 0 stands for a group that is not finite.
+// x / kDivisor as IEEE has it: a product, and one step of Newton with the exact remainder (Markstein). Quotients below
+// kMinScale may be off.
+template <int kDivisor>
+DEVICE float divided(float x) {
+  constexpr float inverse = 1.0f / kDivisor;
+  const float quotient = __fmul_rn(x, inverse);
+  return fmaf(fmaf(-quotient, static_cast<float>(kDivisor), x), inverse, quotient);
+}
+
+// The affine map of a group; an inverse of 0 stands for a group that is not finite, whose codes are all 0.
 struct Affine {
-  float scale, zero_point, inverse;
+  float inverse, zero_point;
+  float correction;  // of float32 the scale, else what the inverse lacks
 
   static DEVICE Affine of(const Range& range, u32& metadata) {
-    Affine map;
     const float largest = higher(fabsf(range.low), fabsf(range.high));
-    const bool is_finite = __float_as_uint(largest) < kInfinityBits;
+    if (!(__float_as_uint(largest) < kInfinityBits)) {
+      metadata = kNanPair;
+      return {0.0f, 0.0f, 0.0f};
+    }
     // Divided before they are subtracted: the range of a float32 group can exceed float32.
-    float spread = __fsub_rn(__fdiv_rn(range.high, kMaxSteps), __fdiv_rn(range.low, kMaxSteps));
-    float wanted = fmaxf(fmaxf(spread, __fdiv_rn(largest, kMaxAbsSteps)), kMinScale);
-    float scale = is_finite ? __uint_as_float((__float_as_uint(wanted) + 0xFFFFu) & 0xFFFF0000u) : 1.0f;
-    map.zero_point = is_finite ? kQMin - nearest_step(range.low, scale) : 0.0f;
-    map.inverse = __fdiv_rn(1.0f, scale);
-    map.scale = is_finite ? scale : 0.0f;
-    metadata = is_finite ? (__float_as_uint(scale) >> 16) | (static_cast<u32>(static_cast<int>(map.zero_point)) << 16)
-                         : kNanPair;
+    const float spread = __fsub_rn(divided<kMaxSteps>(range.high), divided<kMaxSteps>(range.low));
+    const float wanted = fmaxf(fmaxf(spread, divided<kMaxAbsSteps>(largest)), kMinScale);
+    const float scale = __uint_as_float((__float_as_uint(wanted) + 0xFFFFu) & 0xFFFF0000u);
+    Affine map = {reciprocal_approx(scale), 0.0f, scale};
+    if (DTYPE != kFloat32) map.correction = fmaf(-scale, map.inverse, 1.0f) * map.inverse;
+    map.zero_point = kQMin - (map.steps(range.low) - kRounder);
+    metadata = __float_as_uint(scale) >> 16 | static_cast<u32>(static_cast<int>(map.zero_point)) << 16;
     return map;
   }
-  // The product with the inverse finds the nearest multiple or its neighbour; the remainder, which is exact, tells
-  // which, and a tie goes to the even one, as the division of the reference has it. The code is the lowest byte.
-  DEVICE u32 code(float x) const {
+  // kRounder and x in steps of the scale, rounded as the exact quotient would be, a tie to even.
+  DEVICE float steps(float x) const {
+#if DTYPE == 0
+    // The product with the inverse finds the nearest multiple or its neighbour; the remainder, which is exact, tells.
+    const float scale = correction;
     float rounded = fmaf(x, inverse, kRounder);
     const float remainder = fmaf(kRounder - rounded, scale, x), excess = fabsf(remainder) - 0.5f * scale;
     if (excess >= 0.0f && (excess > 0.0f || (__float_as_uint(rounded) & 1))) rounded += copysignf(1.0f, remainder);
-    return scale == 0.0f ? 0u : __float_as_uint(rounded + zero_point);
+    return rounded;
+#else
+    // A quotient of a 16-bit float and a scale, which has 8 bits, is a tie, or further from one than this product errs.
+    return __fadd_rn(fmaf(x, inverse, __fmul_rn(x, correction)), kRounder);
+#endif
   }
+  // In the lowest byte, if the group is finite.
+  DEVICE u32 code(float x) const { return __float_as_uint(__fadd_rn(steps(x), zero_point)); }
+  DEVICE u32 mask() const { return inverse == 0.0f ? 0u : ~0u; }
 };
 
 DEVICE u32 pack_codes(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
@@ -141,7 +155,8 @@ DEVICE Four higher(const Four& a, const Four& b) { return make_uint2(higher_pair
 DEVICE u32 codes_of(const Four& v, const Affine (&map)[4]) {
   float x[4];
   to_floats(v, x);
-  return pack_codes(map[0].code(x[0]), map[1].code(x[1]), map[2].code(x[2]), map[3].code(x[3]));
+  const u32 codes = pack_codes(map[0].code(x[0]), map[1].code(x[1]), map[2].code(x[2]), map[3].code(x[3]));
+  return codes & pack_codes(map[0].mask(), map[1].mask(), map[2].mask(), map[3].mask());
 }
 
 // One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
@@ -149,7 +164,7 @@ DEVICE u32 codes_of(const Four& v, const Affine (&map)[4]) {
 DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   constexpr int groups = DK / 4;
   __shared__ float4 low[kTokenGroups][groups], high[kTokenGroups][groups];
-  __shared__ float4 scale[groups], zero_point[groups], inverse[groups];
+  __shared__ float4 inverse[groups], zero_point[groups], correction[groups];
   const int channels = threadIdx.x % groups, token_group = threadIdx.x / groups;
   const bool works = token_group < kTokenGroups;
   Four states[kTokensPerThread];
@@ -169,7 +184,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     high[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
   }
   __syncthreads();
-  for (int d = threadIdx.x; d < DK; d += kStoreThreads) {
+  if (const int d = threadIdx.x; d < DK) {
     Range range = {reinterpret_cast<const float*>(low[0])[d], reinterpret_cast<const float*>(high[0])[d]};
 #pragma unroll
     for (int i = 1; i < kTokenGroups; i++) {
@@ -179,14 +194,14 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     u32 metadata;
     const Affine map = Affine::of(range, metadata);
     args.metadata[0][place * DK + d] = metadata;
-    reinterpret_cast<float*>(scale)[d] = map.scale;
-    reinterpret_cast<float*>(zero_point)[d] = map.zero_point;
     reinterpret_cast<float*>(inverse)[d] = map.inverse;
+    reinterpret_cast<float*>(zero_point)[d] = map.zero_point;
+    reinterpret_cast<float*>(correction)[d] = map.correction;
   }
   __syncthreads();
   if (!works) return;
-  const float4 s = scale[channels], z = zero_point[channels], n = inverse[channels];
-  const Affine map[4] = {{s.x, z.x, n.x}, {s.y, z.y, n.y}, {s.z, z.z, n.z}, {s.w, z.w, n.w}};
+  const float4 n = inverse[channels], z = zero_point[channels], c = correction[channels];
+  const Affine map[4] = {{n.x, z.x, c.x}, {n.y, z.y, c.y}, {n.z, z.z, c.z}, {n.w, z.w, c.w}};
   u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * DK) + channels;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; i++) target[i * kTokenGroups * groups] = codes_of(states[i], map);
@@ -227,8 +242,8 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
     args.metadata[1][place * kPageSize + warp + lane * warps] = metadata;
 #pragma unroll
   for (int k = 0; k < tokens; k++) {
-    const Affine one = {__shfl_sync(~0u, mine.scale, k), __shfl_sync(~0u, mine.zero_point, k),
-                        __shfl_sync(~0u, mine.inverse, k)};
+    const Affine one = {__shfl_sync(~0u, mine.inverse, k), __shfl_sync(~0u, mine.zero_point, k),
+                        __shfl_sync(~0u, mine.correction, k)};
     const Affine map[4] = {one, one, one, one};
     const int token = warp + k * warps;
     if (token < kPageSize)
@@ -241,8 +256,8 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
 }
 
 // Grid: pages, batch * num_kv_heads, 2 (keys, values).
-// Five CTAs a processor hide the latency of memory, where the registers of one allow it.
-constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 5 : 1;
+// Four CTAs a processor hide the latency of memory, where the registers of one allow it.
+constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 4 : 1;
 extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
     store_pages(const __grid_constant__ StoreArgs args) {
   const int head = blockIdx.y, which = blockIdx.z;
