@@ -111,6 +111,7 @@ def store_pages(
     key_metadata: Tensor,
     value_qdata: Tensor,
     value_metadata: Tensor,
+    backend: str | None = None,
 ) -> None:
     """Quantise whole pages of keys and values into memory that is already there.
 
@@ -121,8 +122,13 @@ def store_pages(
         key_metadata: written; int16 (P, batch, num_kv_heads, head_dim, 2).
         value_qdata: written; int8 (P, batch, num_kv_heads, page_size, v_head_dim).
         value_metadata: written; int16 (P, batch, num_kv_heads, page_size, 2).
+        backend: what ``backend_for`` the states named, if it was asked already.
     """
-    torch.ops.quantcache.store_pages(key_states, value_states, key_qdata, key_metadata, value_qdata, value_metadata)
+    written = key_qdata, key_metadata, value_qdata, value_metadata
+    if is_plain(key_states):
+        BACKENDS[backend or backend_for(key_states, value_states)[0]].store_pages(key_states, value_states, *written)
+    else:
+        torch.ops.quantcache.store_pages(key_states, value_states, *written)
 
 
 def append_tail(

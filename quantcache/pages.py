@@ -207,18 +207,8 @@ class Int8Pages:
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         total = self._tail_len + key_states.shape[2]
-        closed, key_buffer, value_buffer = self._closed, self._key_tail, self._value_tail
-        if closed is not None and closed.segments and total <= key_buffer.shape[2] and total < self._closes_at:
-            # Nothing but the tail grows: what a decode step does, in a few calls.
-            if self._reads_unwritten:
-                self._write_pending()
-                pending = key_states, value_states
-                self._newest = PagesView(closed, key_buffer, value_buffer, self._backend, total, pending)
-                self._tail_len = total
-                return self._newest
-            _extended(key_buffer, value_buffer, self._tail_len, key_states, value_states, self._append_backend)
-            self._tail_len = total
-            return PagesView(closed, key_buffer, value_buffer, self._backend, total)
+        if self._num_pages and total < self._closes_at:
+            return self._append_to_tail(key_states, value_states, total)
         self._write_pending()
         self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
@@ -228,9 +218,8 @@ class Int8Pages:
             key_tail, value_tail = key_states, value_states
             key_buffer, value_buffer = key_states, value_states
         else:
-            key_buffer, value_buffer = _extended(
-                self._key_tail, self._value_tail, self._tail_len, key_states, value_states, self._append_backend
-            )
+            key_buffer, value_buffer = self._buffers_for(total)
+            _write(key_states, value_states, key_buffer, value_buffer, self._tail_len, self._append_backend)
             key_tail, value_tail = key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total)
         view = self._view_with(key_tail, value_tail)
 
@@ -252,6 +241,28 @@ class Int8Pages:
             self._closed = None
             self.let_go()
         return view
+
+    def _append_to_tail(self, key_states: Tensor, value_states: Tensor, total: int) -> PagesView:
+        """``append`` where nothing but the tail grows, to ``total`` tokens: what a decode step does, in a few calls."""
+        closed, (backend, _) = self._closed or self._make_closed(), self.backend
+        if self._newest is not None:
+            self._write_pending()
+        buffers = self._key_tail, self._value_tail = self._buffers_for(total)
+        pending = None
+        if backend in dispatch.WRITE_ON_READ:
+            pending = key_states, value_states
+        else:
+            _write(key_states, value_states, *buffers, self._tail_len, self._append_backend)
+        view = PagesView(closed, *buffers, self._backend, total, pending)
+        self._newest, self._tail_len = view if pending else None, total
+        return view
+
+    def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
+        """The tail's buffers, or larger ones with the same tokens if ``total`` do not fit."""
+        buffers = self._key_tail, self._value_tail
+        if total > buffers[0].shape[2]:
+            return _roomier(*buffers, self._tail_len, total, self._append_backend)
+        return buffers
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -338,11 +349,6 @@ class Int8Pages:
         """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
         return "torch" if self._key_tail.device.type == "cpu" else self.backend[0]
 
-    @property
-    def _reads_unwritten(self) -> bool:
-        """Whether attention writes the newest tokens on its way."""
-        return self._backend is not None and self._backend[0] in dispatch.WRITE_ON_READ
-
     def _write_pending(self) -> None:
         """Have the newest tokens in the buffers of the tail."""
         if self._newest is not None:
@@ -363,10 +369,14 @@ class Int8Pages:
         return max(self.seq_len + new_tokens - self.reach, 0) // PAGE_SIZE - self._first_page
 
     def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
-        if self._closed is None:
-            self._arrive()
-            self._closed = self._view_pages(0, self._num_pages).closed
-        return PagesView(self._closed, key_tail, value_tail, self.backend if self._closed.segments else None)
+        closed = self._closed or self._make_closed()
+        return PagesView(closed, key_tail, value_tail, self.backend if closed.segments else None)
+
+    def _make_closed(self) -> ClosedPages:
+        """The pages held, which the views share until they change."""
+        self._arrive()
+        self._closed = ClosedPages(tuple(_pages_of(self._segments, 0, self._num_pages)))
+        return self._closed
 
     def _view_pages(self, start: int, stop: int) -> PagesView:
         """The pages ``start`` to ``stop`` of those held, with an empty tail."""
@@ -390,56 +400,49 @@ class Int8Pages:
                 capacity = max(self.reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
             new_segments.append(Segment.allocate(capacity, key_tail, value_tail))
             missing -= capacity
-        page = skipped
+        page, backend = skipped, None if self.reader else self.backend[0]
         for target in targets + new_segments:
             stop = min(page + target.capacity, closing)
             tokens = slice(page * PAGE_SIZE, stop * PAGE_SIZE)
             with write_access(target.key_qdata):
-                ops.store_pages(key_tail[:, :, tokens], value_tail[:, :, tokens], *target.narrow(0, stop - page))
+                states = key_tail[:, :, tokens], value_tail[:, :, tokens]
+                ops.store_pages(*states, *target.narrow(0, stop - page), backend)
             page = stop
         return new_segments
 
 
 def _pages_of(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
-    """The pages ``start`` to ``stop``, sharing memory."""
+    """The pages ``start`` to ``stop``, sharing memory; a segment that is wholly meant, itself."""
     narrowed, first = [], 0
     for segment in segments:
-        low, high = max(start - first, 0), min(stop - first, segment.capacity)
+        capacity = segment.capacity
+        low, high = max(start - first, 0), min(stop - first, capacity)
         if low < high:
-            narrowed.append(segment.narrow(low, high))
-        first += segment.capacity
+            narrowed.append(segment if high - low == capacity else segment.narrow(low, high))
+        first += capacity
     return narrowed
 
 
-def _extended(
-    key_buffer: Tensor,
-    value_buffer: Tensor,
-    used: int,
-    key_states: Tensor,
-    value_states: Tensor,
-    backend: str = "torch",
-) -> tuple[Tensor, Tensor]:
-    """The buffers with new tokens written behind their first ``used``, in place if they have room."""
-    total = used + key_states.shape[2]
-    if total > key_buffer.shape[2]:
-        old = key_buffer[:, :, :used], value_buffer[:, :, :used]
-        key_buffer, value_buffer = _roomier(key_buffer, total), _roomier(value_buffer, total)
-        if used:
-            ops.append_tail(*old, key_buffer, value_buffer, 0, backend)
-    if key_buffer.is_inference():
-        with write_access(key_buffer):
-            ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
-    else:
+def _write(
+    key_states: Tensor, value_states: Tensor, key_buffer: Tensor, value_buffer: Tensor, used: int, backend: str
+) -> None:
+    """Write new tokens behind the first ``used`` of the buffers."""
+    with write_access(key_buffer):
         ops.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
-    return key_buffer, value_buffer
+
+
+def _roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, tokens: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Larger buffers, for at least ``tokens`` tokens, that begin with the first ``used`` of these."""
+    capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
+    key_made, value_made = (
+        buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in (key_buffer, value_buffer)
+    )
+    if used:
+        ops.append_tail(key_buffer[:, :, :used], value_buffer[:, :, :used], key_made, value_made, 0, backend)
+    return key_made, value_made
 
 
 def _copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
     """Buffers of their own for some tokens."""
-    return _extended(key_states[:, :, :0], value_states[:, :, :0], 0, key_states, value_states, backend)
-
-
-def _roomier(buffer: Tensor, tokens: int) -> Tensor:
-    """Memory shaped like ``buffer`` for at least ``tokens`` tokens."""
-    capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
-    return buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+    tokens = key_states.shape[2]
+    return _roomier(key_states, value_states, tokens, tokens, backend)

@@ -22,6 +22,7 @@ from quantcache import dispatch, ops
 from quantcache.backends import cuda as cuda_backend
 from quantcache.options import PLAIN, SCHEMA, AttentionOptions
 from quantcache.scheme import PAGE_SIZE
+from quantcache.segments import Segment
 
 NUM_LENGTHS: Final = 4
 PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
@@ -297,7 +298,7 @@ def _store_on_host(
     closing = min(due, len(store.key_qdata) - pages)
     if closing:
         whole = slice(0, closing * PAGE_SIZE)
-        targets = (part[pages : pages + closing] for part in store[:4])
+        targets = Segment(*store[:4]).narrow(pages, pages + closing)
         ops.store_pages(key_source[:, :, whole], value_source[:, :, whole], *targets)
     rest = slice(closing * PAGE_SIZE, min(tokens, closing * PAGE_SIZE + store.key_tail.shape[2]))
     # Copied before they are written: a tail's own tokens move to its front.

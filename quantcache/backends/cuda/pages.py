@@ -135,8 +135,8 @@ def _make_table(parts: Sequence[Sequence[Tensor]]) -> SegmentTable:
     rows += [0, 0, 0, 0, first]
     if len(contiguous[0]) < 2:
         return SegmentTable(0, len(contiguous[0]), first, tuple(rows[:4]), (contiguous,))
-    # Pinned, so that the copy waits for nothing; torch keeps the pinned memory until the copy is done.
-    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+    # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
+    host = torch.tensor(rows, dtype=torch.int64)
     on_device = host.to(contiguous[0][0].device, non_blocking=True)
     return SegmentTable(on_device.data_ptr(), len(contiguous[0]), first, tuple(rows[:4]), (on_device, contiguous))
 
