@@ -13,13 +13,11 @@ from tests.processes import ROOT
 
 pytestmark = [pytest.mark.cuda, skip_without_gpu]
 
-TOOLKITS = ("/usr/local/cuda/bin", "/usr/local/cuda-13.0/bin", "/opt/cuda/bin")
-
 
 def sanitizer() -> str | None:
     """Where CUDA's toolkit has it; its folder is not always on the path."""
-    home = os.environ.get("CUDA_HOME")
-    places = [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *TOOLKITS]
+    toolkits = [Path(os.environ.get("CUDA_HOME", "/opt/cuda")), *Path("/usr/local").glob("cuda*")]
+    places = [os.environ.get("PATH", ""), *(str(toolkit / "bin") for toolkit in toolkits)]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
@@ -45,5 +43,7 @@ def test_every_kernel_is_clean(tool: str) -> None:
         timeout=900,
         check=False,
     )
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer cannot watch this GPU, as in some containers")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "ok" in done.stdout
