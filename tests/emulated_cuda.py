@@ -1,0 +1,300 @@
+"""A GPU of the CPU: what the host passes to the CUDA kernels, carried out in torch on the addresses passed.
+
+It takes the arguments apart as the structures in ``csrc/cuda`` declare them and does what the kernels' comments say, by
+``reference.py``. It stands in for the driver, not for the kernels: how they divide and round is tested on a GPU alone.
+"""
+
+import ctypes
+import importlib
+import itertools
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcache import dispatch, nvrtc, reference
+from quantcache.backends.cuda.launch import DTYPES, Gpu, Kernel
+from quantcache.options import AttentionOptions
+from quantcache.pages import Int8Pages
+from quantcache.scheme import PAGE_SIZE
+
+H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per_block=232448)
+
+ATTENTION, LAUNCH, PAGES, PLAN, STATIC = MODULES = [
+    importlib.import_module(f"quantcache.backends.cuda.{name}")
+    for name in ("attention", "launch", "pages", "plan", "static")
+]
+
+ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
+
+LETTERS = {"i64": "q", "int": "i", "float": "f"}
+"""Of ``struct``, for the C types; a pointer is a P and a Segment four of them and a q."""
+
+STRUCTURES = {  # kernel: source, structure, how the host packs it
+    "attention": ("attention.cu", "Args", ATTENTION._ATTENTION_ARGS),
+    "append": ("pages.cu", "AppendArgs", PAGES._APPEND_ARGS),
+    "store_pages": ("pages.cu", "StoreArgs", PAGES._STORE_ARGS),
+    "restore": ("pages.cu", "RestoreArgs", PAGES._RESTORE_ARGS),
+    "advance": ("pages.cu", "AdvanceArgs", STATIC._ADVANCE_ARGS),
+}
+
+
+def fields(source: str, structure: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, letters of ``struct`` and array bounds of each field that a source declares."""
+    body = re.search(rf"struct {structure} {{(.*?)\n}};", nvrtc.program_text(source), re.DOTALL)
+    assert body is not None, f"{source} declares no {structure}"
+    for declaration in re.sub(r"//.*", "", body[1]).split(";"):
+        if not declaration.strip():
+            continue
+        kind, names = re.fullmatch(r"\s*((?:const )?\w+\*? )(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
+        kind = kind.replace("const ", "").strip()
+        letters = "P" if kind.endswith("*") else "PPPPq" if kind == "Segment" else LETTERS[kind]
+        for name in names.split(","):
+            bare, *bounds = re.findall(r"\w+", name)
+            yield bare, letters, tuple(map(int, bounds))
+
+
+def packed_letters(form: struct.Struct) -> str:
+    """The format of a structure without repeat counts."""
+    return "".join(letter * int(count or 1) for count, letter in re.findall(r"(\d*)(\w)", form.format))
+
+
+def declared_letters(source: str, structure: str) -> str:
+    """The same of what a source declares."""
+    return "".join(letters * math.prod(bounds) for _, letters, bounds in fields(source, structure))
+
+
+def taken_apart(kernel: str, packed: bytes) -> SimpleNamespace:
+    """The fields of a packed structure, arrays as nested tuples."""
+    source, structure, form = STRUCTURES[kernel]
+    values = iter(form.unpack(packed))
+    arguments = {}
+    for name, letters, bounds in fields(source, structure):
+        flat = [next(values) for _ in range(len(letters) * math.prod(bounds))]
+        for bound in reversed(bounds[1:]):
+            flat = [tuple(flat[i : i + bound]) for i in range(0, len(flat), bound)]
+        arguments[name] = tuple(flat) if bounds or len(letters) > 1 else flat[0]
+    return SimpleNamespace(**arguments)
+
+
+def memory(address: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:
+    """What lies at an address, shared."""
+    if strides is None:
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if 0 in shape:
+        return torch.empty(*shape, dtype=dtype)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    raw = (ctypes.c_byte * (extent * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).as_strided(tuple(shape), tuple(strides))
+
+
+class Arguments:
+    """The arguments of one launch, with what the kernels derive from them."""
+
+    def __init__(self, kernel: str, macros: dict[str, int], grid: tuple[int, int, int], packed: bytes) -> None:
+        self.given = taken_apart(kernel, packed)
+        self.grid = grid
+        self.widths = macros["DK"], macros["DV"]
+        self.dtype = ELEMENT_TYPES[macros["DTYPE"]]
+
+    def states(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """States whose last stride is 1; the kernels read four elements at once, and need the alignment for it."""
+        assert not address % (4 * self.dtype.itemsize)
+        assert not any(stride % 4 for stride in strides)
+        return memory(address, self.dtype, shape, (*strides, 1))
+
+    def pages(self, is_key: bool, num_pages: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Codes (pages, heads, 64, width) and metadata (pages, heads, width or 64, 2), from all segments."""
+        given = self.given
+        rows = [[*given.only[:4], 0], [0, 0, 0, 0, num_pages]]
+        if given.num_segments > 1:
+            rows = memory(given.segments, torch.int64, (given.num_segments + 1, 5)).tolist()
+            assert rows[-1][4] == given.num_pages
+        width = self.widths[0 if is_key else 1]
+        qdata, metadata = [], []
+        for row, following in itertools.pairwise(rows):
+            count = min(following[4], num_pages) - row[4]
+            if count > 0:
+                key, key_words, value, value_words = row[:4]
+                codes, words = (key, key_words) if is_key else (value, value_words)
+                qdata.append(memory(codes, torch.int8, (count, heads, PAGE_SIZE, width)))
+                metadata.append(memory(words, torch.int16, (count, heads, width if is_key else PAGE_SIZE, 2)))
+        if not qdata:
+            qdata.append(torch.empty(0, heads, PAGE_SIZE, width, dtype=torch.int8))
+            metadata.append(torch.empty(0, heads, width if is_key else PAGE_SIZE, 2, dtype=torch.int16))
+        return torch.cat(qdata), torch.cat(metadata)
+
+
+def append(args: Arguments) -> None:
+    given = args.given
+    position = memory(given.lengths, torch.int32, (2,))[1].item() if given.lengths else given.position
+    rows = given.batch, given.num_kv_heads
+    for which, width in enumerate(args.widths):
+        assert 4 * 256 * args.grid[0] >= math.prod(rows) * given.tokens * width
+        states = args.states(given.states[which], (*rows, given.tokens, width), given.stride[which])
+        tail = args.states(given.tail[which], (*rows, position + given.tokens, width), given.tail_stride[which])
+        tail[:, :, position:] = states
+
+
+def store_pages(args: Arguments) -> None:
+    given = args.given
+    pages, heads, _ = args.grid
+    batch = heads // given.num_kv_heads
+    for which, quantize in enumerate((reference.quantize_key_pages, reference.quantize_value_pages)):
+        shape = batch, given.num_kv_heads, pages * PAGE_SIZE, args.widths[which]
+        made = quantize(args.states(given.states[which], shape, given.stride[which]))
+        for address, part in zip((given.qdata[which], given.metadata[which]), made, strict=True):
+            memory(address, part.dtype, part.shape).copy_(part)
+
+
+def restored(args: Arguments, is_key: bool, num_pages: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """Closed pages, dense: (heads, tokens, width)."""
+    qdata, metadata = args.pages(is_key, num_pages, heads)
+    restore_pages = reference.restore_key_pages if is_key else reference.restore_value_pages
+    return restore_pages(qdata[:, None], metadata[:, None], dtype)[0]
+
+
+def restore(args: Arguments) -> None:
+    given = args.given
+    width = args.widths[0 if given.is_key else 1]
+    blocks, heads, _ = args.grid
+    assert blocks == given.num_pages + (given.tail_len > 0)
+    batch = given.heads_in_all // given.num_kv_heads
+    tail = args.states(given.tail, (batch, given.num_kv_heads, given.tail_len, width), given.tail_stride)
+    dense = torch.cat(
+        [restored(args, bool(given.is_key), given.num_pages, given.heads_in_all, args.dtype), tail.flatten(0, 1)], 1
+    )
+    part = dense[given.first_head : given.first_head + heads]
+    memory(given.output, args.dtype, part.shape).copy_(part)
+
+
+def attention(args: Arguments) -> None:
+    given = args.given
+    splits, rows, batch = args.grid
+    assert batch == given.batch
+    assert not rows % given.num_kv_heads
+    assert 1 <= given.page_splits <= given.num_splits == splits
+    num_pages, tail_len = given.num_pages, given.tail_len
+    if given.lengths:
+        num_pages, tail_len = memory(given.lengths, torch.int32, (2,)).tolist()
+    heads = batch, given.num_kv_heads
+    dense = []
+    for which, (address, strides) in enumerate(
+        ((given.key_tail, given.key_tail_stride), (given.value_tail, given.value_tail_stride))
+    ):
+        width = args.widths[which]
+        tail = args.states(address, (*heads, tail_len, width), strides)
+        if given.num_new:
+            new = args.states(given.new_states[which], (*heads, given.num_new, width), given.new_stride[which])
+            tail[:, :, tail_len - given.num_new :] = new
+        pages = restored(args, which == 0, num_pages, math.prod(heads), torch.float32)
+        dense.append(torch.cat([pages.view(*heads, -1, width), tail.float()], dim=2))
+    num_q_heads, kv_len = given.num_kv_heads * given.group, num_pages * PAGE_SIZE + tail_len
+    query = args.states(given.query, (batch, num_q_heads, given.query_len, args.widths[0]), given.query_stride)
+    mask = None
+    if given.mask:
+        mask_shape = batch, num_q_heads, given.query_len, kv_len
+        mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], mask_shape, given.mask_stride)
+    asked = AttentionOptions(
+        mask,
+        bool(given.is_causal),
+        given.softmax_scale,
+        given.window or None,
+        given.softcap or None,
+        memory(given.sinks, torch.float32, (num_q_heads,)) if given.sinks else None,
+    )
+    output = reference.attend(query, dense[0], dense[1], asked)
+    memory(given.output, args.dtype, output.shape).copy_(output)
+    if splits > 1:
+        _leave_partial_results(args)
+
+
+def _leave_partial_results(args: Arguments) -> None:
+    """Partial results are garbage for whoever comes next; counters begin and end at zero."""
+    given, (splits, tiles, batch) = args.given, args.grid
+    (workspace,) = (w for w in ATTENTION._workspaces.values() if w.data_ptr() == given.counters)
+    tiles *= batch
+    assert tiles <= ATTENTION.NUM_COUNTERS
+    assert not memory(given.counters, torch.int32, (tiles,)).any()
+    rows = (given.partial_sums - given.partial) // 4 // args.widths[1]
+    assert rows >= tiles * splits
+    assert given.partial == given.counters + 4 * ATTENTION.NUM_COUNTERS
+    assert given.partial_sums + 8 * rows <= given.counters + workspace.nbytes
+    memory(given.partial, torch.float32, (rows * (args.widths[1] + 2),)).fill_(torch.nan)
+
+
+def advance(args: Arguments) -> None:
+    given = args.given
+    pages, tokens, in_all = memory(given.source_lengths, torch.int32, (3,)).tolist()
+    closing = min(max(tokens - given.residual_length, 0) // PAGE_SIZE, given.capacity - pages)
+    rest = min(tokens - closing * PAGE_SIZE, given.tail_capacity)
+    stored = given.new_tokens if rest + given.new_tokens <= given.tail_capacity else 0
+    heads = given.num_heads // given.num_kv_heads, given.num_kv_heads
+    for which, quantize in enumerate((reference.quantize_key_pages, reference.quantize_value_pages)):
+        width = args.widths[which]
+        source = args.states(given.source[which], (*heads, tokens, width), given.source_stride[which]).clone()
+        new = args.states(given.states[which], (*heads, given.new_tokens, width), given.states_stride[which])
+        if closing:
+            made = quantize(source[:, :, : closing * PAGE_SIZE])
+            for address, part in zip((given.qdata[which], given.metadata[which]), made, strict=True):
+                memory(address, part.dtype, (pages + closing, *part.shape[1:]))[pages:] = part
+        tail = memory(given.tail[which], args.dtype, (*heads, given.tail_capacity, width))
+        tail[:, :, :rest] = source[:, :, closing * PAGE_SIZE : closing * PAGE_SIZE + rest]
+        tail[:, :, rest : rest + stored] = new[:, :, :stored]
+    lengths = torch.tensor([pages + closing, rest + stored, in_all + given.new_tokens], dtype=torch.int32)
+    memory(given.lengths, torch.int32, (3,)).copy_(lengths)
+
+
+KERNELS: dict[str, Callable[[Arguments], None]] = {
+    "attention": attention,
+    "append": append,
+    "store_pages": store_pages,
+    "restore": restore,
+    "advance": advance,
+}
+
+
+def load_kernel(source: str, macros: nvrtc.Macros, name: str, index: Any, threads: int, shared_bytes: int) -> Kernel:
+    """The emulation of a kernel, where the real one would run."""
+    assert STRUCTURES[name][0] == source
+    assert threads % 32 == 0
+    assert threads <= 1024
+    assert shared_bytes <= H200.shared_per_block
+    return Kernel((name, dict(macros)), threads, shared_bytes)
+
+
+def launch(kernel: Kernel, grid: tuple[int, int, int], index: Any, form: struct.Struct, *values: Any) -> None:
+    name, macros = kernel.function
+    assert form is STRUCTURES[name][2]
+    assert all(1 <= size <= limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
+    KERNELS[name](Arguments(name, macros, grid, form.pack(*values)))
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have CPU tensors go to the CUDA backend, and its launches here; the kernels, by name, as they are launched."""
+    launched: list[str] = []
+
+    def recorded(kernel: Kernel, *arguments: Any) -> None:
+        launched.append(kernel.function[0])
+        launch(kernel, *arguments)
+
+    stand_ins = {
+        "gpu": lambda index: H200,
+        "load_kernel": load_kernel,
+        "launch": recorded,
+        "current_stream": lambda index: 0,
+    }
+    for module in MODULES:
+        for name, stand_in in stand_ins.items():
+            if hasattr(module, name) and module is not LAUNCH:
+                monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(ATTENTION, "_workspaces", {})
+    monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")
+    monkeypatch.setattr(Int8Pages, "_append_backend", property(lambda pages: pages.backend[0]))
+    return launched

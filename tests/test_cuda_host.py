@@ -1,0 +1,265 @@
+"""Does the host ask the CUDA kernels for what it should? A stand-in for the driver carries it out, without a GPU."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from quantcache import QuantizedInt8Cache, dispatch, ops, reference, static_ops
+from quantcache.backends import cuda
+from quantcache.backends.cuda.plan import Shape
+from quantcache.layers import Int8Layer
+from quantcache.options import AttentionOptions
+from quantcache.pages import Int8Pages
+from quantcache.sliding import Int8SlidingLayer
+from quantcache.static_pages import StaticInt8Pages
+from tests import emulated_cuda, twins
+from tests.attention_cases import Case, Stored, build
+from tests.strategies import Operation, random_states, schedules
+from tests.test_static import assert_same_bytes
+
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels launched so far, from now on on the CPU."""
+    return emulated_cuda.emulate(monkeypatch)
+
+
+@pytest.mark.parametrize("kernel", emulated_cuda.STRUCTURES)
+def test_arguments_are_packed_as_the_sources_declare_them(kernel: str) -> None:
+    source, structure, form = emulated_cuda.STRUCTURES[kernel]
+    assert emulated_cuda.packed_letters(form) == emulated_cuda.declared_letters(source, structure)
+
+
+def check(stored: Stored, **options: Any) -> None:
+    """What the kernels are asked for is the specification, over the restored states."""
+    asked = AttentionOptions(**options)
+    expected = reference.attend(stored.query.double(), *stored.exact(), asked)
+    output = ops.attention(*stored.arguments, asked)  # type: ignore[arg-type]
+    assert output.dtype == stored.query.dtype
+    assert output.is_contiguous()
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error <= TOLERANCE[stored.query.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (256, 256), (192, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("group", "query_len", "segments"), [(1, 1, (3,)), (7, 1, (1, 4, 2)), (4, 5, ()), (8, 8, (2,))]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_kind_of_call(
+    head_dims: tuple[int, int],
+    group: int,
+    query_len: int,
+    segments: tuple[int, ...],
+    dtype: torch.dtype,
+    transposed: bool,
+    launched: list[str],
+) -> None:
+    case = Case(2, 2, group, query_len, segments, 37, *head_dims, dtype=dtype, transposed=transposed)
+    check(build(case), is_causal=True)
+    assert launched == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 70},
+        {"window": 100, "is_causal": True, "softcap": 30.0},
+        {"sinks": True, "softmax_scale": 0.5},
+        {"mask": "left padding"},
+        {"mask": "left padding", "sinks": True},
+        {"mask": "of every head and query"},
+        {"mask": "one value"},
+        {"mask": "additive"},
+        {"mask": "additive float64"},
+    ],
+    ids=str,
+)
+def test_every_option(options: dict[str, Any], launched: list[str]) -> None:
+    case = Case(2, 2, 4, 3, (2, 5), 40, 64, 64, torch.float16)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-2, 6, case.num_q_heads, dtype=torch.float16)
+    shape = case.batch, case.num_q_heads, case.query_len, case.kv_len
+    masks = {
+        "left padding": (torch.arange(case.kv_len) >= torch.tensor([[70], [0]]))[:, None, None],
+        "of every head and query": torch.rand(shape) > 0.3,
+        "one value": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "additive": torch.randn(2, 1, *shape[2:]).bfloat16(),
+        "additive float64": torch.randn(shape).double(),
+    }
+    if "mask" in options:
+        options["attn_mask"] = masks[options.pop("mask")]
+    check(build(case), **options)
+    assert launched == ["attention"]
+
+
+@pytest.mark.parametrize("how", ["every second element", "an element off", "odd rows"])
+def test_states_that_the_kernels_cannot_read_are_copied(how: str, launched: list[str]) -> None:
+    """They read four elements at once, and need strides and addresses for it."""
+
+    def awkward(states: Tensor) -> Tensor:
+        if how == "every second element":
+            return torch.stack([states, states + 1], dim=-1)[..., 0]
+        if how == "odd rows":
+            return torch.nn.functional.pad(states, (0, 1))[..., :-1]
+        return torch.nn.functional.pad(states.flatten(), (1, 0))[1:].view(states.shape)
+
+    stored = build(Case(2, 2, 4, 3, (2, 5), 40, 64, 80, torch.float16))
+    names = ("query", "key_tail", "value_tail")
+    check(replace(stored, **{name: awkward(getattr(stored, name)) for name in names}))
+    tails = [torch.zeros(2, 2, 64, width, dtype=torch.float16) for width in (64, 80)]
+    cuda.append_tail(awkward(stored.key_tail), awkward(stored.value_tail), *tails, 3)
+    for tail, states in zip(tails, (stored.key_tail, stored.value_tail), strict=True):
+        assert torch.equal(tail[:, :, 3:43], states)
+        assert not tail[:, :, :3].any()
+        assert not tail[:, :, 43:].any()
+
+
+@pytest.mark.parametrize("splits", [None, (1, 1), (3, 3), (3, 4), (64, 65)])
+@pytest.mark.parametrize("shape", [None, Shape(1, 4, 16, 2), Shape(2, 4, 32, 2)])
+def test_partial_results_stay_in_their_workspace(
+    splits: tuple[int, int] | None, shape: Shape | None, launched: list[str]
+) -> None:
+    """The stand-in fills the workspace up to its end, and finds the counters as it left them."""
+    stored = build(Case(2, 2, 20, 1, (9, 21), 50, 128, 128, torch.float16))
+    arguments = stored.arguments
+    table = cuda.segment_table(*arguments[1:5])  # type: ignore[arg-type]
+    expected = reference.attend(stored.query.double(), *stored.exact())
+    for _ in range(2):
+        output = cuda.fused_attention(
+            stored.query, table, stored.key_tail, stored.value_tail, AttentionOptions(), shape=shape, splits=splits
+        )
+        assert (output.double() - expected).norm() <= 1e-3 * expected.norm()
+    assert launched == ["attention"] * 2
+
+
+@pytest.mark.parametrize("scratch_bytes", [1 << 28, 1 << 18, 1])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"window": 90, "is_causal": True}, {"mask": 1}, {"mask": 8}], ids=str
+)
+def test_long_chunks_read_a_layer_restored_in_bounded_memory(
+    options: dict[str, Any], scratch_bytes: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads at once, some at a time, and one at a time give the same."""
+    monkeypatch.setattr(emulated_cuda.ATTENTION, "SCRATCH_BYTES", scratch_bytes)
+    case = Case(3, 2, 4, 40, (2, 5), 40, 64, 80, torch.float32, transposed=True)
+    options = dict(options)
+    if "mask" in options:
+        options["attn_mask"] = torch.rand(3, options.pop("mask"), case.query_len, case.kv_len) > 0.3
+    check(build(case), **options)
+    a_head = case.kv_len * (64 + 80) * 4
+    parts = {1 << 28: 1, 1 << 18: 6, 1: 6}[scratch_bytes]
+    assert (scratch_bytes >= 6 * a_head) == (parts == 1)
+    assert launched == ["restore"] * 2 * parts
+
+
+def generated(model: torch.nn.Module, how: dict[str, Any]) -> tuple[Tensor, QuantizedInt8Cache]:
+    cache = QuantizedInt8Cache(model.config, strict=True)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 64, (2, 70), generator=generator)
+    mask = torch.ones_like(ids)
+    if "prompt_lookup_num_tokens" in how:
+        ids, mask = ids[:1].repeat(1, 2), mask[:1].repeat(1, 2)
+    else:
+        mask[1, :40] = 0
+    output = model.generate(  # type: ignore[operator]
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=140, do_sample=False, pad_token_id=0, **how
+    )
+    return output, cache
+
+
+@pytest.mark.parametrize("window", [None, 1200])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 6}], ids=str)
+def test_generate_stores_and_answers_as_with_the_torch_backend(
+    how: dict[str, Any], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None}
+    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**sizes))
+    if window:
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=window))
+    model.eval()
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
+    expected, with_torch = generated(model, how)
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+    emulated_cuda.emulate(monkeypatch)
+    output, cache = generated(model, how)
+    assert cache.report().backend == "cuda"
+    assert torch.equal(output, expected)
+    for ours, theirs in zip(cache.layers, with_torch.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        torch.testing.assert_close(ours.keys.restore(), theirs.keys.restore(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [Int8Layer, lambda: Int8SlidingLayer(150)], ids=["full", "window"])
+@given(operations=schedules(longest=30))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_any_schedule_leaves_what_the_exact_layer_holds(
+    make: Any, operations: list[Operation], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(twins, "HEAD_DIM", 16)
+    monkeypatch.setattr(twins, "V_HEAD_DIM", 32)
+    twin = twins.ExactTwin(make())
+    for operation in operations:
+        twin.run(operation)
+    twin.check()
+
+
+def test_a_decoding_step_launches_one_kernel(launched: list[str]) -> None:
+    """But for those that give the tail more room, and those that close a page."""
+    key, _ = random_states(1, 2, 330, 64, seed=1)
+    value = random_states(1, 330, 2, 80, seed=2)[0].transpose(1, 2)
+    query, _ = random_states(1, 4, 1, 64, seed=3)
+    layer = Int8Layer()
+    layer.update(key[:, :, :200], value[:, :, :200])
+    steps = []
+    for position in range(200, 330):
+        newest = slice(position, position + 1)
+        launched.clear()
+        states, values = layer.update(key[:, :, newest], value[:, :, newest])
+        output = states.pages_view.attention(query)  # type: ignore[attr-defined]
+        steps.append(tuple(launched))
+        seen = states.restore(), values.restore()  # type: ignore[attr-defined]
+        assert torch.equal(seen[0][:, :, newest], key[:, :, newest])
+        assert torch.equal(seen[1][:, :, newest], value[:, :, newest])
+        torch.testing.assert_close(output, reference.attend(query, *seen))
+    assert Counter(steps) == {
+        ("attention",): 120,
+        ("append", "attention"): 8,
+        ("append", "store_pages", "append", "attention"): 2,
+    }
+
+
+@pytest.mark.parametrize("chunks", [[150, *[1] * 60], [40, 90, 1, 1, 64, 130, 1], [465], [95, 1, 1, 2, 300]])
+@pytest.mark.parametrize("residual_length", [0, 32])
+def test_a_fixed_capacity_stores_what_the_growing_cache_stores_and_reads_it(
+    chunks: list[int], residual_length: int, launched: list[str]
+) -> None:
+    """With its lengths from what would be device memory."""
+
+    def states(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+        return random_states(2, 2, tokens, 64, seed=seed)[0], random_states(2, 2, tokens, 80, seed=seed + 99)[0]
+
+    static = StaticInt8Pages(*states(0, 0), 7 * 64 + 17, residual_length)
+    growing = Int8Pages(*states(0, 0), residual_length)
+    query, _ = random_states(2, 4, 1, 64, seed=7)
+    scratch = static_ops.make_scratch(static.key_tail, static.value_tail)
+    for index, tokens in enumerate(chunks):
+        new = states(tokens, index)
+        static.append(*new)
+        growing.append(*new)
+        output = static_ops.attention(query, static.memory, static.layout, scratch, AttentionOptions(is_causal=True))
+        view = static.view()
+        torch.testing.assert_close(output, reference.attend(query, view.restore_keys(), view.restore_values()))
+    assert_same_bytes(static, growing)
+    assert {"advance", "attention"} <= set(launched)
