@@ -100,8 +100,7 @@ class Int8Pages:
             segments = self._host.segments
         else:
             self._arrive()
-        closed = ClosedPages(tuple(_pages_of(segments, 0, self._num_pages)))
-        return PagesView(closed, self.key_tail, self.value_tail)
+        return PagesView(_pages_of(segments, 0, self._num_pages), self.key_tail, self.value_tail)
 
     def fill(self, closed: Segment | None, key_tail: Tensor, value_tail: Tensor, first_page: int = 0) -> None:
         """Take over what ``stored`` gave of other pages; these must be empty.
@@ -244,16 +243,15 @@ class Int8Pages:
 
     def _append_to_tail(self, key_states: Tensor, value_states: Tensor, total: int) -> PagesView:
         """``append`` where nothing but the tail grows, to ``total`` tokens: what a decode step does, in a few calls."""
-        closed, (backend, _) = self._closed or self._make_closed(), self.backend
-        if self._newest is not None:
-            self._write_pending()
+        closed, backend = self._closed or self._make_closed(), self.backend
+        self._write_pending()
         buffers = self._key_tail, self._value_tail = self._buffers_for(total)
         pending = None
-        if backend in dispatch.WRITE_ON_READ:
+        if backend[0] in dispatch.WRITE_ON_READ:
             pending = key_states, value_states
         else:
             _write(key_states, value_states, *buffers, self._tail_len, self._append_backend)
-        view = PagesView(closed, *buffers, self._backend, total, pending)
+        view = PagesView(closed, *buffers, backend, total, pending)
         self._newest, self._tail_len = view if pending else None, total
         return view
 
@@ -375,13 +373,12 @@ class Int8Pages:
     def _make_closed(self) -> ClosedPages:
         """The pages held, which the views share until they change."""
         self._arrive()
-        self._closed = ClosedPages(tuple(_pages_of(self._segments, 0, self._num_pages)))
+        self._closed = _pages_of(self._segments, 0, self._num_pages)
         return self._closed
 
     def _view_pages(self, start: int, stop: int) -> PagesView:
         """The pages ``start`` to ``stop`` of those held, with an empty tail."""
-        closed = ClosedPages(tuple(_pages_of(self._segments, start, stop)))
-        return PagesView(closed, self._key_tail[:, :, :0], self._value_tail[:, :, :0])
+        return PagesView(_pages_of(self._segments, start, stop), self._key_tail[:, :, :0], self._value_tail[:, :, :0])
 
     def _close(self, key_tail: Tensor, value_tail: Tensor, skipped: int, closing: int) -> list[Segment]:
         """Write the pages ``skipped`` to ``closing`` of the tail: behind those held, or, if some are skipped, alone.
@@ -411,16 +408,15 @@ class Int8Pages:
         return new_segments
 
 
-def _pages_of(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
-    """The pages ``start`` to ``stop``, sharing memory; a segment that is wholly meant, itself."""
+def _pages_of(segments: Iterable[Segment], start: int, stop: int) -> ClosedPages:
+    """The pages ``start`` to ``stop``, sharing memory."""
     narrowed, first = [], 0
     for segment in segments:
-        capacity = segment.capacity
-        low, high = max(start - first, 0), min(stop - first, capacity)
+        low, high = max(start - first, 0), min(stop - first, segment.capacity)
         if low < high:
-            narrowed.append(segment if high - low == capacity else segment.narrow(low, high))
-        first += capacity
-    return narrowed
+            narrowed.append(segment.narrow(low, high))
+        first += segment.capacity
+    return ClosedPages(tuple(narrowed))
 
 
 def _write(

@@ -56,7 +56,9 @@ class Segment(NamedTuple):
         return sum(part.nbytes for part in self)
 
     def narrow(self, start: int, stop: int | None) -> "Segment":
-        """The pages ``start`` to ``stop`` (None: the end), sharing memory."""
+        """The pages ``start`` to ``stop`` (None: the end), sharing memory; the segment itself if that is all of it."""
+        if start == 0 and stop in (None, self.capacity):
+            return self
         return Segment(*(part[start:stop] for part in self))
 
 

@@ -138,6 +138,11 @@ class Store(NamedTuple):
     value_tail: Tensor
     lengths: Tensor
 
+    @property
+    def pages(self) -> Segment:
+        """All pages that there is room for."""
+        return Segment(*self[:4])
+
 
 class NewerTail(NamedTuple):
     """Exact tokens behind the closed pages, read instead of the layer's tail.
@@ -298,7 +303,7 @@ def _store_on_host(
     closing = min(due, len(store.key_qdata) - pages)
     if closing:
         whole = slice(0, closing * PAGE_SIZE)
-        targets = Segment(*store[:4]).narrow(pages, pages + closing)
+        targets = store.pages.narrow(pages, pages + closing)
         ops.store_pages(key_source[:, :, whole], value_source[:, :, whole], *targets)
     rest = slice(closing * PAGE_SIZE, min(tokens, closing * PAGE_SIZE + store.key_tail.shape[2]))
     # Copied before they are written: a tail's own tokens move to its front.
@@ -334,7 +339,7 @@ def _run_attention(
     if options.attn_mask is not None and options.attn_mask.shape[-1] > 1:
         options = options._replace(attn_mask=options.attn_mask[..., : num_pages * PAGE_SIZE + tail_len])
     run: Any = dispatch.BACKENDS[backend].attention
-    parts = ([part[:num_pages]] for part in store[:4])
+    parts = ([part] for part in store.pages.narrow(0, num_pages))
     output: Tensor = run(query, *parts, *(tail[:, :, :tail_len] for tail in store[4:6]), options)
     return output
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantcache import dispatch, ops, static_ops
 from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
-from quantcache.segments import ClosedPages, PagesView, Segment
+from quantcache.segments import ClosedPages, PagesView
 from quantcache.static_ops import PAGES, SEQ_LEN, TAIL_LEN, NewerTail, Sizes, layout_for
 
 
@@ -244,7 +244,7 @@ class StaticInt8Pages:
         self.close_due_pages()
         pages, rest = divmod(self.seq_len - tokens_to_remove, PAGE_SIZE)
         if pages < self._pages:
-            reopened = Segment(*(part[pages : pages + 1] for part in self.store[:4]))
+            reopened = self.store.pages.narrow(pages, pages + 1)
             none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
             view = PagesView(ClosedPages((reopened,)), *none)
             states = view.restore_keys()[:, :, :rest], view.restore_values()[:, :, :rest]
@@ -257,13 +257,13 @@ class StaticInt8Pages:
     def index_select(self, indices: Tensor) -> None:
         """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order, byte for byte."""
         indices = indices.to(self.device)
-        for part in self.store[:4]:
+        for part in self.store.pages:
             part.copy_(part[:, indices])
         for tail in self.store[4:6]:
             tail.copy_(tail[indices])
 
     def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor) -> PagesView:
-        segments = (Segment(*(part[:pages] for part in self.store[:4])),) if pages else ()
+        segments = (self.store.pages.narrow(0, pages),) if pages else ()
         return PagesView(ClosedPages(segments), key_tail, value_tail)
 
     def _lengths_on_host(self) -> Tensor:

@@ -48,7 +48,7 @@ def assert_same_bytes(static: StaticInt8Pages, growing: Int8Pages) -> None:
     for have, want in zip(static.restore(), growing.restore(), strict=True):
         assert torch.equal(have, want)
     stored = [torch.cat(parts) for parts in zip(*growing.view().segments, strict=True)]
-    for have, want in zip(static.store[:4], stored, strict=False):
+    for have, want in zip(static.store.pages, stored, strict=False):
         assert torch.equal(have[: static.num_pages], want)
 
 
@@ -170,7 +170,7 @@ def test_nothing_behind_the_last_token_is_read(device: str) -> None:
     scratch = layer._common.scratch
     expected = static_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch)
     pages, tail_len = layer.pages.num_pages, layer.pages.key_tail.shape[2]
-    for part in layer.pages.store[:4]:
+    for part in layer.pages.store.pages:
         part[pages:] = -128 if part.dtype == torch.int8 else 0x7FC0
     for tail in layer.pages.store[4:6]:
         tail[:, :, tail_len:] = torch.nan
