@@ -1,11 +1,14 @@
 """Stored keys and values for the tests of the operations, and how far their attention may be from the specification."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcache import reference
+from quantcache import ops, reference
+from quantcache.backends import cuda
+from quantcache.options import AttentionOptions
 from quantcache.scheme import PAGE_SIZE
 
 SAFETY = 8
@@ -133,3 +136,26 @@ def assert_within(output: Tensor, expected: Tensor, bound: Tensor) -> None:
     worst = int(excess.argmax())
     place = torch.unravel_index(torch.tensor(worst), excess.shape)
     assert excess.flatten()[worst] <= 1, f"{excess.flatten()[worst]:.3g} bounds at {tuple(map(int, place))}"
+
+
+def asked_of_cuda(stored: Stored, tolerance: float, **options: Any) -> Tensor:
+    """The CUDA backend's output, which is the specification's in float64 over the restored states.
+
+    Args:
+        stored: what is attended to.
+        tolerance: largest ||output - expected|| / ||expected||.
+        options: of ``AttentionOptions``.
+    """
+    key, value = stored.exact()
+    if stored.query.shape[1] // key.shape[1] * stored.query.shape[2] > cuda.MAX_FUSED_ROWS:
+        # Such a layer is restored in its own dtype, which is the backend's contract; what follows is torch's attention.
+        key, value = key.to(stored.query.dtype).double(), value.to(stored.query.dtype).double()
+    asked = AttentionOptions(**options)
+    device = stored.query.device
+    expected = reference.attend(stored.query.double(), key.to(device), value.to(device), asked)
+    output = ops.attention(*stored.arguments, asked)  # type: ignore[arg-type]
+    assert output.dtype == stored.query.dtype
+    assert output.is_contiguous()
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error <= tolerance, f"relative error {error:.2e}"
+    return output

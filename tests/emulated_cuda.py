@@ -26,9 +26,8 @@ from quantcache.scheme import PAGE_SIZE
 
 H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per_block=232448)
 
-ATTENTION, LAUNCH, PAGES, PLAN, STATIC = MODULES = [
-    importlib.import_module(f"quantcache.backends.cuda.{name}")
-    for name in ("attention", "launch", "pages", "plan", "static")
+ATTENTION, PAGES, PLAN, STATIC = MODULES = [
+    importlib.import_module(f"quantcache.backends.cuda.{name}") for name in ("attention", "pages", "plan", "static")
 ]
 
 ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
@@ -131,6 +130,13 @@ class Arguments:
         return torch.cat(qdata), torch.cat(metadata)
 
 
+def quantize(given: SimpleNamespace, which: int, states: Tensor, first: int = 0) -> None:
+    """Write states as the pages from ``first`` on of the keys or the values."""
+    make = reference.quantize_value_pages if which else reference.quantize_key_pages
+    for address, part in zip((given.qdata[which], given.metadata[which]), make(states), strict=True):
+        memory(address, part.dtype, (first + len(part), *part.shape[1:]))[first:] = part
+
+
 def append(args: Arguments) -> None:
     given = args.given
     position = memory(given.lengths, torch.int32, (2,))[1].item() if given.lengths else given.position
@@ -146,11 +152,9 @@ def store_pages(args: Arguments) -> None:
     given = args.given
     pages, heads, _ = args.grid
     batch = heads // given.num_kv_heads
-    for which, quantize in enumerate((reference.quantize_key_pages, reference.quantize_value_pages)):
-        shape = batch, given.num_kv_heads, pages * PAGE_SIZE, args.widths[which]
-        made = quantize(args.states(given.states[which], shape, given.stride[which]))
-        for address, part in zip((given.qdata[which], given.metadata[which]), made, strict=True):
-            memory(address, part.dtype, part.shape).copy_(part)
+    for which, width in enumerate(args.widths):
+        shape = batch, given.num_kv_heads, pages * PAGE_SIZE, width
+        quantize(given, which, args.states(given.states[which], shape, given.stride[which]))
 
 
 def restored(args: Arguments, is_key: bool, num_pages: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -236,14 +240,11 @@ def advance(args: Arguments) -> None:
     rest = min(tokens - closing * PAGE_SIZE, given.tail_capacity)
     stored = given.new_tokens if rest + given.new_tokens <= given.tail_capacity else 0
     heads = given.num_heads // given.num_kv_heads, given.num_kv_heads
-    for which, quantize in enumerate((reference.quantize_key_pages, reference.quantize_value_pages)):
-        width = args.widths[which]
+    for which, width in enumerate(args.widths):
         source = args.states(given.source[which], (*heads, tokens, width), given.source_stride[which]).clone()
         new = args.states(given.states[which], (*heads, given.new_tokens, width), given.states_stride[which])
         if closing:
-            made = quantize(source[:, :, : closing * PAGE_SIZE])
-            for address, part in zip((given.qdata[which], given.metadata[which]), made, strict=True):
-                memory(address, part.dtype, (pages + closing, *part.shape[1:]))[pages:] = part
+            quantize(given, which, source[:, :, : closing * PAGE_SIZE], pages)
         tail = memory(given.tail[which], args.dtype, (*heads, given.tail_capacity, width))
         tail[:, :, :rest] = source[:, :, closing * PAGE_SIZE : closing * PAGE_SIZE + rest]
         tail[:, :, rest : rest + stored] = new[:, :, :stored]
@@ -292,7 +293,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     }
     for module in MODULES:
         for name, stand_in in stand_ins.items():
-            if hasattr(module, name) and module is not LAUNCH:
+            if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(ATTENTION, "_workspaces", {})
     monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")

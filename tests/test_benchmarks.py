@@ -1,14 +1,12 @@
 """Does the peers' suite run, and does its JSON hold what the documentation shows?"""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.documentation import ROOT
+from tests.processes import finished
 
 pytest.importorskip("pytest_benchmark")
 
@@ -18,14 +16,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of a run at the smallest size."""
     out = tmp_path_factory.mktemp("bench") / "peers-cpu.json"
     suite = ["tests/benchmarks/peers/bench_caches.py", "-c", "tests/benchmarks/pytest.ini", "--rootdir", "."]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *suite, "-q", "--size", "tiny", f"--benchmark-json={out}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pytest", *suite, "-q", "--size", "tiny", f"--benchmark-json={out}"]
+    done = finished(command, timeout=None, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 

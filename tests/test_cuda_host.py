@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from quantcache import QuantizedInt8Cache, dispatch, ops, reference, static_ops
+from quantcache import QuantizedInt8Cache, dispatch, reference, static_ops
 from quantcache.backends import cuda
 from quantcache.backends.cuda.plan import Shape
 from quantcache.layers import Int8Layer
@@ -19,7 +19,7 @@ from quantcache.pages import Int8Pages
 from quantcache.sliding import Int8SlidingLayer
 from quantcache.static_pages import StaticInt8Pages
 from tests import emulated_cuda, twins
-from tests.attention_cases import Case, Stored, build
+from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.strategies import Operation, random_states, schedules
 from tests.test_static import assert_same_bytes
 
@@ -39,14 +39,7 @@ def test_arguments_are_packed_as_the_sources_declare_them(kernel: str) -> None:
 
 
 def check(stored: Stored, **options: Any) -> None:
-    """What the kernels are asked for is the specification, over the restored states."""
-    asked = AttentionOptions(**options)
-    expected = reference.attend(stored.query.double(), *stored.exact(), asked)
-    output = ops.attention(*stored.arguments, asked)  # type: ignore[arg-type]
-    assert output.dtype == stored.query.dtype
-    assert output.is_contiguous()
-    error = (output.double() - expected).norm() / expected.norm()
-    assert error <= TOLERANCE[stored.query.dtype]
+    asked_of_cuda(stored, TOLERANCE[stored.query.dtype], **options)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

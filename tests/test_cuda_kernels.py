@@ -13,7 +13,7 @@ from quantcache.backends import cuda
 from quantcache.options import AttentionOptions
 from quantcache.pages import Int8Pages
 from quantcache.scheme import PAGE_SIZE
-from tests.attention_cases import Case, Stored, build
+from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.conftest import skip_without_gpu
 from tests.strategies import make_states
 
@@ -46,21 +46,8 @@ def move_states(states: Tensor) -> Tensor:
     return torch.empty_strided(states.shape, states.stride(), dtype=states.dtype, device="cuda").copy_(states)
 
 
-def check(stored: Stored, tolerance: float | None = None, **options: Any) -> Tensor:
-    """The kernel's output, compared with the specification in float64 over the restored states."""
-    key, value = stored.exact()
-    if stored.query.shape[1] // key.shape[1] * stored.query.shape[2] > cuda.MAX_FUSED_ROWS:
-        # Such a layer is restored in its own dtype, which is the backend's contract; what follows is torch's attention.
-        key, value = key.to(stored.query.dtype).double(), value.to(stored.query.dtype).double()
-    asked = AttentionOptions(**options)
-    device = stored.query.device
-    expected = reference.attend(stored.query.double(), key.to(device), value.to(device), asked)
-    output = ops.attention(*stored.arguments, asked)
-    assert output.dtype == stored.query.dtype
-    assert output.is_contiguous()
-    error = (output.double() - expected).norm() / expected.norm()
-    assert error <= (tolerance or TOLERANCE[stored.query.dtype]), f"relative error {error:.2e}"
-    return output
+def check(stored: Stored, **options: Any) -> Tensor:
+    return asked_of_cuda(stored, TOLERANCE[stored.query.dtype], **options)
 
 
 def masks(case: Case) -> dict[str, Tensor]:

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import skip_without_gpu
-from tests.processes import ROOT
+from tests.processes import ROOT, finished
 
 pytestmark = [pytest.mark.cuda, skip_without_gpu]
 
@@ -26,23 +25,13 @@ def test_every_kernel_is_clean(tool: str) -> None:
     command = sanitizer()
     if command is None:
         pytest.skip("needs compute-sanitizer, which CUDA's toolkit has")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    options = ["--tool", tool, "--error-exitcode", "9"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     if tool == "memcheck":
+        options += ["--report-api-errors", "no"]  # torch probes the driver with calls that are meant to fail
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    done = subprocess.run(
-        [
-            *(command, "--tool", tool, "--error-exitcode", "9"),
-            # torch probes the driver with calls that are meant to fail.
-            *(["--report-api-errors", "no"] if tool == "memcheck" else []),
-            *(sys.executable, str(Path(__file__).parent / "every_cuda_kernel.py")),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    program = str(ROOT / "tests" / "every_cuda_kernel.py")
+    done = finished([command, *options, sys.executable, program], timeout=900, **environment)
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer cannot watch this GPU, as in some containers")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,8 +1,6 @@
 """The memory benchmark of Qwen-7B in small: does every row come out, and does it say what it should?"""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,23 +8,14 @@ import pytest
 import torch
 
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, memory_report
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, finished
 
 
 def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(tmp_path: Path) -> None:
     """Both kinds of weights, both tables, both ways to fill the cache, which leave the same bytes; JSON comes out."""
     out = tmp_path / "rows.json"
     script = ROOT / "tests" / "benchmarks" / "bench_qwen_memory.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = finished([sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)])
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {(row["weights"], row["table"], row["measured_by"]) for row in rows} >= {
