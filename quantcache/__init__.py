@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantcache.cache import QuantizedInt8Cache
-    from quantcache.errors import CacheFileError, FallbackError, FallbackWarning
-    from quantcache.tensor import Int8Tensor
+    from quantcache.quantization.errors import CacheFileError, FallbackError, FallbackWarning
+    from quantcache.store.tensor import Int8Tensor
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "QuantizedInt8Cache": "quantcache.cache",
-    "Int8Tensor": "quantcache.tensor",
-    "CacheFileError": "quantcache.errors",
-    "FallbackError": "quantcache.errors",
-    "FallbackWarning": "quantcache.errors",
+    "Int8Tensor": "quantcache.store.tensor",
+    "CacheFileError": "quantcache.quantization.errors",
+    "FallbackError": "quantcache.quantization.errors",
+    "FallbackWarning": "quantcache.quantization.errors",
 }
 
 __all__ = [

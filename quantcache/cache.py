@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from quantcache import attention, conversion
-from quantcache.files import CacheFiles
-from quantcache.layers import Int8Layer, check_states
-from quantcache.layout import LayerFactory, layers_for
-from quantcache.operations import LayerOperations
-from quantcache.report import CacheReport, FallbackPolicy, LayerReport
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.sizing import tokens_of_generate
+from quantcache.files.load import CacheFiles
+from quantcache.layers import conversion, routing
+from quantcache.layers.base import Int8Layer, check_states
+from quantcache.layers.factory import LayerFactory, layers_for
+from quantcache.layers.operations import LayerOperations
+from quantcache.layers.sizing import tokens_of_generate
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.store.report import CacheReport, FallbackPolicy, LayerReport
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -49,7 +49,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
     Args:
         config: the model's config. Full-attention layers and windows of more than 1024 tokens are then int8, and small
             windows, linear-attention and other special layers transformers' own. Without it every layer is int8, is
-            made on first use and keeps all tokens, which suits any decoder whose layers are all attention.
+            made on first use and keeps all tokens, which suits any decoder whose layers are all routing.
         residual_length: newer tokens that must exist before a page is quantised. A rollback of up to that many tokens,
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
@@ -97,11 +97,11 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         self._is_encoder_decoder = config is not None and bool(getattr(config, "is_encoder_decoder", False))
         # The host's own streams are not made: on a machine without an accelerator they cannot be.
         self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
-        attention.install()
+        routing.install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        attention.install()
+        routing.install()
 
     @classmethod
     def for_encoder_decoder(
@@ -113,7 +113,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
-        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
+        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-routing.
 
         Args:
             config: as for the constructor, as are the other arguments.

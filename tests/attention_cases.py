@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache import ops, reference
 from quantcache.backends import cuda
-from quantcache.options import AttentionOptions
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import ops
 
 SAFETY = 8
 """Float32 roundings allowed per sum, in eps of the sum of magnitudes: float32 matmuls of these sizes need 2 to 3."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from quantcache import QuantizedInt8Cache
-from quantcache.layers import Int8Layer
+from quantcache.layers.base import Int8Layer
 from tests.architectures import SIZES, Architecture
 
 NEWEST = parse(transformers.__version__) >= parse("5.23")

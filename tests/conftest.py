@@ -17,13 +17,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
     """Every test starts and ends with transformers' own attention functions."""
-    from quantcache import attention, prompts
+    from quantcache.files import prompts
+    from quantcache.layers import routing
 
-    attention.uninstall()
+    routing.uninstall()
     prompts.unwatch_generate()
     torch.manual_seed(0)
     yield
-    attention.uninstall()
+    routing.uninstall()
     prompts.unwatch_generate()
 
 

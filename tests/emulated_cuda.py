@@ -18,11 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import dispatch, nvrtc, reference
+from quantcache.backends import dispatch
+from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.launch import DTYPES, Gpu, Kernel
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store.growing import Int8Pages
 
 H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per_block=232448)
 

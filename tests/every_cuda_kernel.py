@@ -6,15 +6,15 @@ With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its o
 import torch
 from torch import Tensor
 
-from quantcache import static_tensor
 from quantcache.backends import cuda
 from quantcache.backends.cuda.plan import Shape
-from quantcache.layers import Int8Layer
-from quantcache.options import AttentionOptions
-from quantcache.segments import PagesView
-from quantcache.static_layers import StaticInt8Layer
-from quantcache.static_tensor import StaticInt8Tensor
-from quantcache.tensor import Int8Tensor, read
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.fixed import StaticInt8Layer
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store import fixed_tensor
+from quantcache.store.fixed_tensor import StaticInt8Tensor
+from quantcache.store.segments import PagesView
+from quantcache.store.tensor import Int8Tensor, read
 
 Kind = tuple[int, int, torch.dtype, int, int]
 
@@ -89,7 +89,7 @@ def read_static(key: StaticInt8Tensor, query: Tensor) -> None:
     for asked in options(query, CAPACITY):
         for view in (key.view_of_host, None):
             key.view_of_host = view
-            assert static_tensor.read(key, query, asked).isfinite().all()
+            assert fixed_tensor.read(key, query, asked).isfinite().all()
 
 
 def read_divided(view: PagesView, query: Tensor) -> None:

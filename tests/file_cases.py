@@ -12,8 +12,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from quantcache import QuantizedInt8Cache, host_layers
-from quantcache.layers import Int8Layer
+from quantcache import QuantizedInt8Cache
+from quantcache.files import host_states
+from quantcache.layers.base import Int8Layer
 from tests.strategies import random_states
 
 SIZES = {
@@ -100,7 +101,7 @@ def stored_tensors(cache: QuantizedInt8Cache) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for layer_idx, layer in enumerate(cache.layers):
         if not isinstance(layer, Int8Layer):
-            tensors = host_layers.state_of(layer, cache.get_seq_length())
+            tensors = host_states.state_of(layer, cache.get_seq_length())
             found.update({f"{layer_idx}.{name}": tensor for name, tensor in tensors.items()})
         elif layer.pages is not None and layer.pages.seq_len:
             view = layer.pages.stored()

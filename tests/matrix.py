@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
-from quantcache.layers import Int8Layer
-from quantcache.scheme import PAGE_SIZE
-from quantcache.sliding import Int8SlidingLayer
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.scheme import PAGE_SIZE
 from tests.bounds import assert_within, cast_bound
 from tests.cases import (
     NEWEST,

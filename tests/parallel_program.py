@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache, set_seed
 from transformers.distributed import DistributedConfig
 
-from quantcache import QuantizedInt8Cache, fingerprint
-from quantcache.parallel import ranks_of
+from quantcache import QuantizedInt8Cache
+from quantcache.files import fingerprint
+from quantcache.layers.parallel import ranks_of
 from tests.file_cases import stored_tensors
 
 NEW_TOKENS = 24

@@ -5,7 +5,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization.scheme import PAGE_SIZE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache, attention, dispatch
-from quantcache.layers import Int8Layer
-from quantcache.report import FallbackPolicy
+from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache
+from quantcache.backends import dispatch
+from quantcache.layers import routing
+from quantcache.layers.base import Int8Layer
+from quantcache.store.report import FallbackPolicy
 from tests.strategies import random_states
 
 HEADS, GROUP, HEAD_DIM = 2, 3, 16
@@ -42,7 +44,7 @@ def restored(key: Int8Tensor, value: Int8Tensor) -> tuple[torch.Tensor, torch.Te
 
 @pytest.fixture
 def installed() -> None:
-    attention.install()
+    routing.install()
 
 
 @pytest.mark.parametrize("query_len", [1, 5])
@@ -235,11 +237,11 @@ def test_plain_tensors_reach_the_original_untouched() -> None:
     original = AttentionInterface._global_mapping["sdpa"]
     AttentionInterface.register("sdpa", spy)
     try:
-        attention.install()
+        routing.install()
         module, states = Module(), torch.ones(1)
         ALL_ATTENTION_FUNCTIONS["sdpa"](module, states, states, states, None, scaling=0.5, anything=1)
         assert seen == [(module, states, states, states, None, {"scaling": 0.5, "anything": 1})]
-        attention.uninstall()
+        routing.uninstall()
         assert AttentionInterface._global_mapping["sdpa"] is spy
     finally:
         AttentionInterface.register("sdpa", original)
@@ -250,7 +252,7 @@ def test_uninstall_puts_the_originals_back_and_caches_go_on_working() -> None:
     cache = QuantizedInt8Cache()
     assert dict(AttentionInterface._global_mapping) != before
     QuantizedInt8Cache()  # a second cache wraps nothing twice
-    attention.uninstall()
+    routing.uninstall()
     assert dict(AttentionInterface._global_mapping) == before
 
     key, value = random_states(2, HEADS, 300, HEAD_DIM)
@@ -262,7 +264,7 @@ def test_uninstall_puts_the_originals_back_and_caches_go_on_working() -> None:
 
 
 def test_uninstall_leaves_a_later_registration_alone() -> None:
-    attention.install()
+    routing.install()
     wrapper = AttentionInterface._global_mapping["sdpa"]
     original = wrapper.__wrapped__
 
@@ -271,7 +273,7 @@ def test_uninstall_leaves_a_later_registration_alone() -> None:
 
     AttentionInterface.register("sdpa", later)
     try:
-        attention.uninstall()
+        routing.uninstall()
         assert AttentionInterface._global_mapping["sdpa"] is later
     finally:
         AttentionInterface.register("sdpa", original)

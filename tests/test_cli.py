@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cli import app
-from quantcache.commands import bench, talking
-from quantcache.commands.planning import GPUS, parse_gpu
+from quantcache.cli import bench, talking
+from quantcache.cli.main import app
+from quantcache.cli.planning import GPUS, parse_gpu
 from quantcache.planning import GIB
 from tests.cases import NEWEST
 
@@ -74,7 +74,7 @@ def test_every_command_has_help_with_its_options() -> None:
 
 def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from quantcache.cli import app; app(prog_name='quantcache')"],
+        [sys.executable, "-c", "from quantcache.cli.main import app; app(prog_name='quantcache')"],
         env={"_QUANTCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "quantcache in", "COMP_CWORD": "1", "PATH": ""}
         | {"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,

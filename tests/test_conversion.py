@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from quantcache import QuantizedInt8Cache, reference
-from quantcache.layers import Int8Layer
+from quantcache import QuantizedInt8Cache
+from quantcache.layers.base import Int8Layer
+from quantcache.quantization import reference
 from tests.test_generate import SIZES, prompt
 
 

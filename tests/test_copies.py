@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantcache import Int8Tensor, QuantizedInt8Cache
-from quantcache.layers import Int8Layer
-from quantcache.sliding import Int8SlidingLayer
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
 from tests.conftest import devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.twins import HEAD_DIM, HEADS, dense, stored
@@ -132,7 +132,7 @@ def test_evicted_pages_come_back_as_they_were(device: str) -> None:
 
 
 def test_a_page_travels_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantcache import offloading
+    from quantcache.store import offloading
 
     moved: list[int] = []
     original = offloading._copy

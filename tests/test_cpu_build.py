@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcache import dispatch, ops
-from quantcache import native as build
-from quantcache.backends import cpu
-from quantcache.errors import FallbackWarning
-from quantcache.folders import CACHE_VARIABLE
+from quantcache.backends import cpu, dispatch
+from quantcache.backends.artifacts import CACHE_VARIABLE
+from quantcache.backends.cpu import build
+from quantcache.quantization.errors import FallbackWarning
+from quantcache.store import ops
 from tests.attention_cases import Case
 from tests.attention_cases import build as build_case
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import dispatch, ops, reference
-from quantcache.backends import cpu
-from quantcache.options import AttentionOptions
-from quantcache.scheme import METADATA_SCALE, PAGE_SIZE
+from quantcache.backends import cpu, dispatch
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import METADATA_SCALE, PAGE_SIZE
+from quantcache.store import ops
 from tests.attention_cases import Case, Stored, assert_within, attention_bound, build
 
 BACKENDS = ("torch", *(f"cpu-{isa}" for isa in cpu.ISAS))

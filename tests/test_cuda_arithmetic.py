@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.scheme import MAX_ABS_STEPS, MAX_STEPS
+from quantcache.quantization.scheme import MAX_ABS_STEPS, MAX_STEPS
 
 MANTISSA_BITS = {torch.bfloat16: 8, torch.float16: 11}
 ROUNDER = 12582912.0

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from quantcache import folders, nvrtc
-from quantcache.native import BuildError
+from quantcache.backends import artifacts
+from quantcache.backends.cpu.build import BuildError
+from quantcache.backends.cuda import nvrtc
 
 MACROS = (("DK", 64), ("DV", 64), ("DTYPE", 1))
 
@@ -21,7 +22,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"{source} {dict(macros)} {arch}")
         return f"cubin {len(asked)}".encode()
 
-    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(nvrtc, "_compile", compile_)
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
     return asked
@@ -54,10 +55,10 @@ def test_whatever_it_depends_on_makes_another(
 
 def test_a_damaged_cubin_is_built_again(compiled: list[str]) -> None:
     nvrtc.cubin("pages.cu", MACROS, "sm_90")
-    (path,) = folders.cache_folder().glob("*.cubin")
+    (path,) = artifacts.cache_folder().glob("*.cubin")
     path.write_bytes(b"cut short")
     assert nvrtc.cubin("pages.cu", MACROS, "sm_90") == b"cubin 2"
-    (path,) = folders.cache_folder().glob("*.cubin")
+    (path,) = artifacts.cache_folder().glob("*.cubin")
     assert path.read_bytes() == b"cubin 2"
 
 
@@ -74,7 +75,7 @@ def test_a_folder_that_cannot_be_made_costs_a_build_and_nothing_else(
     compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
     assert nvrtc.cubin("pages.cu", MACROS, "sm_90") == b"cubin 1"
     assert nvrtc.cubin("pages.cu", MACROS, "sm_90") == b"cubin 2"
 
@@ -82,14 +83,14 @@ def test_a_folder_that_cannot_be_made_costs_a_build_and_nothing_else(
 def test_nothing_is_left_beside_the_cubin(compiled: list[str]) -> None:
     """What is written first under another name is renamed, so that another process sees all of it or nothing."""
     nvrtc.cubin("pages.cu", MACROS, "sm_90")
-    assert [path.suffix for path in folders.cache_folder().iterdir()] == [".cubin"]
+    assert [path.suffix for path in artifacts.cache_folder().iterdir()] == [".cubin"]
 
 
 def test_a_refused_source_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.core")
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
-    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(nvrtc, "program_text", lambda name: "this is no C++")
     with pytest.raises(BuildError, match=r"NVRTC cannot build pages\.cu for sm_90"):
         nvrtc.cubin("pages.cu", MACROS, "sm_90")
@@ -104,7 +105,7 @@ def test_the_sources_compile_for_every_architecture(
     pytest.importorskip("cuda.core")
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
-    monkeypatch.setenv(folders.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
     shared = (("DK", 192), ("DV", 128), ("DTYPE", dtype))
     shape = (("NT", 1), ("WARPS", 8), ("KSTEP", 16), ("STAGES", 2), ("MASK", 1), ("SOFTCAP", 1))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")

@@ -10,14 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from quantcache import QuantizedInt8Cache, dispatch, reference, static_ops
-from quantcache.backends import cuda
+from quantcache import QuantizedInt8Cache
+from quantcache.backends import cuda, dispatch
 from quantcache.backends.cuda.plan import Shape
-from quantcache.layers import Int8Layer
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
-from quantcache.sliding import Int8SlidingLayer
-from quantcache.static_pages import StaticInt8Pages
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store import fixed_ops
+from quantcache.store.fixed import StaticInt8Pages
+from quantcache.store.growing import Int8Pages
 from tests import emulated_cuda, twins
 from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.strategies import Operation, random_states, schedules
@@ -246,12 +248,12 @@ def test_a_fixed_capacity_stores_what_the_growing_cache_stores_and_reads_it(
     static = StaticInt8Pages(*states(0, 0), 7 * 64 + 17, residual_length)
     growing = Int8Pages(*states(0, 0), residual_length)
     query, _ = random_states(2, 4, 1, 64, seed=7)
-    scratch = static_ops.make_scratch(static.key_tail, static.value_tail)
+    scratch = fixed_ops.make_scratch(static.key_tail, static.value_tail)
     for index, tokens in enumerate(chunks):
         new = states(tokens, index)
         static.append(*new)
         growing.append(*new)
-        output = static_ops.attention(query, static.memory, static.layout, scratch, AttentionOptions(is_causal=True))
+        output = fixed_ops.attention(query, static.memory, static.layout, scratch, AttentionOptions(is_causal=True))
         view = static.view()
         torch.testing.assert_close(output, reference.attend(query, view.restore_keys(), view.restore_values()))
     assert_same_bytes(static, growing)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import dispatch, ops, reference
-from quantcache.backends import cuda
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
-from quantcache.scheme import PAGE_SIZE
+from quantcache.backends import cuda, dispatch
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import ops
+from quantcache.store.growing import Int8Pages
 from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.conftest import skip_without_gpu
 from tests.strategies import make_states

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from quantcache import QuantizedInt8Cache
-from quantcache.layers import Int8Layer
-from quantcache.scheme import PAGE_SIZE
-from quantcache.sliding import Int8SlidingLayer
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.scheme import PAGE_SIZE
 from tests.architectures import ARCHITECTURES, SIZES, Architecture
 from tests.cases import NEWEST, Case, close_in_quality, same_reading, tokens
 from tests.conftest import devices

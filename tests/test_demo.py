@@ -8,8 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from quantcache import __version__, demo, dispatch
-from quantcache.cli import app
+from quantcache import __version__
+from quantcache.backends import dispatch
+from quantcache.cli import demo
+from quantcache.cli.main import app
 
 
 @pytest.fixture

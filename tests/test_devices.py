@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.parallel import device_of_layer
+from quantcache.layers.parallel import device_of_layer
 from tests.file_cases import llama, prompt, read_prompt, stored_tensors
 from tests.processes import skip_below_two_gpus
 from tests.qwen_checkpoint import write_checkpoint

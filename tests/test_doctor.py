@@ -4,9 +4,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quantcache import dispatch, doctor
-from quantcache.backends import cpu
-from quantcache.cli import app
+from quantcache.backends import cpu, dispatch
+from quantcache.cli import doctor
+from quantcache.cli.main import app
 
 
 def test_the_backend_of_the_cpu_is_the_one_that_runs() -> None:

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from quantcache.cli import app
+from quantcache.cli.main import app
 from tests.documentation import (
     DOCS,
     PREPARATIONS,

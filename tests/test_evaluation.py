@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from quantcache.evaluation import compare_teacher_forced, first_difference
+from quantcache.evaluation.comparison import compare_teacher_forced, first_difference
 
 SEQ_LEN, PROMPT_LEN = 60, 20
 

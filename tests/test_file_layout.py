@@ -16,8 +16,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save as library_save
 
-from quantcache import CacheFileError, QuantizedInt8Cache, files, layout
-from quantcache.storage import container
+from quantcache import CacheFileError, QuantizedInt8Cache
+from quantcache.files import container, load
+from quantcache.layers import factory
 from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, lfm, llama, prompt, read_prompt
 
 
@@ -44,7 +45,7 @@ HEADER = (
 
 def test_the_layout_is_the_documented_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is put together here from the documentation alone, out of the numbers that go in."""
-    monkeypatch.setattr(files, "__version__", "9.9")
+    monkeypatch.setattr(load, "__version__", "9.9")
     tokens = torch.arange(97.0)
     key = torch.stack([tokens, 2 * tokens], dim=-1)[None, None]
     value = tokens.fmod(2)[None, None, :, None]
@@ -287,7 +288,7 @@ def run_fuzz(path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:
         return original(nbytes)
 
     monkeypatch.setattr(container, "_roomy_memory", bounded)
-    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 60)  # windows of 70 in int8, of 40 in transformers' own layers
+    monkeypatch.setattr(factory, "MAX_NATIVE_WINDOW", 60)  # windows of 70 in int8, of 40 in transformers' own layers
     cases = []
     for cache, model in fuzz_cases():
         cache.save(path, model=model, input_ids=prompt(cache.get_seq_length()))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quantcache import CacheFileError, QuantizedInt8Cache, layout
-from quantcache.layers import Int8Layer
-from quantcache.storage import container
+from quantcache import CacheFileError, QuantizedInt8Cache
+from quantcache.files import container
+from quantcache.layers import factory
+from quantcache.layers.base import Int8Layer
 from tests.conftest import devices
 from tests.file_cases import (
     MODELS,
@@ -122,7 +123,7 @@ def test_windows_and_states_cannot_be_cut(path: Path) -> None:
 
 
 def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 16)
+    monkeypatch.setattr(factory, "MAX_NATIVE_WINDOW", 16)
     model = gemma(sliding_window=100)
     cache = read_prompt(model, prompt(400))
     assert cache.layers[0].pages.first_page > 0
@@ -140,7 +141,7 @@ def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) 
         QuantizedInt8Cache.load(path, model=model, max_tokens=200)
     with pytest.raises(ValueError, match="other layers than plain int8, int8 windows, got neither model nor config"):
         QuantizedInt8Cache.load(path)
-    monkeypatch.setattr(layout, "MAX_NATIVE_WINDOW", 1024)
+    monkeypatch.setattr(factory, "MAX_NATIVE_WINDOW", 1024)
     with pytest.raises(CacheFileError, match="layer 0 must be DynamicSlidingWindowLayer for this model, got int8"):
         QuantizedInt8Cache.load(path, model=model)
 

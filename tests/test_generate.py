@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
-from quantcache.layers import Int8Layer
+from quantcache.layers.base import Int8Layer
 from tests.conftest import devices
 
 MAX_MEAN_KL = 1.0e-4

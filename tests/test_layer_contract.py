@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from quantcache.layers import Int8Layer
-from quantcache.scheme import PAGE_SIZE
+from quantcache.layers.base import Int8Layer
+from quantcache.quantization.scheme import PAGE_SIZE
 from tests.conftest import devices
 from tests.strategies import Operation, random_states, schedules
 from tests.twins import HEAD_DIM, HEADS, ExactTwin, dense, stored

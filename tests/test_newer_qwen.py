@@ -15,7 +15,8 @@ from transformers import (
 )
 
 import quantcache.adapters.qwen
-from quantcache import QuantizedInt8Cache, dispatch
+from quantcache import QuantizedInt8Cache
+from quantcache.backends import dispatch
 
 SIZES = {
     "vocab_size": 256,

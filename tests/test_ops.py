@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache import dispatch, reference
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages, PagesView
+from quantcache.backends import dispatch
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store.growing import Int8Pages, PagesView
 from tests.conftest import devices
 from tests.strategies import DTYPES, make_states, random_states
 

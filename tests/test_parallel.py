@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from quantcache import QuantizedInt8Cache, fingerprint
+from quantcache import QuantizedInt8Cache
+from quantcache.files import fingerprint
 from tests.file_cases import SIZES, prompt
 from tests.parallel_program import MODES, described, generated, runs, stored_on_host
 from tests.processes import ROOT, launch, skip_below_two_gpus

@@ -64,7 +64,7 @@ def test_importing_patches_nothing_and_prints_nothing() -> None:
         assert torch.nn.functional.scaled_dot_product_attention is sdpa
         QuantizedInt8Cache()
         assert dict(AttentionInterface._global_mapping) != before
-        quantcache.attention.uninstall()
+        quantcache.layers.routing.uninstall()
         assert dict(AttentionInterface._global_mapping) == before
         """
     )

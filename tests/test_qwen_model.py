@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from quantcache import QuantizedInt8Cache, dispatch
+from quantcache import QuantizedInt8Cache
 from quantcache.adapters import legacy
 from quantcache.adapters.qwen import QWenLMHeadModel
 from quantcache.adapters.qwen.positions import logn_factors, prompt_alphas, rotary_embedding
-from quantcache.reference import unpack_metadata
+from quantcache.backends import dispatch
+from quantcache.quantization.reference import unpack_metadata
 from tests.bounds import assert_within, attention_bound, head_bound
 from tests.qwen_checkpoint import HEADS, HIDDEN, LAYERS, SEQ_LENGTH, VOCAB, write_checkpoint
 

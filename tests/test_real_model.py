@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from quantcache import QuantizedInt8Cache
-from quantcache.evaluation import compare_teacher_forced
-from quantcache.models import load_model
+from quantcache.evaluation.comparison import compare_teacher_forced
+from quantcache.evaluation.models import load_model
 from tests.conftest import compiler_warnings, devices
 
 pytestmark = pytest.mark.real_model

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcache import reference, scheme
-from quantcache.options import AttentionOptions
+from quantcache.quantization import reference, scheme
+from quantcache.quantization.options import AttentionOptions
 from tests.bounds import assert_within, attention_bound, cast_bound
 from tests.strategies import DTYPES, kv_states, make_states, random_states
 

@@ -8,8 +8,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache import QuantizedInt8Cache
-from quantcache.scheme import MAX_NATIVE_WINDOW, PAGE_SIZE
-from quantcache.sliding import Int8SlidingLayer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.scheme import MAX_NATIVE_WINDOW, PAGE_SIZE
 from tests.bounds import assert_within
 from tests.strategies import Operation, random_states, schedules
 from tests.twins import HEAD_DIM, HEADS, ExactTwin, dense, stored

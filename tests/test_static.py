@@ -17,13 +17,14 @@ from transformers import (
     StaticCache,
 )
 
-from quantcache import QuantizedInt8Cache, static_ops
-from quantcache.errors import FallbackWarning
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
-from quantcache.scheme import PAGE_SIZE
-from quantcache.static_layers import StaticInt8Layer
-from quantcache.static_pages import StaticInt8Pages
+from quantcache import QuantizedInt8Cache
+from quantcache.layers.fixed import StaticInt8Layer
+from quantcache.quantization.errors import FallbackWarning
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import fixed_ops
+from quantcache.store.fixed import StaticInt8Pages
+from quantcache.store.growing import Int8Pages
 from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
@@ -60,10 +61,10 @@ class Attention(torch.nn.Module):
         self.layer = layer
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        from quantcache import static_tensor
+        from quantcache.store import fixed_tensor
 
         states, _ = self.layer.update(key, value)
-        return static_tensor.read(states, query, AttentionOptions(mask, is_causal=mask is None))
+        return fixed_tensor.read(states, query, AttentionOptions(mask, is_causal=mask is None))
 
 
 @pytest.mark.parametrize("device", devices())
@@ -168,15 +169,15 @@ def test_nothing_behind_the_last_token_is_read(device: str) -> None:
     layer.update(*new_states(200, 1, device))
     query = random_states(2, HEADS, 1, HEAD_DIM, device=device)[0]
     scratch = layer._common.scratch
-    expected = static_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch)
+    expected = fixed_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch)
     pages, tail_len = layer.pages.num_pages, layer.pages.key_tail.shape[2]
     for part in layer.pages.store.pages:
         part[pages:] = -128 if part.dtype == torch.int8 else 0x7FC0
     for tail in layer.pages.store[4:6]:
         tail[:, :, tail_len:] = torch.nan
-    assert torch.equal(static_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch), expected)
+    assert torch.equal(fixed_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch), expected)
     for is_key in (True, False):
-        dense = static_ops.restore(layer.pages.memory, layer.pages.layout, is_key)
+        dense = fixed_ops.restore(layer.pages.memory, layer.pages.layout, is_key)
         assert torch.equal(dense[:, :, :200], layer.pages.restore()[0 if is_key else 1])
         assert not dense[:, :, 200:].any()
 

@@ -5,9 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from quantcache import FallbackWarning, QuantizedInt8Cache, dispatch
-from quantcache.layers import Int8Layer
-from quantcache.sliding import Int8SlidingLayer
+from quantcache import FallbackWarning, QuantizedInt8Cache
+from quantcache.backends import dispatch
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
 from tests.supported import PAGE, page, reading

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from quantcache import Int8Tensor, dispatch
-from quantcache.layers import Int8Layer
-from quantcache.sliding import Int8SlidingLayer
+from quantcache import Int8Tensor
+from quantcache.backends import dispatch
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
 from tests.strategies import Operation, random_states, schedules
 from tests.twins import HEAD_DIM, HEADS, V_HEAD_DIM, ExactTwin
 

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from quantcache import Int8Tensor, reference
-from quantcache.layers import Int8Layer
-from quantcache.pages import Int8Pages, Segment
-from quantcache.scheme import PAGE_SIZE
-from quantcache.sliding import Int8SlidingLayer
+from quantcache import Int8Tensor
+from quantcache.layers.base import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization import reference
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store.growing import Int8Pages, Segment
 from tests.strategies import Operation, random_states
 
 HEADS, HEAD_DIM, V_HEAD_DIM = 2, 8, 12

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcache.cache import QuantizedInt8Cache
-from quantcache.tensor import Int8Tensor
+from quantcache.store.tensor import Int8Tensor
 
 _PLACE = "legacy.from_legacy"
 

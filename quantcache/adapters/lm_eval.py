@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 
 CACHES: Final = ("int8", "exact")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache import reference
-from quantcache.options import AttentionOptions
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
 
 
 def store_pages(

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from quantcache.planning.geometry import DTYPE_BYTES, Geometry
 from quantcache.planning.sizes import exact_nbytes, int8_nbytes
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 
 GIB: Final = 1 << 30
 

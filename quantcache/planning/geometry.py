@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from quantcache.planning.weights import count_parameters
-from quantcache.scheme import MAX_NATIVE_WINDOW
+from quantcache.quantization.scheme import MAX_NATIVE_WINDOW
 
 DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 STATE_BYTES: Final = 4

@@ -4,7 +4,7 @@ The tests hold every number against ``cache.nbytes``.
 """
 
 from quantcache.planning.geometry import DTYPE_BYTES, STATE_BYTES, Geometry, LayerGeometry
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
 
 METADATA_BYTES = 4
 """A scale and a zero point, 16 bits each."""

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache import QuantizedInt8Cache, reference
+from quantcache import QuantizedInt8Cache
 from quantcache.backends import cuda
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages, PagesView
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store.growing import Int8Pages, PagesView
 
 Row = dict[str, Any]
 
@@ -239,8 +240,8 @@ def store_row() -> Row:
 
 FIRST_USE = """
 import time, torch
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store.growing import Int8Pages
 torch.zeros(1, device="cuda"); torch.cuda.synchronize()
 key, value = (torch.randn(1, 300, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
 query = torch.randn(1, 32, 1, 128, device="cuda").bfloat16()
@@ -276,7 +277,7 @@ def host_row() -> Row:
     from transformers.cache_utils import DynamicLayer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from quantcache.layers import Int8Layer
+    from quantcache.layers.base import Int8Layer
 
     QuantizedInt8Cache()
     module = torch.nn.Module()

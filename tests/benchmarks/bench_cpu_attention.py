@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache import QuantizedInt8Cache, dispatch, reference
-from quantcache.backends import cpu
+from quantcache import QuantizedInt8Cache
+from quantcache.backends import cpu, dispatch
 from quantcache.backends import torch as torch_backend
-from quantcache.options import AttentionOptions
-from quantcache.pages import Int8Pages
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store.growing import Int8Pages
 
 Row = dict[str, Any]
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 PROGRAM = """
 import time, torch
-from quantcache import dispatch, QuantizedInt8Cache, ops
+from quantcache.backends import dispatch
+from quantcache import QuantizedInt8Cache
+from quantcache.store import ops
 from torch.nn.functional import scaled_dot_product_attention
 cache = QuantizedInt8Cache()
 states = torch.randn(1, 2, 200, 64)

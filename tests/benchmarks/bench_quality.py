@@ -28,8 +28,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from quantcache.evaluation import Candidate, compare_caches
-from quantcache.models import load_model
+from quantcache.evaluation.comparison import Candidate, compare_caches
+from quantcache.evaluation.models import load_model
 from tests.benchmarks.peers.candidates import CACHES, EMULATED, EmulatedCache, RefusedError, held_nbytes
 
 Row = dict[str, Any]

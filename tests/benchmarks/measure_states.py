@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from quantcache.models import load_model
-from quantcache.reference import quantize, unpack_metadata
-from quantcache.scheme import PAGE_SIZE
+from quantcache.evaluation.models import load_model
+from quantcache.quantization.reference import quantize, unpack_metadata
+from quantcache.quantization.scheme import PAGE_SIZE
 
 TOKENS = 1024
 

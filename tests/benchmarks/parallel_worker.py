@@ -163,7 +163,7 @@ class Worker:
 
     def filled(self, kind: str, size: str) -> Any:
         """A cache that holds random states, each layer's where the model computes it."""
-        from quantcache.parallel import device_of_layer
+        from quantcache.layers.parallel import device_of_layer
 
         torch = self.torch
         _, batch, tokens = SIZES[size]

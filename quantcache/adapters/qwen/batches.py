@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from quantcache.adapters.qwen.chat import DEFAULT_SYSTEM, chat_inputs, merged_config
 from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids
-from quantcache.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 
 logger = logging.get_logger("quantcache.adapters.qwen")
 

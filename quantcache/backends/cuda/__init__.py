@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantcache import nvrtc
+from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.attention import (
     MAX_FUSED_ROWS,
     SCRATCH_BYTES,

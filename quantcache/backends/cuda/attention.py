@@ -12,8 +12,8 @@ from quantcache.backends import torch as torch_backend
 from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
 from quantcache.backends.cuda.pages import SegmentTable, append_tail, restore, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
-from quantcache.options import AttentionOptions
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
 
 MAX_FUSED_ROWS: Final = 64
 """Query rows per KV head (group * query_len) from which on a layer is restored and given to torch's attention."""

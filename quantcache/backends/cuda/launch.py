@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantcache import nvrtc
+from quantcache.backends.cuda import nvrtc
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types that the kernels take, and their numbers in the sources."""

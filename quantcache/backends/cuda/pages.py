@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda.launch import DTYPES, Kernel, launch, load_kernel, readable
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization.scheme import PAGE_SIZE
 
 _STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q i")
 _RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq")

@@ -9,8 +9,8 @@ from torch import Tensor
 from quantcache.backends.cuda.attention import fused_attention
 from quantcache.backends.cuda.launch import gpu, launch, readable
 from quantcache.backends.cuda.pages import pages_kernel, segment_table
-from quantcache.options import AttentionOptions
-from quantcache.scheme import PAGE_SIZE
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
 
 _ADVANCE_ARGS: Final = struct.Struct("2P 2P 2P 2P 2P 2P 12q 6i")
 

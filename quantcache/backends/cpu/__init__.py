@@ -1,0 +1,244 @@
+"""The backend of C++ kernels for CPUs: reads the int8 pages where they lie, and never restores them to memory.
+
+The kernels are called through ctypes with one packed structure, see ``csrc/cpu/interface.h``. Threads follow
+``torch.get_num_threads()``.
+"""
+
+import ctypes
+import functools
+import os
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantcache.backends.cpu import build
+from quantcache.backends.cpu.build import BuildError
+from quantcache.backends.torch import append_tail
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+
+__all__ = ["append_tail", "attention", "restore_keys", "restore_values", "store_pages", "unavailable", "unsupported"]
+
+ISA_VARIABLE: Final = "QUANTCACHE_CPU_ISA"
+ISAS: Final = ("avx512", "avx2", "portable")
+
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MASK_DTYPES: Final = {**_DTYPES, torch.bool: 3}
+
+_ATTENTION_ARGS: Final = struct.Struct("8q Pq P3q PP7q Pq4q 2q 2d PP")
+_STORE_ARGS: Final = struct.Struct("7q P3q PP")
+_RESTORE_ARGS: Final = struct.Struct("6q Pq P4q P")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, built at the first call if need be.
+
+    Raises:
+        BuildError: they cannot be built here, or ``QUANTCACHE_CPU_ISA`` names an instruction set there is not.
+    """
+    loaded = build.load_library()
+    for name in ("quantcache_attention", "quantcache_store", "quantcache_restore"):
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    loaded.quantcache_isa.argtypes, loaded.quantcache_isa.restype = [], ctypes.c_char_p
+    loaded.quantcache_use_isa.argtypes, loaded.quantcache_use_isa.restype = [ctypes.c_char_p], ctypes.c_int
+    forced = os.environ.get(ISA_VARIABLE)
+    if forced:
+        if forced not in ISAS:
+            raise BuildError(f"{ISA_VARIABLE}: must be one of {', '.join(ISAS)}, got {forced!r}")
+        if loaded.quantcache_use_isa(forced.encode()):
+            raise BuildError(f"{ISA_VARIABLE}: this processor does not run {forced}")
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set in use: one of ``ISAS``."""
+    name: bytes = library().quantcache_isa()
+    return name.decode()
+
+
+def use_isa(name: str) -> bool:
+    """Use the instruction set ``name`` from now on; False if this processor does not have it. For tests."""
+    return not library().quantcache_use_isa(name.encode())
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None. Builds the kernels if need be; asked once a process."""
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def store_pages(
+    key_states: Tensor,
+    value_states: Tensor,
+    key_qdata: Tensor,
+    key_metadata: Tensor,
+    value_qdata: Tensor,
+    value_metadata: Tensor,
+) -> None:
+    """See ``ops.store_pages``."""
+    run, num_threads = library().quantcache_store, torch.get_num_threads()
+    for is_key, states, qdata, metadata in (
+        (1, key_states, key_qdata, key_metadata),
+        (0, value_states, value_qdata, value_metadata),
+    ):
+        states = _rows(states)
+        batch, num_kv_heads, _, head_dim = states.shape
+        written = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype) for t in (qdata, metadata)]
+        arguments = _STORE_ARGS.pack(
+            num_threads,
+            _DTYPES[states.dtype],
+            is_key,
+            len(qdata),
+            batch,
+            num_kv_heads,
+            head_dim,
+            states.data_ptr(),
+            *states.stride()[:3],
+            written[0].data_ptr(),
+            written[1].data_ptr(),
+        )
+        _check(run(arguments))
+        for target, source in zip((qdata, metadata), written, strict=True):
+            if target is not source:
+                target.copy_(source)
+
+
+def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_keys``."""
+    return _restore(1, qdata, metadata, tail)
+
+
+def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    """See ``ops.restore_values``."""
+    return _restore(0, qdata, metadata, tail)
+
+
+def attention(
+    query: Tensor,
+    key_qdata: Sequence[Tensor],
+    key_metadata: Sequence[Tensor],
+    value_qdata: Sequence[Tensor],
+    value_metadata: Sequence[Tensor],
+    key_tail: Tensor,
+    value_tail: Tensor,
+    options: AttentionOptions,
+) -> Tensor:
+    """See ``ops.attention``; ``unsupported`` must be None."""
+    batch, num_q_heads, query_len, head_dim = query.shape
+    _, num_kv_heads, tail_len, v_head_dim = value_tail.shape
+    query, key_tail, value_tail = _rows(query), _rows(key_tail), _rows(value_tail)
+    segments, kept = _segments(key_qdata, key_metadata, value_qdata, value_metadata)
+    attn_mask, is_causal, _, window, softcap, sinks = options
+    mask_fields: tuple[int, ...] = _NO_MASK
+    if attn_mask is not None:
+        if attn_mask.dtype not in _MASK_DTYPES:
+            attn_mask = attn_mask.float()
+        mask_stride = [0] * (4 - attn_mask.dim())
+        mask_stride += [s if n > 1 else 0 for n, s in zip(attn_mask.shape, attn_mask.stride(), strict=True)]
+        mask_fields = (attn_mask.data_ptr(), _MASK_DTYPES[attn_mask.dtype], *mask_stride)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
+    arguments = _ATTENTION_ARGS.pack(
+        torch.get_num_threads(),
+        _DTYPES[query.dtype],
+        batch,
+        num_q_heads,
+        num_kv_heads,
+        query_len,
+        head_dim,
+        v_head_dim,
+        segments,
+        len(key_qdata),
+        query.data_ptr(),
+        *query.stride()[:3],
+        key_tail.data_ptr(),
+        value_tail.data_ptr(),
+        tail_len,
+        *key_tail.stride()[:3],
+        *value_tail.stride()[:3],
+        *mask_fields,
+        is_causal,
+        window or 0,
+        options.scale(head_dim),
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        output.data_ptr(),
+    )
+    _check(library().quantcache_attention(arguments))
+    del kept
+    return output
+
+
+_NO_MASK: Final = (0, 0, 0, 0, 0, 0)
+
+
+def unsupported(*states: Tensor) -> str | None:
+    """Why the kernels do not cover a call with this query or tail or these states, or None. All options are covered.
+
+    No number of queries is too large: at 512 the kernels still take half the time of restoring and torch's attention.
+    """
+    for tensor in states:
+        if tensor.dtype not in _DTYPES:
+            return f"the CPU kernels compute in float32, got {tensor.dtype}"
+    return None
+
+
+def _segments(*parts: Sequence[Tensor]) -> tuple[int, object]:
+    """Address of an array of SegmentArgs, and what must live as long as it is read."""
+    kept: list[object] = []
+    fields: list[int] = []
+    for segment in zip(*parts, strict=True):
+        for part in segment:
+            if not part.is_contiguous():
+                part = part.contiguous()
+                kept.append(part)
+            fields.append(part.data_ptr())
+        fields.append(segment[0].shape[0])
+    packed = (ctypes.c_int64 * len(fields))(*fields)
+    kept.append(packed)
+    return ctypes.addressof(packed), kept
+
+
+def _restore(is_key: int, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+    tail = _rows(tail)
+    batch, num_kv_heads, tail_len, head_dim = tail.shape
+    parts = (qdata, metadata, qdata, metadata)
+    segments, kept = _segments(*parts)
+    output = tail.new_empty(batch, num_kv_heads, sum(map(len, qdata)) * PAGE_SIZE + tail_len, head_dim)
+    arguments = _RESTORE_ARGS.pack(
+        torch.get_num_threads(),
+        _DTYPES[tail.dtype],
+        is_key,
+        batch,
+        num_kv_heads,
+        head_dim,
+        segments,
+        len(qdata),
+        tail.data_ptr(),
+        tail_len,
+        *tail.stride()[:3],
+        output.data_ptr(),
+    )
+    _check(library().quantcache_restore(arguments))
+    del kept
+    return output
+
+
+def _rows(states: Tensor) -> Tensor:
+    """``states`` with a contiguous last axis; the other strides may be any."""
+    return states if states.stride(-1) == 1 or states.shape[-1] == 1 else states.contiguous()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("quantcache: the CPU kernels found no memory for their scratch.")

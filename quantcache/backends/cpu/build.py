@@ -1,0 +1,201 @@
+"""Builds the CPU kernels with the system's C++ compiler, once, and finds them again.
+
+The shared library lies in the user's cache directory under a name made of everything it depends on, so a changed source
+or compiler makes a new one and nothing has to be invalidated.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from quantcache.backends import artifacts
+
+COMPILER_VARIABLE: Final = "CXX"
+
+SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cpu"
+
+COMPILERS: Final = ("c++", "g++", "clang++")
+
+FLAGS: Final = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+)
+"""Not -ffast-math: quantising is IEEE arithmetic, and NaN has a meaning."""
+
+LINK_FLAGS: Final = ("-shared", "-lpthread", "-ldl")
+
+ISA_FLAGS: Final = {
+    "kernels_avx512.cpp": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "kernels_avx2.cpp": ("-mavx2", "-mfma"),
+}
+"""Flags of the files that are compiled for a wider instruction set, and on x86-64 only."""
+
+BUILD_SECONDS: Final = 300
+"""When a compiler that does not come back is given up."""
+
+logger = logging.getLogger("quantcache")
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be built or used here; the message is the reason."""
+
+
+def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The kernels, built if they are not in the cache.
+
+    Args:
+        extra_flags: for compiling and linking, behind the usual ones.
+
+    Raises:
+        BuildError: no compiler, or it fails. The message is the reason.
+    """
+    compiler = find_compiler()
+    prefix = library_prefix(compiler, extra_flags)
+    return _loaded(artifacts.find_kept(prefix, ".so") or build(compiler, prefix, extra_flags))
+
+
+def find_compiler() -> list[str]:
+    """The command of the compiler: ``$CXX``, or the first of ``COMPILERS`` there is.
+
+    Raises:
+        BuildError: there is none.
+    """
+    chosen = os.environ.get(COMPILER_VARIABLE)
+    if chosen:
+        command = shlex.split(chosen)
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"{COMPILER_VARIABLE} names a C++ compiler that is not there: {chosen!r}")
+        return command
+    for name in COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise BuildError(
+        f"no C++ compiler found: {COMPILER_VARIABLE} is not set, and none of {', '.join(COMPILERS)} is there"
+    )
+
+
+def library_prefix(compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> str:
+    """Start of the file name for these sources, flags, compiler and machine; a digest of the file ends it."""
+    digest = hashlib.sha256()
+    version = _run([*compiler, "--version"]).stdout
+    parts = [
+        repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags))),
+        shlex.join(compiler),
+        version,
+    ]
+    parts += [sys.platform, platform.machine()]
+    for source in _source_files():
+        parts += [source.name, source.read_text(encoding="utf-8")]
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return f"quantcache_cpu-{digest.hexdigest()[:32]}"
+
+
+def build(compiler: Sequence[str], prefix: str, extra_flags: Sequence[str] = ()) -> Path:
+    """Compile and put the library into the cache in one step, so that another process sees all of it or nothing.
+
+    Returns:
+        Where it is: the system's directory for temporary files if the cache cannot be written.
+
+    Raises:
+        BuildError: the compiler fails.
+    """
+    started = time.perf_counter()
+    logger.warning("quantcache: building the CPU kernels with %s, once ...", compiler[0])
+    with tempfile.TemporaryDirectory(prefix="quantcache-") as scratch:
+        library = Path(scratch) / f"{prefix}.so"
+        _compile(compiler, library, extra_flags)
+        content = library.read_bytes()
+        try:
+            path = artifacts.keep(prefix, ".so", content)
+        except OSError as error:
+            directory = Path(tempfile.mkdtemp(prefix="quantcache-"))
+            logger.warning(
+                "quantcache: %s cannot be written (%s); using %s.", artifacts.cache_folder(), error.strerror, directory
+            )
+            path = artifacts.keep(prefix, ".so", content, directory)
+    logger.info("quantcache: built the CPU kernels in %.1f s: %s", time.perf_counter() - started, path)
+    return path
+
+
+def compile_commands(
+    compiler: Sequence[str], directory: Path, extra_flags: Sequence[str] = ()
+) -> list[tuple[Path, list[str]]]:
+    """Per object file in ``directory``, the command that makes it."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    commands = []
+    for source in _source_files():
+        if source.suffix != ".cpp" or (source.name in ISA_FLAGS and not is_x86):
+            continue
+        target = directory / f"{source.stem}.o"
+        flags = [*FLAGS, *ISA_FLAGS.get(source.name, ()), *extra_flags]
+        commands.append((target, [*compiler, *flags, "-c", str(source), "-o", str(target)]))
+    return commands
+
+
+def _compile(compiler: Sequence[str], library: Path, extra_flags: Sequence[str]) -> None:
+    commands = compile_commands(compiler, library.parent, extra_flags)
+    link = [
+        *compiler,
+        *(str(target) for target, _ in commands),
+        "-o",
+        str(library),
+        *extra_flags,
+        *LINK_FLAGS,
+    ]
+    # The compilers run side by side; ninja would add nothing to five files.
+    running = [_start(command) for _, command in commands]
+    for process, (_, command) in zip(running, commands, strict=True):
+        _finish(process, command)
+    _finish(_start(link), link)
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
+
+
+def _finish(process: subprocess.Popen[str], command: Sequence[str]) -> None:
+    try:
+        output, _ = process.communicate(timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise BuildError(f"the C++ compiler took more than {BUILD_SECONDS} s: {shlex.join(command)}") from error
+    if process.returncode:
+        raise BuildError(f"the C++ compiler failed: {shlex.join(command)}\n{output[-2000:]}")
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the CPU kernels were built but cannot be loaded: {error}") from error
+
+
+def _source_files() -> list[Path]:
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h", ".inc"))

@@ -1,0 +1,127 @@
+"""Builds the CUDA kernels with NVRTC, once, and finds them again.
+
+No compiler, toolkit or header is needed: NVRTC comes with torch. What it makes is kept in the user's cache directory
+under a name made of everything it depends on, so a changed source or NVRTC makes a new file and nothing has to be
+invalidated. Where the directory cannot be written, kernels live as long as the process.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+from quantcache.backends import artifacts
+from quantcache.backends.cpu.build import BuildError
+
+SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cuda"
+
+HEADER: Final = "common.cuh"
+
+Macros = tuple[tuple[str, int], ...]
+
+logger = logging.getLogger("quantcache")
+
+
+def cubin(source: str, macros: Macros, arch: str) -> bytes:
+    """The machine code of one source file, built if it is not in the cache.
+
+    Args:
+        source: file name in ``csrc/cuda``.
+        macros: names and values to define.
+        arch: what to build for, as "sm_90".
+
+    Raises:
+        BuildError: NVRTC is not there or refuses the source. The message is the reason.
+    """
+    prefix = f"quantcache_cuda-{digest_of(source, macros, arch)}"
+    kept = artifacts.find_kept(prefix, ".cubin")
+    if kept is not None:
+        return kept.read_bytes()
+    code = _compile(source, macros, arch)
+    try:
+        artifacts.keep(prefix, ".cubin", code)
+    except OSError as error:
+        _warn_unwritable(str(error))
+    return code
+
+
+def digest_of(source: str, macros: Macros, arch: str) -> str:
+    """What the file name of a cubin is made of: sources, macros, architecture and NVRTC's version."""
+    digest = hashlib.sha256()
+    for part in (program_text(source), repr(sorted(macros)), repr(OPTIONS), arch, repr(version())):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def program_text(source: str) -> str:
+    """What NVRTC is given: the common part and the source, one text."""
+    return "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in (HEADER, source))
+
+
+OPTIONS: Final[dict[str, Any]] = {"std": "c++17", "device_as_default_execution_space": True}
+
+
+@functools.cache
+def version() -> str:
+    """NVRTC's version.
+
+    The package that torch brings says it in a fraction of the time that loading its 100 MB takes.
+
+    Raises:
+        BuildError: there is no NVRTC.
+    """
+    for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # a missing package, a missing library: each has an error of its own
+        raise BuildError(f"NVRTC cannot be used: {_first_line(error)}") from error
+    if int(status):
+        raise BuildError(f"NVRTC cannot be used: nvrtcVersion returned {status}")
+    return f"{major}.{minor}"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why nothing can be built here, or None; asked once a process."""
+    for name in ("cuda.bindings", "cuda.core"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"the package {name.replace('.', '-')} is not installed"
+    try:
+        version()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def _compile(source: str, macros: Macros, arch: str) -> bytes:
+    try:
+        from cuda.core import Program, ProgramOptions
+
+        options = ProgramOptions(
+            arch=arch, name=source, define_macro=[(name, str(value)) for name, value in macros], **OPTIONS
+        )
+        code: bytes = Program(program_text(source), "c++", options).compile("cubin").code
+    except Exception as error:
+        raise BuildError(f"NVRTC cannot build {source} for {arch} with {dict(macros)}: {error}") from error
+    return code
+
+
+@functools.cache
+def _warn_unwritable(reason: str) -> None:
+    logger.warning("quantcache: CUDA kernels are built again in every process, since they cannot be kept: %s.", reason)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,148 @@
+"""Which backend runs an operation: what is asked for, what can run here, and what covers the call."""
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from quantcache.backends import cpu as cpu_backend
+from quantcache.backends import cuda as cuda_backend
+from quantcache.backends import torch as torch_backend
+from quantcache.quantization.errors import FallbackWarning
+from quantcache.quantization.options import AttentionOptions
+
+BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
+
+
+class Backend(Protocol):
+    """What a file in ``backends/`` offers; each promise is that of the function of the same name in ``ops.py``."""
+
+    def store_pages(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        key_qdata: Tensor,
+        key_metadata: Tensor,
+        value_qdata: Tensor,
+        value_metadata: Tensor,
+    ) -> None:
+        """Quantise whole pages."""
+
+    def append_tail(
+        self, key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int
+    ) -> None:
+        """Write new tokens into the tail."""
+
+    def restore_keys(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+        """Dense keys."""
+        ...
+
+    def restore_values(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
+        """Dense values."""
+        ...
+
+    def attention(
+        self,
+        query: Tensor,
+        key_qdata: Sequence[Tensor],
+        key_metadata: Sequence[Tensor],
+        value_qdata: Sequence[Tensor],
+        value_metadata: Sequence[Tensor],
+        key_tail: Tensor,
+        value_tail: Tensor,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Attention over pages and tail."""
+        ...
+
+
+WRITE_ON_READ: Final = frozenset({"cuda"})
+"""Backends whose attention takes tokens that are not in the tail's buffer yet and writes them there."""
+
+BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
+
+
+def choose_backend(device: torch.device) -> str:
+    """Name of the backend that runs the operations on ``device``.
+
+    Args:
+        device: where the tensors are. The first question about a CPU builds its kernels, if nothing is forced.
+
+    Raises:
+        ValueError: ``QUANTCACHE_BACKEND`` names a backend that does not exist or cannot run here.
+    """
+    forced = os.environ.get(BACKEND_VARIABLE)
+    if not forced:
+        if device.type == "cpu":
+            return "cpu" if _cpu_is_available() else "torch"
+        return "cuda" if device.type == "cuda" and _cuda_is_available(device) else "torch"
+    if forced not in BACKENDS:
+        raise ValueError(
+            f"{BACKEND_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {forced!r}. "
+            "Unset it to let quantcache choose."
+        )
+    if forced != "torch":
+        if device.type != forced:
+            raise ValueError(
+                f"{BACKEND_VARIABLE}: {forced} runs on {forced.upper()} tensors, got tensors on {device}. Unset it."
+            )
+        reason = cpu_backend.unavailable() if forced == "cpu" else cuda_backend.unavailable(device)
+        if reason is not None:
+            raise ValueError(f"{BACKEND_VARIABLE}: {forced} cannot run here: {reason}. Unset it, or set it to torch.")
+    return forced
+
+
+@functools.cache
+def _cpu_is_available() -> bool:
+    """Whether the kernels can be built and run; if not, says why in one warning for the process."""
+    reason = cpu_backend.unavailable()
+    if reason is not None:
+        warnings.warn(
+            f"quantcache: int8 attention runs in plain torch, which is slower, because {reason}. "
+            f"Install a C++ compiler (g++ or clang++), or set {BACKEND_VARIABLE}=torch to say that this is meant.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+@functools.cache
+def _cuda_is_available(device: torch.device) -> bool:
+    """Whether the kernels run on ``device``; if not, says why in one warning for the device."""
+    reason = cuda_backend.unavailable(device)
+    if reason is not None:
+        warnings.warn(
+            f"quantcache: int8 attention on {device} runs in plain torch, which is slower, because {reason}. "
+            f"Set {BACKEND_VARIABLE}=torch to say that this is meant.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def why_torch(device: torch.device) -> str:
+    """Why ``choose_backend`` picks the torch backend for ``device`` where nothing is forced."""
+    if device.type == "cpu":
+        return cpu_backend.unavailable() or "nothing is against the CPU kernels"
+    if device.type == "cuda":
+        return cuda_backend.unavailable(device) or "nothing is against the CUDA kernels"
+    return f"this version has no kernels for {device.type} devices"
+
+
+def backend_for(*states: Tensor) -> tuple[str, str | None]:
+    """Which backend takes operations on ``states``, and why it is not the chosen one, or None if it is.
+
+    Args:
+        states: query, keys or values, as many as the operation has; they are on one device.
+    """
+    name = choose_backend(states[0].device)
+    reason = None
+    if name == "cpu":
+        reason = cpu_backend.unsupported(*states)
+    elif name == "cuda":
+        reason = cuda_backend.unsupported(*states)
+    return ("torch", reason) if reason else (name, None)

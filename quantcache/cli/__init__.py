@@ -1,0 +1,1 @@
+"""The command line: ``main`` says what the commands take, and there is a file for what each does."""

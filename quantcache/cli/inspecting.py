@@ -1,0 +1,106 @@
+"""``quantcache inspect``: what a prompt cache holds, from its header alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantcache.cli.terminal import human_bytes
+from quantcache.files import schema
+from quantcache.files.container import Container
+from quantcache.files.header import DTYPES
+
+
+def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
+    """What the header says, checked as far as it can be without the model.
+
+    Args:
+        path: of the file.
+        verify: read every byte and compare its checksum.
+
+    Raises:
+        CacheFileError: no prompt cache, or a damaged one.
+        OSError: it cannot be read.
+    """
+    with Container(path) as file:
+        told = schema.check_description(file)
+        layers = []
+        for layer_idx, layer in enumerate(told["layers"]):
+            prefix = schema.part_name(layer_idx, "")
+            mine = {name.removeprefix(prefix): e for name, e in file.entries.items() if name.startswith(prefix)}
+            row = {**layer, "nbytes": sum(entry.nbytes for entry in mine.values())}
+            if layer["storage"] == "int8":
+                held = schema.check_pages(file, layer_idx, told["residual_length"], int(layer.get("first_page", 0)))
+                tail = mine["key_tail"]
+                row |= {
+                    "pages": held.num_pages,
+                    "tail_tokens": held.tail_len,
+                    "seq_len": held.seq_len,
+                    "batch": held.batch,
+                    "num_kv_heads": tail.shape[1],
+                    "head_dim": tail.shape[3],
+                    "v_head_dim": mine["value_tail"].shape[3],
+                    "dtype": str(DTYPES[tail.dtype]).removeprefix("torch."),
+                }
+            layers.append(row)
+        for name in file.entries if verify else ():
+            file.read(name)
+        return {
+            "file": str(path),
+            "file_nbytes": path.stat().st_size,
+            "layout": told["layout"],
+            "quantcache": told["quantcache"],
+            "residual_length": told["residual_length"],
+            "from_config": told["from_config"],
+            "model": told["model"],
+            "has_input_ids": schema.INPUT_IDS in file.entries,
+            "checksums": "compared" if verify else "not compared",
+            "layers": layers,
+        }
+
+
+def run(path: Path, verify: bool, as_json: bool) -> None:
+    """Print ``summarise``, layers of one shape in one row."""
+    found = summarise(path, verify)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console()
+    facts = Table(show_header=False, title=str(path))
+    facts.add_row("size", human_bytes(found["file_nbytes"]))
+    facts.add_row("layout", f"{found['layout']}, written by quantcache {found['quantcache']}")
+    facts.add_row("token ids", "stored" if found["has_input_ids"] else "not stored")
+    facts.add_row("checksums", found["checksums"] if verify else "not compared; --verify reads every byte")
+    if found["model"] is None:
+        facts.add_row("model", "not named; any model with such layers can load it")
+    else:
+        facts.add_row("model", "\n".join(f"{name}: {value}" for name, value in found["model"].items()))
+    console.print(facts)
+    table = Table("layers", "storage", "batch", "tokens", "pages + tail", "KV heads", "head_dim", "dtype", "bytes")
+    for first, last, row in _runs(found["layers"]):
+        storage = row["storage"] + (f", window {row['sliding_window']}" if row.get("sliding_window") else "")
+        numbers = [str(first) if first == last else f"{first} to {last}", storage]
+        if row["storage"] == "int8":
+            dims = str(row["head_dim"])
+            dims += "" if row["v_head_dim"] == row["head_dim"] else f" / {row['v_head_dim']}"
+            numbers += [
+                *(str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"),
+                *(str(row["num_kv_heads"]), dims, row["dtype"]),
+            ]
+        else:
+            numbers += [""] * 6
+        table.add_row(*numbers, human_bytes(row["nbytes"] * (last - first + 1)))
+    console.print(table)
+
+
+def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """First and last index of neighbouring layers that are alike."""
+    runs: list[tuple[int, int, dict[str, Any]]] = []
+    for index, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], index, layer)
+        else:
+            runs.append((index, index, layer))
+    return runs

@@ -1,0 +1,86 @@
+"""What the commands share at the terminal: the device, the model with its progress bar, answers as they come."""
+
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+from quantcache.evaluation.models import load_model
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``, or the best there is.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"must be a device of this machine, got {name!r} ({reason})") from error
+    return device
+
+
+def open_model(
+    spec: str | None, device: torch.device, console: Console, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """``load_model`` with a progress bar for the download, and without transformers' own messages.
+
+    Raises:
+        ModelError: the model cannot be had.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with download_progress(console) as on_progress:
+        return load_model(spec, device, dtype, on_progress=on_progress)
+
+
+class download_progress:  # noqa: N801 - a context manager, used like a function
+    """A progress bar that appears with the first byte, so that nothing flickers when the model is there already."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("fetching the demo model"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.update
+
+    def update(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` bytes."""
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=total)
+        self.progress.update(self.task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+class RichStreamer(TextStreamer):
+    """Streams text to the console."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.console = console
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of the answer as soon as it is whole."""
+        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
+
+
+def human_bytes(nbytes: float) -> str:
+    """A size in the unit that suits it, in powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:,.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.2f} TiB"

@@ -1,0 +1,1 @@
+"""What int8 costs in quality, measured on a model, beside other caches."""

@@ -1,0 +1,217 @@
+"""Layout 1 of a prompt cache: which tensors a file holds, and what must hold between them.
+
+The page in the documentation specifies it; ``LAYOUT`` rises with any change that this code could not read.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantcache.files.container import Container
+from quantcache.files.header import Entry
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store.growing import PagesView, Segment
+
+LAYOUT: Final = 1
+
+INPUT_IDS: Final = "input_ids"
+"""int64 (batch, seq_len): the tokens whose keys and values are stored."""
+
+STAGED_BYTES: Final = 32 << 20
+"""A tensor of a GPU comes to the CPU in pieces of about this size."""
+
+PAGE_PARTS: Final = ("key_qdata", "key_metadata", "value_qdata", "value_metadata")
+"""Of these, the closed pages; the first axis counts them."""
+
+_TAILS: Final = ("key_tail", "value_tail")
+PARTS: Final = (*PAGE_PARTS, *_TAILS)
+"""What an int8 layer has in a file: ``layers.{layer_idx}.{part}``."""
+
+_TAIL_DTYPES: Final = ("F16", "BF16", "F32", "F64")
+
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def part_name(layer_idx: int, part: str) -> str:
+    """The name of a layer's tensor in the file."""
+    return f"layers.{layer_idx}.{part}"
+
+
+def pages_specs(layer_idx: int, view: PagesView) -> Specs:
+    """Dtypes and shapes of the tensors that a file holds of one layer, from ``Int8Pages.stored``."""
+    batch, num_kv_heads, _, head_dim = view.key_tail.shape
+    rows, v_head_dim = (view.num_pages, batch, num_kv_heads), view.value_tail.shape[3]
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "key_qdata": (torch.int8, (*rows, PAGE_SIZE, head_dim)),
+        "key_metadata": (torch.int16, (*rows, head_dim, 2)),
+        "value_qdata": (torch.int8, (*rows, PAGE_SIZE, v_head_dim)),
+        "value_metadata": (torch.int16, (*rows, PAGE_SIZE, 2)),
+        "key_tail": (view.key_tail.dtype, tuple(view.key_tail.shape)),
+        "value_tail": (view.value_tail.dtype, tuple(view.value_tail.shape)),
+    }
+    return {part_name(layer_idx, part): spec for part, spec in shapes.items()}
+
+
+def pages_pieces(view: PagesView, part: str) -> Iterator[Tensor]:
+    """The bytes of one part of a layer, in pieces that fit a small staging buffer."""
+    if part in _TAILS:
+        yield getattr(view, part)
+        return
+    for segment in view.segments:
+        yield from staged(getattr(segment, part))
+
+
+def staged(tensor: Tensor) -> Iterable[Tensor]:
+    """``tensor`` cut along its first axis, unless it is on the CPU already."""
+    if tensor.device.type == "cpu" or tensor.dim() == 0 or not tensor.numel():
+        return [tensor]
+    pieces: Iterable[Tensor] = tensor.split(max(1, STAGED_BYTES * len(tensor) // tensor.nbytes))
+    return pieces
+
+
+@dataclass(frozen=True)
+class StoredPages:
+    """What a file holds of one int8 layer; checked, not read.
+
+    Attributes:
+        layer_idx: decoder layer.
+        num_pages: closed pages.
+        batch: sequences.
+        tail_len: exact tokens behind the pages.
+        first_page: pages let go before the first one stored.
+    """
+
+    layer_idx: int
+    num_pages: int
+    batch: int
+    tail_len: int
+    first_page: int
+
+    @property
+    def held(self) -> int:
+        """Tokens stored."""
+        return self.num_pages * PAGE_SIZE + self.tail_len
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens fed, those let go included."""
+        return self.first_page * PAGE_SIZE + self.held
+
+
+def check_pages(container: Container, layer_idx: int, residual_length: int, first_page: int = 0) -> StoredPages:
+    """Find the tensors of one int8 layer and check what must hold between them.
+
+    Args:
+        container: the file.
+        layer_idx: decoder layer.
+        residual_length: newer tokens a page waits for.
+        first_page: pages let go before those stored.
+
+    Raises:
+        CacheFileError: one is missing, or has another dtype or shape than the layout says.
+    """
+    found: dict[str, Entry] = {}
+    for part in PARTS:
+        name = part_name(layer_idx, part)
+        if name not in container.entries:
+            raise container.refuse(f"layer {layer_idx} must have the tensor {name}", "none")
+        found[part] = container.entries[name]
+
+    def demand(part: str, dtype: str, shape: tuple[int, ...]) -> None:
+        entry = found[part]
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise container.refuse(
+                f"{part_name(layer_idx, part)} must be {dtype} {shape}", f"{entry.dtype} {entry.shape}"
+            )
+
+    tails = found["key_tail"], found["value_tail"]
+    for part, entry in zip(_TAILS, tails, strict=True):
+        if entry.dtype not in _TAIL_DTYPES or len(entry.shape) != 4 or 0 in (*entry.shape[:2], entry.shape[3]):
+            raise container.refuse(
+                f"{part_name(layer_idx, part)} must be one of {', '.join(_TAIL_DTYPES)} with the shape "
+                "(batch, num_kv_heads, tokens, head_dim)",
+                f"{entry.dtype} {entry.shape}",
+            )
+    batch, num_kv_heads, tail_len, head_dim = tails[0].shape
+    v_head_dim = tails[1].shape[3]
+    demand("value_tail", tails[0].dtype, (batch, num_kv_heads, tail_len, v_head_dim))
+    if tail_len >= PAGE_SIZE + residual_length:
+        raise container.refuse(
+            f"the tail of layer {layer_idx} must be shorter than a page and residual_length, "
+            f"{PAGE_SIZE + residual_length}",
+            tail_len,
+        )
+    if found["key_tail"].nbytes == 0 and not any(found["key_qdata"].shape[:1]):
+        raise container.refuse(f"layer {layer_idx} must hold tokens", "none")
+    num_pages = found["key_qdata"].shape[0] if found["key_qdata"].shape else 0
+    rows = (num_pages, batch, num_kv_heads)
+    demand("key_qdata", "I8", (*rows, PAGE_SIZE, head_dim))
+    demand("key_metadata", "I16", (*rows, head_dim, 2))
+    demand("value_qdata", "I8", (*rows, PAGE_SIZE, v_head_dim))
+    demand("value_metadata", "I16", (*rows, PAGE_SIZE, 2))
+    return StoredPages(layer_idx, num_pages, batch, tail_len, first_page)
+
+
+def read_pages(
+    stored: StoredPages, read: Callable[[str, int | None], Tensor], device: torch.device, max_tokens: int | None
+) -> tuple[Segment | None, Tensor, Tensor]:
+    """What ``Int8Pages.fill`` takes: the pages and tails of one layer, bit for bit as they were saved.
+
+    Args:
+        stored: from ``check_pages``.
+        read: gives the first rows (None: all) of the named tensor, on the CPU.
+        device: where the bytes go.
+        max_tokens: read no more pages than that many tokens need, the last one whole; None for all tokens.
+    """
+    wanted = stored.held if max_tokens is None else min(max_tokens, stored.held)
+    num_pages = min(stored.num_pages, -(-wanted // PAGE_SIZE))
+    tail_len = max(0, wanted - stored.num_pages * PAGE_SIZE)
+    parts = (read(part_name(stored.layer_idx, part), num_pages).to(device) for part in PAGE_PARTS)
+    closed = Segment(*parts) if num_pages else None
+    tails = []
+    for part in _TAILS:
+        tail = read(part_name(stored.layer_idx, part), None if tail_len else 0)
+        kept = tail[:, :, :tail_len] if tail_len else tail.new_empty(stored.batch, tail.shape[1], 0, tail.shape[3])
+        tails.append(kept.to(device))
+    return closed, tails[0], tails[1]
+
+
+def check_description(container: Container) -> dict[str, Any]:
+    """The description of a file, once its form is known to be right.
+
+    Raises:
+        CacheFileError: a newer layout, another page size, or a field that is missing or of another kind.
+    """
+    description: Mapping[str, Any] = container.description
+    layout = description.get("layout")
+    if type(layout) is not int or layout != LAYOUT:
+        written = description.get("quantcache")
+        raise container.refuse(
+            f"the layout must be {LAYOUT}, which this version of quantcache reads",
+            f"{layout!r}, written by quantcache {written}" if isinstance(written, str) else repr(layout),
+            "Use a newer quantcache." if type(layout) is int and layout > LAYOUT else "",
+        )
+    if description.get("page_size") != PAGE_SIZE:
+        raise container.refuse(f"page_size must be {PAGE_SIZE}", repr(description.get("page_size")))
+    kinds: dict[str, tuple[type, ...]] = {
+        "quantcache": (str,),
+        "residual_length": (int,),
+        "from_config": (bool,),
+        "model": (dict, type(None)),
+        "layers": (list,),
+    }
+    for name, allowed in kinds.items():
+        value = description.get(name)
+        if name not in description or type(value) not in allowed:
+            raise container.refuse(
+                f"{name!r} must be {' or '.join(kind.__name__ for kind in allowed)}", repr(value)[:80]
+            )
+    if description["residual_length"] < 0:
+        raise container.refuse("'residual_length' must be at least 0", description["residual_length"])
+    for layer_idx, layer in enumerate(description["layers"]):
+        if not isinstance(layer, dict) or not isinstance(layer.get("storage"), str):
+            raise container.refuse(f"layer {layer_idx} must name its storage", repr(layer)[:80])
+    return dict(description)

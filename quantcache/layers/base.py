@@ -1,0 +1,290 @@
+"""``Int8Layer``: the layer contract of transformers over ``Int8Pages``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.store.growing import Int8Pages
+from quantcache.store.offloading import copy_stream
+from quantcache.store.report import FallbackPolicy, LayerReport, ReadLog
+from quantcache.store.tensor import Int8Tensor, autocast_to
+
+
+def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | None" = None) -> None:
+    """Refuse keys and values that no layer, or not the layer ``held``, can store.
+
+    Raises:
+        TypeError: not tensors, not floating point, or of another dtype than the layer holds.
+        ValueError: shapes or devices that do not fit each other or the layer.
+    """
+    place = "Int8Layer.update"
+    for name, states in (("key_states", key_states), ("value_states", value_states)):
+        if not isinstance(states, Tensor):
+            raise TypeError(f"{place}: {name} must be a tensor, got {type(states).__name__}.")
+        if not states.is_floating_point() or states.element_size() == 1:
+            raise TypeError(f"{place}: {name} must be float16, bfloat16, float32 or float64, got {states.dtype}.")
+        if states.dim() != 4:
+            raise ValueError(
+                f"{place}: {name} must be (batch, num_kv_heads, query_len, head_dim), got {tuple(states.shape)}."
+            )
+    if key_states.shape[:3] != value_states.shape[:3]:
+        raise ValueError(
+            f"{place}: key_states and value_states must agree in batch, num_kv_heads and query_len, "
+            f"got {tuple(key_states.shape)} and {tuple(value_states.shape)}."
+        )
+    if key_states.dtype != value_states.dtype:
+        raise TypeError(
+            f"{place}: key_states and value_states must have one dtype, "
+            f"got {key_states.dtype} and {value_states.dtype}."
+        )
+    if key_states.device != value_states.device:
+        raise ValueError(
+            f"{place}: key_states and value_states must be on one device, "
+            f"got {key_states.device} and {value_states.device}."
+        )
+    if 0 in (*key_states.shape[:2], key_states.shape[3], value_states.shape[3]):
+        raise ValueError(
+            f"{place}: batch, num_kv_heads and head_dim must be at least 1, "
+            f"got {tuple(key_states.shape)} and {tuple(value_states.shape)}."
+        )
+    if held is None or held.pages is None or held.get_seq_length() == 0:
+        return
+    if key_states.device != held.device:
+        raise ValueError(f"{place}: key_states must be on the layer's device, {held.device}, got {key_states.device}.")
+    for name, states, stored in (
+        ("key_states", key_states, held.pages.key_tail),
+        ("value_states", value_states, held.pages.value_tail),
+    ):
+        if states.dtype != stored.dtype:
+            raise TypeError(f"{place}: {name} must have the dtype the layer holds, {stored.dtype}, got {states.dtype}.")
+        for axis, word in ((0, "batch"), (1, "num_kv_heads"), (3, "head_dim")):
+            if states.shape[axis] != stored.shape[axis]:
+                raise ValueError(
+                    f"{place}: {name} must have the {word} the layer holds, {stored.shape[axis]}, "
+                    f"got {states.shape[axis]}. Use reset() for new sequences."
+                )
+
+
+class Int8Layer(CacheLayerMixin):
+    """Keys and values of one decoder layer in int8, growing without a limit.
+
+    It derives from ``CacheLayerMixin`` for its type alone: every method is defined here and no storage inherited.
+
+    Args:
+        residual_length: newer tokens that must exist before a page is quantised, at least 0.
+        policy: what to do about slow reads, shared by the layers of one cache.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = True
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
+
+    def __init__(self, residual_length: int = DEFAULT_RESIDUAL_LENGTH, policy: FallbackPolicy | None = None) -> None:
+        # Not super().__init__(): it would assign keys and values, which are views of the pages here.
+        if isinstance(residual_length, bool) or not isinstance(residual_length, int):
+            raise TypeError(
+                f"QuantizedInt8Cache: residual_length must be an int, got {type(residual_length).__name__}."
+            )
+        if residual_length < 0:
+            raise ValueError(f"QuantizedInt8Cache: residual_length must be at least 0, got {residual_length}.")
+        self.residual_length = residual_length
+        self.read_log = ReadLog(policy or FallbackPolicy())
+        self.pages: Int8Pages | None = None
+        self.is_initialized = False
+        self._accepted: tuple[object, ...] = ()
+        self._cut_gradients = False
+
+    def __repr__(self) -> str:
+        return f"Int8Layer(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether a short rollback leaves no trace: always, up to ``residual_length`` tokens."""
+        return self.residual_length > 0
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """What attention would read: the exact tail while no page is closed, else an ``Int8Tensor``."""
+        return None if self.pages is None else self._states()[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """As ``keys``."""
+        return None if self.pages is None else self._states()[1]
+
+    @property
+    def storage(self) -> str:
+        """What the report calls it."""
+        return "int8"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, slack included."""
+        return 0 if self.pages is None else self.pages.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shapes from the first states; nothing is stored of them."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pages = Int8Pages(key_states, value_states, self.residual_length)
+        self.pages.reader = self.reader
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return the keys and values that their queries attend to.
+
+        Args:
+            key_states: (batch, num_kv_heads, query_len, head_dim), floating point, any strides.
+            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+            args: ignored, as the host passes more than is needed.
+            kwargs: ignored likewise.
+
+        Returns:
+            The arguments themselves for an empty layer, plain exact tensors while no page is closed, a pair of
+            ``Int8Tensor`` from then on. Where gradients to the new tokens are wanted, dense tensors that carry them;
+            earlier tokens are constants.
+
+        Raises:
+            TypeError, ValueError: see ``check_states``; the layer is then as it was.
+        """
+        pages = self.pages
+        key_states, value_states = self._checked(key_states, value_states)
+        if pages is None or pages.is_empty:
+            self.lazy_initialization(key_states, value_states)
+            self._cut_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+            assert self.pages is not None
+            self.pages.append(key_states, value_states)
+            self.read_log.ran("exact")
+            return key_states, value_states
+        wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if wants_gradient and (pages.num_pages or self._cut_gradients):
+            self.read_log.cut_gradients("restored" if pages.num_pages else "exact")
+        elif pages.num_pages == 0:
+            self.read_log.ran("exact")
+        self._cut_gradients |= wants_gradient
+        view = pages.append(key_states, value_states)
+        if wants_gradient:
+            return _with_newest(view.restore_keys(), key_states), _with_newest(view.restore_values(), value_states)
+        if not view.closed.segments:
+            return view.key_tail, view.value_tail
+        return Int8Tensor.pair(view, self.read_log)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` new tokens will see."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens stored."""
+        return 0 if self.pages is None else self.pages.seq_len
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything, shapes included, and give the memory back."""
+        self.pages = None
+        self.is_initialized = False
+        self._accepted = ()
+        self.read_log = ReadLog(self.read_log.policy)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Up to ``residual_length`` tokens nothing else changes. Beyond that the page they lie in is reopened: its other
+        tokens keep their restored values and gain one more half-scale of error when the page fills again.
+
+        Args:
+            tokens_to_remove: minus the number of tokens, as the host's ``crop`` takes it; 0 changes nothing.
+
+        Raises:
+            ValueError: a positive number, or more tokens than there are; the layer is then as it was.
+        """
+        tokens_to_remove = int(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove and self.pages is not None:
+            self.pages.crop(-tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what ``crop`` would raise, and do nothing else."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "Int8Layer.crop: tokens_to_remove must be zero or negative, "
+                f"got {tokens_to_remove}. Use -{tokens_to_remove} to remove the newest {tokens_to_remove} tokens."
+            )
+        if self.is_initialized and -tokens_to_remove > self.get_seq_length():
+            raise ValueError(
+                f"Int8Layer.crop: at most the {self.get_seq_length()} tokens stored can be removed, "
+                f"got {-tokens_to_remove}."
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences ``beam_idx`` (batch,) of the batch, in that order, byte for byte."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
+        if self.pages is not None and not self.pages.is_empty:
+            self.pages.index_select(torch.as_tensor(indices))
+            self._accepted = ()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
+        if self.pages is not None and not self.pages.is_empty:
+            self.pages.repeat_interleave(repeats)
+            self._accepted = ()
+
+    def offload(self) -> None:
+        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
+        if self.pages is not None and self.pages.device.type != "cpu":
+            self.pages.evict()
+
+    def prefetch(self) -> None:
+        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
+        if self.pages is not None:
+            self.pages.fetch(copy_stream(self.pages.device))
+
+    def report(self, layer_idx: int) -> LayerReport:
+        """This layer's row of the cache's report."""
+        storage = self.storage if self.get_seq_length() else "empty"
+        if self.pages is not None and self.pages.is_evicted:
+            storage += ", in host memory"
+        return LayerReport(
+            layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
+        )
+
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The states as they are stored, or ``check_states`` raises.
+
+        What a decode step hands over is like what the last one did, and passes without (8 us a layer).
+        """
+        signature: tuple[object, ...] = ()
+        if isinstance(key_states, Tensor) and isinstance(value_states, Tensor):
+            signature = (
+                *(key_states.shape, key_states.dtype, key_states.device),
+                *(value_states.shape, value_states.dtype, value_states.device),
+            )
+            if signature == self._accepted:
+                return key_states, value_states
+            if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+                # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
+                pages, kind = self.pages, key_states.device.type
+                held = torch.get_autocast_dtype(kind) if pages is None else pages.key_tail.dtype
+                return self._checked(autocast_to(held, key_states), autocast_to(held, value_states))
+        check_states(key_states, value_states, self)
+        self._accepted = signature
+        return key_states, value_states
+
+    def _states(self) -> tuple[Tensor, Tensor]:
+        assert self.pages is not None
+        view = self.pages.view()
+        return Int8Tensor.pair(view, self.read_log) if view.segments else (view.key_tail, view.value_tail)
+
+
+def _with_newest(states: Tensor, newest: Tensor) -> Tensor:
+    """``states`` whose last tokens are ``newest`` itself, gradient and all."""
+    return torch.cat([states[:, :, : states.shape[2] - newest.shape[2]], newest], dim=2)

@@ -1,0 +1,235 @@
+"""``StaticInt8Layer``: the layer contract of transformers over ``StaticInt8Pages``, for compiled decoding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcache.layers.base import Int8Layer
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.store import fixed_ops
+from quantcache.store.fixed import StaticInt8Pages, check_room
+from quantcache.store.fixed_ops import NewerTail
+from quantcache.store.fixed_tensor import StaticInt8Tensor
+from quantcache.store.report import FallbackPolicy, LayerReport
+
+
+@dataclass(eq=False)
+class Common:
+    """What the layers of one cache share; a compiled step then checks one object a layer.
+
+    Attributes:
+        scratch: see ``fixed_ops.make_scratch``.
+        policy: of their cache.
+    """
+
+    scratch: Tensor
+    policy: FallbackPolicy
+
+
+CommonByKind = dict[tuple[torch.device, int], Common]
+"""By device and v_head_dim, which decide how much scratch there is; layers run in turn."""
+
+
+class StaticInt8Layer(Int8Layer):
+    """Keys and values of one decoder layer in int8, in memory for ``max_cache_len`` tokens.
+
+    A compiled step reads and writes it at fixed addresses with the length in device memory; the time of a read follows
+    the tokens there are, not the capacity.
+
+    Args:
+        max_cache_len: tokens that fit.
+        residual_length: see ``Int8Layer``.
+        policy: see ``Int8Layer``.
+        commons: what this layer and others of its cache share.
+    """
+
+    is_compileable = True
+    """Whether a compiled step can run here: kernels are there that read lengths on the device. Asked before each."""
+
+    def __init__(
+        self,
+        max_cache_len: int,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        policy: FallbackPolicy | None = None,
+        commons: CommonByKind | None = None,
+    ) -> None:
+        super().__init__(residual_length, policy)
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
+            raise TypeError(f"QuantizedInt8Cache: max_cache_len must be an int, got {type(max_cache_len).__name__}.")
+        if max_cache_len < 1:
+            raise ValueError(f"QuantizedInt8Cache: max_cache_len must be at least 1 token, got {max_cache_len}.")
+        self.max_cache_len = max_cache_len
+        self.pages: StaticInt8Pages | None = None  # type: ignore[assignment]
+        self._commons: CommonByKind = {} if commons is None else commons
+        self._common: Common | None = None
+        self._why_eager: str | None = None
+        # What was asked for masks since the host last knew the length: no fewer tokens than came. See get_mask_sizes.
+        self._at_most = 0
+
+    def __repr__(self) -> str:
+        return f"StaticInt8Layer(max_cache_len={self.max_cache_len}, nbytes={self.nbytes})"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored. Never waits for the device: a compiled step has stored some."""
+        return self.pages is None or (not self.pages.is_stale and self.pages.is_empty)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """As transformers' static layer: assisted decoding is not offered it."""
+        return False
+
+    @property
+    def storage(self) -> str:
+        """What the report calls it."""
+        return "int8 static"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._mark_addresses()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the whole layer for states like these; nothing is stored of them."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pages = StaticInt8Pages(key_states, value_states, self.max_cache_len, self.residual_length)
+        self._why_eager = fixed_ops.why_not_compileable(key_states, value_states)
+        self.is_compileable = self._why_eager is None
+        kind = self.device, value_states.shape[3]
+        if kind not in self._commons:
+            scratch = fixed_ops.make_scratch(key_states, value_states)
+            self._commons[kind] = Common(scratch, self.read_log.policy)
+        self._common = self._commons[kind]
+        self._mark_addresses()
+        self.is_initialized = True
+
+    def _mark_addresses(self) -> None:
+        """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
+        if self.pages is not None and self._common is not None and not torch.compiler.is_compiling():
+            for tensor in (self.pages.memory, self._common.scratch):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return the keys and values that their queries attend to; see ``Int8Layer.update``.
+
+        Raises:
+            TypeError, ValueError: see ``check_states``; or there is no room. The layer is then as it was. A compiled
+                step cannot raise; ``get_mask_sizes`` does, which ``generate()`` asks before each.
+        """
+        if torch.compiler.is_compiling():
+            # Through the class, for an instance would have to be checked for methods of its own.
+            return StaticInt8Layer._update_compiled(self, key_states, value_states)
+        key_states, value_states = self._checked(key_states, value_states)
+        if self.pages is None or (self.is_empty and not self.pages.is_for(key_states, value_states)):
+            # After a reset other sequences may come, for which there is other memory and another compilation.
+            check_room(self.max_cache_len, key_states.shape[2])
+            self.lazy_initialization(key_states, value_states)
+        assert self.pages is not None
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise NotImplementedError(
+                "StaticInt8Layer.update: a cache of fixed capacity keeps no gradients, got states that require them. "
+                "Use torch.no_grad(), or QuantizedInt8Cache without max_cache_len."
+            )
+        was_empty = self.pages.is_empty
+        view, newer = self.pages.append(key_states, value_states)
+        self._at_most = self.pages.seq_len
+        if was_empty:
+            self.read_log.ran("exact")
+            return key_states, value_states
+        pair = self._pair(newer)
+        for states in pair:
+            states.view_of_host, states.read_log = view, self.read_log
+        return pair
+
+    def _update_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pages is None:
+            raise RuntimeError(
+                "StaticInt8Layer.update: memory must be allocated before a compiled step, got a new layer. "
+                "Run the prompt uncompiled, or call cache.early_initialization() first."
+            )
+        return StaticInt8Layer._pair(self, StaticInt8Pages.append_compiled(self.pages, key_states, value_states))
+
+    def _pair(self, newer: NewerTail | None) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
+        pages, common = self.pages, self._common
+        assert pages is not None
+        assert common is not None
+        on_restore = "raise" if common.policy.strict else "quiet" if common.policy.warned else "warn"
+        kind: Any = {"sizes": pages.layout.sizes, "dtype": pages.layout.dtype, "on_restore": on_restore}
+        parts = (pages.memory, common.scratch, *(newer or ()))
+        return (
+            StaticInt8Tensor(*parts, **kind, is_key=True),
+            StaticInt8Tensor(*parts, **kind, is_key=False),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` new tokens will see: all there is room for.
+
+        Raises:
+            ValueError: they do not fit. ``generate()`` asks before each step, compiled or not.
+        """
+        if torch.compiler.is_compiling():
+            return self.max_cache_len, 0
+        if self._at_most + query_length > self.max_cache_len:
+            # The host may ask twice before one step.
+            self._at_most = 0 if self.pages is None else self.pages.seq_len
+        check_room(self.max_cache_len, query_length, self._at_most)
+        self._at_most += query_length
+        return (query_length if self.is_empty else self.max_cache_len), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens stored; on the device, int32 (), where the host would have to wait for the number."""
+        if self.pages is None:
+            return 0
+        if torch.compiler.is_compiling() or self.pages.is_stale:
+            return self.pages.device_seq_len  # type: ignore[return-value]
+        return self.pages.seq_len
+
+    def get_max_length(self) -> int:
+        """Tokens that fit."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget every token and keep the memory, at the addresses that compiled steps know."""
+        if self.pages is not None:
+            self.pages.reset()
+        self._at_most = 0
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """See ``Int8Layer.check_crop``."""
+        if self.pages is not None:
+            self.pages.synchronize()
+        super().check_crop(tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order.
+
+        Raises:
+            ValueError: another number of sequences; addresses and shapes are fixed.
+        """
+        if self.pages is None:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        if len(indices) != self.pages.batch_size:
+            raise ValueError(
+                "StaticInt8Layer: a cache of fixed capacity keeps its batch of "
+                f"{self.pages.batch_size} sequences, got {len(indices)}. Use QuantizedInt8Cache without max_cache_len."
+            )
+        self.pages.index_select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused but for 1, which changes nothing: the batch is fixed."""
+        if self.pages is not None:
+            self.batch_select_indices(torch.arange(self.pages.batch_size).repeat_interleave(repeats))
+
+    def report(self, layer_idx: int) -> LayerReport:
+        """This layer's row of the cache's report."""
+        storage = "empty" if self.is_empty else self.storage
+        reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
+        seq_len, kernel = 0, self.read_log.kernel
+        if self.pages is not None:
+            seq_len = self.pages.seq_len
+            kernel = f"{self.pages.backend}, compiled" if self.pages.was_compiled else kernel
+        return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason)

@@ -1,0 +1,156 @@
+"""Routes the attention functions of transformers to int8 attention.
+
+The functions registered in ``AttentionInterface`` are wrapped: an ``Int8Tensor`` key goes to ``ops.attention``,
+anything else to the original function, untouched. Eager attention is no registered function; it reads restored values.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from quantcache.quantization.options import PLAIN, AttentionOptions
+from quantcache.store import fixed_tensor
+from quantcache.store.fixed_tensor import StaticInt8Tensor
+from quantcache.store.tensor import Int8Tensor, autocast_to, read, shared_view
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+ROUTED: Final = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations whose arguments are known here. Others still work: they see an ``Int8Tensor``."""
+
+_DENSE_OPTIONS: Final = frozenset({"dropout", "output_attentions"})
+"""Options of the original functions that need restored states."""
+
+_DENSE_FLASH_OPTIONS: Final = _DENSE_OPTIONS | {"position_bias"}
+_DENSE_SDPA_OPTIONS: Final = _DENSE_OPTIONS | {"softcap"}  # which refuses it itself
+
+_block_masks: "weakref.WeakKeyDictionary[BlockMask, Tensor]" = weakref.WeakKeyDictionary()
+"""Block masks as dense ones; the layers of a model share one."""
+
+_lock = threading.Lock()
+_wrapped: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}
+
+
+def install() -> None:
+    """Wrap the registered attention functions. Constructing a cache does it; calling it again changes nothing."""
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        for name in ROUTED:
+            current = AttentionInterface._global_mapping.get(name)
+            if current is None or (name in _wrapped and current is _wrapped[name][1]):
+                continue
+            routed = _routed(name, current)
+            AttentionInterface.register(name, routed)
+            _wrapped[name] = (current, routed)
+
+
+def uninstall() -> None:
+    """Put the original attention functions back. Caches that exist keep working, where need be on restored states.
+
+    A function that someone registered over the wrapper since is left in place.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        for name, (original, routed) in _wrapped.items():
+            if AttentionInterface._global_mapping.get(name) is routed:
+                AttentionInterface.register(name, original)
+        _wrapped.clear()
+
+
+def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
+    @functools.wraps(original)
+    def attention_forward(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, StaticInt8Tensor):
+            query = autocast_to(key.dtype, query)
+            uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
+            if uncovered is None and query.dtype == key.dtype:
+                return fixed_tensor.read(key, query, options), None
+        if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
+            return original(module, query, key, value, attention_mask, **kwargs)
+        found = shared_view(key, value)
+        reason: str | None = "keys and values of different views"
+        if found is not None:
+            view, log = found
+            reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
+            query = autocast_to(view.dtype, query)
+            if reason is None and query.dtype != view.dtype:
+                reason = f"query in {query.dtype} and cache in {view.dtype}"
+            if reason is None:
+                return read(view, log, query, options), None
+        key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return attention_forward
+
+
+def _options(
+    name: str, module: torch.nn.Module, query: Tensor, kv_len: int, attention_mask: Any, kwargs: dict[str, Any]
+) -> tuple[str | None, AttentionOptions]:
+    """What one call of the attention function ``name`` asks for.
+
+    Only what the original function honours counts; it ignores every other keyword argument, and so does this.
+
+    Returns:
+        reason: what int8 attention does not cover, None if it covers the call.
+        options: plain with a reason.
+    """
+    is_flash = name != "sdpa" and name.startswith("flash")
+    for option in _DENSE_FLASH_OPTIONS if is_flash else _DENSE_SDPA_OPTIONS if name == "sdpa" else _DENSE_OPTIONS:
+        value = kwargs.get(option)
+        if isinstance(value, Tensor) or value:
+            return f"the option {option}", PLAIN
+
+    window = kwargs.get("sliding_window") if is_flash else None
+    softcap, sinks = (kwargs.get("softcap"), kwargs.get("s_aux")) if name != "sdpa" else (None, None)
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+
+    mask = attention_mask
+    if isinstance(mask, BlockMask):
+        mask = _dense_mask(mask, query, kv_len)
+    if mask is None:
+        is_causal = is_causal and name != "flex_attention"  # which has no rule of its own
+    elif mask.dim() == 4 and not is_flash:
+        # The mask is the whole rule, causality and window included; a static one may reach beyond the keys there are.
+        mask, is_causal = mask[..., :kv_len], False
+    elif mask.dim() == 2 and is_flash:
+        mask = mask[:, None, None, -kv_len:].bool()
+    else:
+        return f"a mask of {mask.dim()} axes", PLAIN
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None and not is_flash:
+        mask = _biased(position_bias[..., :kv_len], mask)
+    return None, AttentionOptions(mask, is_causal, kwargs.get("scaling"), window, softcap, sinks)
+
+
+def _dense_mask(mask: BlockMask, query: Tensor, kv_len: int) -> Tensor:
+    """What ``mask`` lets the queries see, bool (batch or 1, heads or 1, query_len, kv_len)."""
+    dense = _block_masks.get(mask)
+    if dense is None or dense.shape[2:] != (query.shape[2], kv_len):
+        batch, heads = mask.shape[:2]
+        dense = create_mask(mask.mask_mod, batch, heads, query.shape[2], kv_len, device=query.device)
+        _block_masks[mask] = dense
+    return dense
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """``bias`` on the logits where ``mask`` lets them through."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask

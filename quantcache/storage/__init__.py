@@ -1,1 +1,0 @@
-"""Prompt caches as files: a strict safetensors container, and what quantcache puts into it."""
