@@ -10,12 +10,13 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache.files.load import CacheFiles
 from quantcache.layers import conversion, routing
-from quantcache.layers.base import Int8Layer, check_states
+from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
 from quantcache.layers.operations import LayerOperations
+from quantcache.layers.report import CacheReport, LayerReport
 from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.store.report import CacheReport, FallbackPolicy, LayerReport
+from quantcache.store.read_log import FallbackPolicy
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
 
@@ -252,7 +253,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         return CacheReport([_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)])
 
     def __repr__(self) -> str:
-        int8 = [layer for layer in self.layers if isinstance(layer, Int8Layer)]
+        int8 = [layer for layer in self.layers if isinstance(layer, BaseInt8Layer)]
         native = len(self.layers) - len(int8)
         parts = [f"{len(int8)} int8 layers"] + ([f"{native} native layers"] if native else [])
         seq_len = max((layer.get_seq_length() for layer in int8), default=0)
@@ -261,7 +262,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store new tokens of one layer and return what their queries attend to; see ``Int8Layer.update``.
+        """Store new tokens of one layer and return what their queries attend to; see ``BaseInt8Layer.update``.
 
         Args:
             key_states: (batch, num_kv_heads, query_len, head_dim).
@@ -271,7 +272,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
             kwargs: passed on to the layer.
 
         Raises:
-            TypeError, ValueError: see ``Int8Layer.update``; the cache is then as it was.
+            TypeError, ValueError: see ``BaseInt8Layer.update``; the cache is then as it was.
             IndexError: the config has no such layer.
         """
         known = len(self.layers)
@@ -320,7 +321,7 @@ def _reads_dense(config: PreTrainedConfig | None) -> bool:
 
 def layer_nbytes(layer: Any) -> int:
     """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
-    if isinstance(layer, Int8Layer):
+    if isinstance(layer, BaseInt8Layer):
         return layer.nbytes
     storages = {}
     for value in vars(layer).values():
@@ -331,7 +332,7 @@ def layer_nbytes(layer: Any) -> int:
 
 
 def _report(layer: Any, layer_idx: int) -> LayerReport:
-    if isinstance(layer, Int8Layer):
+    if isinstance(layer, BaseInt8Layer):
         return layer.report(layer_idx)
     seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__

@@ -1,6 +1,7 @@
 """Stored keys and values for the tests of the operations, and how far their attention may be from the specification."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from quantcache.backends import cuda
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store import ops
+from quantcache.store import reads
+from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.view import PagesView
 
 SAFETY = 8
 """Float32 roundings allowed per sum, in eps of the sum of magnitudes: float32 matmuls of these sizes need 2 to 3."""
@@ -18,7 +21,7 @@ SAFETY = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``ops.attention``.
+    """One call of ``reads.attention``.
 
     Attributes:
         segments: pages in each segment.
@@ -47,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Stored:
-    """Arguments of ``ops.attention``, and the numbers they stand for in float64."""
+    """Arguments of ``reads.attention``, and the numbers they stand for in float64."""
 
     query: Tensor
     key_qdata: list[Tensor]
@@ -57,9 +60,14 @@ class Stored:
     key_tail: Tensor
     value_tail: Tensor
 
+    @cached_property
+    def view(self) -> PagesView:
+        parts = zip(self.key_qdata, self.key_metadata, self.value_qdata, self.value_metadata, strict=True)
+        return PagesView(ClosedPages(tuple(Segment(*each) for each in parts)), self.key_tail, self.value_tail)
+
     @property
-    def arguments(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+    def arguments(self) -> tuple[Tensor, PagesView]:
+        return self.query, self.view
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Restored keys and values, float64."""
@@ -154,7 +162,7 @@ def asked_of_cuda(stored: Stored, tolerance: float, **options: Any) -> Tensor:
     asked = AttentionOptions(**options)
     device = stored.query.device
     expected = reference.attend(stored.query.double(), key.to(device), value.to(device), asked)
-    output = ops.attention(*stored.arguments, asked)  # type: ignore[arg-type]
+    output = reads.attention(*stored.arguments, asked)  # type: ignore[arg-type]
     assert output.dtype == stored.query.dtype
     assert output.is_contiguous()
     error = (output.double() - expected).norm() / expected.norm()

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from quantcache import QuantizedInt8Cache
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.growing import Int8Layer
 from tests.architectures import SIZES, Architecture
 
 NEWEST = parse(transformers.__version__) >= parse("5.23")
@@ -118,7 +119,7 @@ def parts(cache: Any) -> list[QuantizedInt8Cache]:
 
 
 def int8_layers(cache: Any) -> list[Int8Layer]:
-    return [layer for part in parts(cache) for layer in part.layers if isinstance(layer, Int8Layer)]
+    return [layer for part in parts(cache) for layer in part.layers if isinstance(layer, BaseInt8Layer)]
 
 
 def restored(cache: Any) -> Any:

@@ -28,8 +28,8 @@ from quantcache.store.growing import Int8Pages
 
 H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per_block=232448)
 
-ATTENTION, PAGES, PLAN, STATIC = MODULES = [
-    importlib.import_module(f"quantcache.backends.cuda.{name}") for name in ("attention", "pages", "plan", "static")
+ATTENTION, PAGES, PLAN, ADVANCE = MODULES = [
+    importlib.import_module(f"quantcache.backends.cuda.{name}") for name in ("attention", "pages", "plan", "advance")
 ]
 
 ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
@@ -42,7 +42,7 @@ STRUCTURES = {  # kernel: source, structure, how the host packs it
     "append": ("pages.cu", "AppendArgs", PAGES._APPEND_ARGS),
     "store_pages": ("pages.cu", "StoreArgs", PAGES._STORE_ARGS),
     "restore": ("pages.cu", "RestoreArgs", PAGES._RESTORE_ARGS),
-    "advance": ("pages.cu", "AdvanceArgs", STATIC._ADVANCE_ARGS),
+    "advance": ("pages.cu", "AdvanceArgs", ADVANCE._ADVANCE_ARGS),
 }
 
 

@@ -14,7 +14,7 @@ from transformers import (
 
 from quantcache import QuantizedInt8Cache
 from quantcache.files import host_states
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from tests.strategies import random_states
 
 SIZES = {
@@ -100,7 +100,7 @@ def stored_tensors(cache: QuantizedInt8Cache) -> dict[str, Tensor]:
     """Every tensor that a cache stores, without slack, by layer and name."""
     found: dict[str, Tensor] = {}
     for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, Int8Layer):
+        if not isinstance(layer, BaseInt8Layer):
             tensors = host_states.state_of(layer, cache.get_seq_length())
             found.update({f"{layer_idx}.{name}": tensor for name, tensor in tensors.items()})
         elif layer.pages is not None and layer.pages.seq_len:

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import reads
 from tests.bounds import assert_within, cast_bound
 from tests.cases import (
     NEWEST,
@@ -43,7 +45,7 @@ def forward(case: Case) -> None:
     exact_parts = [exact.self_attention_cache, exact.cross_attention_cache] if len(parts(cache)) == 2 else [exact]
     for ours, theirs in zip(parts(cache), exact_parts, strict=True):
         for layer, other in zip(ours.layers, theirs.layers, strict=True):
-            if isinstance(layer, Int8Layer) and layer.get_seq_length():
+            if isinstance(layer, BaseInt8Layer) and layer.get_seq_length():
                 assert layer.get_seq_length() == other.get_seq_length()
                 within_half_a_scale(layer, other.keys, other.values)
     same_reading(case, cache, tokens(1, 2, seed=3))
@@ -64,8 +66,8 @@ def within_half_a_scale(layer: Int8Layer, keys: Tensor, values: Tensor) -> None:
     key_scale = key_scale.float().repeat_interleave(PAGE_SIZE, 0).permute(1, 2, 0, 3)
     value_scale = value_scale.float().permute(1, 2, 0, 3).flatten(2, 3)[..., None].expand(values[:, :, :closed].shape)
     for ours, theirs, scale in (
-        (view.restore_keys(), keys, key_scale),
-        (view.restore_values(), values, value_scale),
+        (reads.restore(view, True), keys, key_scale),
+        (reads.restore(view, False), values, value_scale),
     ):
         assert torch.equal(ours[:, :, closed:], theirs[:, :, closed:])
         bound = cast_bound(theirs[:, :, :closed], 0.5 * scale)

@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache
 from quantcache.backends import dispatch
 from quantcache.layers import routing
-from quantcache.layers.base import Int8Layer
-from quantcache.store.report import FallbackPolicy
+from quantcache.layers.growing import Int8Layer
+from quantcache.store.read_log import FallbackPolicy
 from tests.strategies import random_states
 
 HEADS, GROUP, HEAD_DIM = 2, 3, 16

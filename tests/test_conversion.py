@@ -7,7 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Confi
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache import QuantizedInt8Cache
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.quantization import reference
 from tests.test_generate import SIZES, prompt
 
@@ -83,7 +83,7 @@ def test_layers_of_other_kinds_are_copied() -> None:
     model, dynamic, ids = filled(config, 150)
     for given in (config, None):
         int8 = QuantizedInt8Cache.from_dynamic(dynamic, given)
-        assert isinstance(int8.layers[0], Int8Layer)
+        assert isinstance(int8.layers[0], BaseInt8Layer)
         assert type(int8.layers[1]) is DynamicSlidingWindowLayer
         assert torch.equal(int8.layers[1].keys, dynamic.layers[1].keys)
         assert int8.layers[1].keys.data_ptr() != dynamic.layers[1].keys.data_ptr()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from quantcache import Int8Tensor, QuantizedInt8Cache
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.store import reads
 from tests.conftest import devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.twins import HEAD_DIM, HEADS, dense, stored
@@ -54,9 +55,9 @@ def addresses(thing: object) -> set[int]:
 def test_a_copy_goes_on_alone(how: str, evicted: bool, make: Callable[[], Int8Layer], device: str) -> None:
     layer, plain = filled(make(), device), filled(make(), device)
     query, _ = random_states(2, HEADS, 1, HEAD_DIM, seed=9, device=device)
-    layer.pages.view().attention(query)  # backends note addresses at the first read
+    reads.attention(query, layer.pages.view())  # backends note addresses at the first read
     if evicted:
-        layer.pages.evict()
+        layer.pages.offload()
     branch = COPIES[how](layer)
     assert addresses(branch).isdisjoint(addresses(layer))
     for one in (branch, layer, plain):
@@ -66,7 +67,7 @@ def test_a_copy_goes_on_alone(how: str, evicted: bool, make: Callable[[], Int8La
     for ours, theirs in zip(stored(branch.pages), stored(plain.pages), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(dense(branch.keys), dense(plain.keys))
-    assert torch.equal(branch.pages.view().attention(query), plain.pages.view().attention(query))
+    assert torch.equal(reads.attention(query, branch.pages.view()), reads.attention(query, plain.pages.view()))
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -120,7 +121,7 @@ def test_iteration_gives_keys_values_and_window_of_each_layer() -> None:
 def test_evicted_pages_come_back_as_they_were(device: str) -> None:
     layer, plain = filled(Int8Layer(), device), filled(Int8Layer(), device)
     for step in range(200):
-        layer.pages.evict()
+        layer.pages.offload()
         assert not layer.pages._segments
         if step % 3 == 0:
             layer.prefetch()
@@ -144,15 +145,15 @@ def test_a_page_travels_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> Non
     layer = filled(Int8Layer())
     pages = layer.pages.num_pages
     monkeypatch.setattr(offloading, "_copy", counted)
-    layer.pages.evict()
+    layer.pages.offload()
     assert sum(moved) == pages
     layer.pages.fetch()
     assert sum(moved) == 2 * pages
-    layer.pages.evict()
+    layer.pages.offload()
     assert sum(moved) == 2 * pages
     layer.update(*random_states(2, HEADS, 64, HEAD_DIM))
     assert sum(moved) == 3 * pages  # back again for the read
-    layer.pages.evict()
+    layer.pages.offload()
     assert sum(moved) == 3 * pages + layer.pages.num_pages - pages
 
 
@@ -164,11 +165,11 @@ def test_batch_operations_and_rollback_leave_evicted_pages_where_they_are() -> N
         ("batch_select_indices", torch.tensor([3, 0])),
         ("crop", -150),
     ):
-        layer.pages.evict()
+        layer.pages.offload()
         assert layer.report(0).storage == "int8, in host memory"
         getattr(layer, name)(argument)
         getattr(plain, name)(argument)
-        assert layer.pages.is_evicted
+        assert layer.pages.is_offloaded
     for ours, theirs in zip(stored(layer.pages), stored(plain.pages), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -176,7 +177,7 @@ def test_batch_operations_and_rollback_leave_evicted_pages_where_they_are() -> N
 def test_nbytes_counts_host_memory() -> None:
     layer = filled(Int8Layer())
     before = layer.nbytes
-    layer.pages.evict()
+    layer.pages.offload()
     assert layer.nbytes == before
 
 
@@ -222,7 +223,7 @@ def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sli
                 cache.reorder_cache(torch.tensor([1, 1], device=device))
                 cache.crop(-2)
     if device == "cuda":
-        evicted = [layer.pages.is_evicted for layer in caches[1].layers]
+        evicted = [layer.pages.is_offloaded for layer in caches[1].layers]
         assert evicted == [False, not only_non_sliding, True]  # the first is on its way back
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         for ours, theirs in zip(stored(one.pages), stored(other.pages), strict=True):

@@ -14,7 +14,7 @@ from quantcache.backends import cpu, dispatch
 from quantcache.backends.artifacts import CACHE_VARIABLE
 from quantcache.backends.cpu import build
 from quantcache.quantization.errors import FallbackWarning
-from quantcache.store import ops
+from quantcache.store import reads
 from tests.attention_cases import Case
 from tests.attention_cases import build as build_case
 
@@ -92,7 +92,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
 
 
 def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
-    variables = {**os.environ, **environment, "PYTHONPATH": str(Path(ops.__file__).parent.parent)}
+    variables = {**os.environ, **environment, "PYTHONPATH": str(Path(reads.__file__).parent.parent)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=variables,
@@ -169,6 +169,6 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_
 
 def test_what_is_called_first_builds_and_runs() -> None:
     stored = build_case(Case())
-    output = ops.attention(*stored.arguments)  # type: ignore[arg-type]
+    output = reads.attention(*stored.arguments)  # type: ignore[arg-type]
     assert output.isfinite().all()
     assert dispatch.choose_backend(torch.device("cpu")) in ("cpu", "torch")

@@ -14,7 +14,9 @@ from quantcache.backends import cpu, dispatch
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import METADATA_SCALE, PAGE_SIZE
-from quantcache.store import ops
+from quantcache.store import reads, writes
+from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.view import PagesView
 from tests.attention_cases import Case, Stored, assert_within, attention_bound, build
 
 BACKENDS = ("torch", *(f"cpu-{isa}" for isa in cpu.ISAS))
@@ -50,7 +52,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(stored: Stored, **options: Any) -> Tensor:
-    return ops.attention(*stored.arguments, AttentionOptions(**options))  # type: ignore[arg-type]
+    return reads.attention(*stored.arguments, AttentionOptions(**options))  # type: ignore[arg-type]
 
 
 def check(backend: str, case: Case, seed: int = 0, **options: Any) -> None:
@@ -242,7 +244,7 @@ def test_pages_equal_the_reference_bit_for_bit(backend: str, layout: str, head_d
         states = states.transpose(2, 3).contiguous().transpose(2, 3)
     key, value = expected_pages(dtype, head_dim)
     written = [torch.full(t.shape, 77, dtype=t.dtype) for t in (*key, *value)]
-    ops.store_pages(states, states, *written)
+    writes.store_pages(states, states, Segment(*written))
     assert torch.equal(written[0], key[0])
     assert torch.equal(written[2], value[0])
     assert_same_metadata(written[1], key[1])
@@ -255,13 +257,14 @@ def test_pages_equal_the_reference_bit_for_bit(backend: str, layout: str, head_d
 def test_restored_states_equal_the_reference(backend: str, tail_len: int, head_dim: int, dtype: torch.dtype) -> None:
     states = extreme_states(dtype, head_dim)
     tail = states[:, :, :tail_len]
-    for quantize, dense, restore in (
-        (reference.quantize_key_pages, reference.restore_key_pages, ops.restore_keys),
-        (reference.quantize_value_pages, reference.restore_value_pages, ops.restore_values),
+    pages = Segment(*reference.quantize_key_pages(states), *reference.quantize_value_pages(states))
+    halves = pages.narrow(0, 1), pages.narrow(1, None)
+    for is_key, dense, (qdata, metadata) in (
+        (True, reference.restore_key_pages, pages[:2]),
+        (False, reference.restore_value_pages, pages[2:]),
     ):
-        qdata, metadata = quantize(states)
         expected = torch.cat([dense(qdata, metadata, dtype), tail], dim=2)
-        restored = restore([qdata[:1], qdata[1:]], [metadata[:1], metadata[1:]], tail)
+        restored = reads.restore(PagesView(ClosedPages(halves), tail, tail), is_key)
         assert torch.equal(restored.isnan(), expected.isnan())
         # Bit for bit, infinities of the tail included.
         assert torch.equal(restored.masked_fill(restored.isnan(), 0), expected.masked_fill(expected.isnan(), 0))
@@ -269,14 +272,13 @@ def test_restored_states_equal_the_reference(backend: str, tail_len: int, head_d
 
 def test_operations_pass_opcheck(backend: str) -> None:
     stored = build(Case(segments=(1, 1), tail_len=5, group=2))
-    key = stored.key_qdata, stored.key_metadata, stored.key_tail
+    packed = reads.packed(stored.view)
     options = (None, True, 0.1, None, None, None)
-    torch.library.opcheck(torch.ops.quantcache.attention.default, (*stored.arguments, *options))
-    torch.library.opcheck(torch.ops.quantcache.restore_keys.default, key)
-    value = stored.value_qdata, stored.value_metadata, stored.value_tail
-    torch.library.opcheck(torch.ops.quantcache.restore_values.default, value)
+    torch.library.opcheck(torch.ops.quantcache.attention.default, (stored.query, *packed, *options))
+    for is_key in (True, False):
+        torch.library.opcheck(torch.ops.quantcache.restore.default, (*packed, torch.float32, is_key))
     states = torch.randn(1, 2, PAGE_SIZE, 64)
-    pages = [torch.empty_like(parts[0]) for parts in (*key[:2], *value[:2])]
+    pages = [torch.empty_like(part) for part in stored.view.segments[0]]
     torch.library.opcheck(torch.ops.quantcache.store_pages.default, (states, states, *pages))
 
 

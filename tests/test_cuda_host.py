@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import cuda, dispatch
 from quantcache.backends.cuda.plan import Shape
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
-from quantcache.store import fixed_ops
+from quantcache.store import reads
 from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
 from tests import emulated_cuda, twins
@@ -127,13 +127,9 @@ def test_partial_results_stay_in_their_workspace(
 ) -> None:
     """The stand-in fills the workspace up to its end, and finds the counters as it left them."""
     stored = build(Case(2, 2, 20, 1, (9, 21), 50, 128, 128, torch.float16))
-    arguments = stored.arguments
-    table = cuda.segment_table(*arguments[1:5])  # type: ignore[arg-type]
     expected = reference.attend(stored.query.double(), *stored.exact())
     for _ in range(2):
-        output = cuda.fused_attention(
-            stored.query, table, stored.key_tail, stored.value_tail, AttentionOptions(), shape=shape, splits=splits
-        )
+        output = cuda.fused_attention(*stored.arguments, AttentionOptions(), shape=shape, splits=splits)
         assert (output.double() - expected).norm() <= 1e-3 * expected.norm()
     assert launched == ["attention"] * 2
 
@@ -222,7 +218,7 @@ def test_a_decoding_step_launches_one_kernel(launched: list[str]) -> None:
         newest = slice(position, position + 1)
         launched.clear()
         states, values = layer.update(key[:, :, newest], value[:, :, newest])
-        output = states.pages_view.attention(query)  # type: ignore[attr-defined]
+        output = reads.attention(query, states.pages_view)  # type: ignore[attr-defined]
         steps.append(tuple(launched))
         seen = states.restore(), values.restore()  # type: ignore[attr-defined]
         assert torch.equal(seen[0][:, :, newest], key[:, :, newest])
@@ -248,13 +244,14 @@ def test_a_fixed_capacity_stores_what_the_growing_cache_stores_and_reads_it(
     static = StaticInt8Pages(*states(0, 0), 7 * 64 + 17, residual_length)
     growing = Int8Pages(*states(0, 0), residual_length)
     query, _ = random_states(2, 4, 1, 64, seed=7)
-    scratch = fixed_ops.make_scratch(static.key_tail, static.value_tail)
+    scratch = dispatch.scratch_for(static.key_tail, static.value_tail)
     for index, tokens in enumerate(chunks):
         new = states(tokens, index)
         static.append(*new)
         growing.append(*new)
-        output = fixed_ops.attention(query, static.memory, static.layout, scratch, AttentionOptions(is_causal=True))
+        recorded = [static.memory, scratch], static.layout.shape
+        output = reads.attention_recorded(query, *recorded, AttentionOptions(is_causal=True))
         view = static.view()
-        torch.testing.assert_close(output, reference.attend(query, view.restore_keys(), view.restore_values()))
+        torch.testing.assert_close(output, reference.attend(query, *reads.restore_both(view)))
     assert_same_bytes(static, growing)
     assert {"advance", "attention"} <= set(launched)

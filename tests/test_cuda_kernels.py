@@ -12,8 +12,10 @@ from quantcache.backends import cuda, dispatch
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store import ops
+from quantcache.store import reads
 from quantcache.store.growing import Int8Pages
+from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.view import PagesView
 from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.conftest import skip_without_gpu
 from tests.strategies import make_states
@@ -34,9 +36,8 @@ def on_gpu(stored: Stored) -> Stored:
         moved = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="cuda").copy_(whole)
         return moved[: tensor.shape[0]] if whole is not tensor and whole.shape[0] != tensor.shape[0] else moved
 
-    return Stored(
-        *(ops.Parts(map(move, value)) if isinstance(value, list) else move_states(value) for value in stored.arguments)
-    )
+    parts = (getattr(stored, name) for name in stored.__dataclass_fields__)
+    return Stored(*(list(map(move, part)) if isinstance(part, list) else move_states(part) for part in parts))
 
 
 CAUSAL = AttentionOptions(is_causal=True)
@@ -128,8 +129,7 @@ def test_splitting_changes_nothing(splits: tuple[int, int], rows: int) -> None:
     case = Case(1, 2, rows, 1, (9, 21), 50, 128, 128, torch.float16)
     stored = on_gpu(build(case))
     whole = check(stored, is_causal=True)
-    table = cuda.segment_table(*stored.arguments[1:5])
-    output = cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, splits=splits)
+    output = cuda.fused_attention(*stored.arguments, CAUSAL, splits=splits)
     torch.testing.assert_close(output, whole, rtol=2e-3, atol=2e-3)
 
 
@@ -144,9 +144,9 @@ def test_a_query_that_sees_nothing_reads_zeros() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_results_are_the_same_from_run_to_run(head_dim: int) -> None:
     stored = on_gpu(build(Case(1, 2, 4, 1, (150, 90), 60, head_dim, head_dim, torch.bfloat16)))
-    first = ops.attention(*stored.arguments)
+    first = reads.attention(*stored.arguments)
     for _ in range(20):
-        assert torch.equal(ops.attention(*stored.arguments), first)
+        assert torch.equal(reads.attention(*stored.arguments), first)
 
 
 def test_flat_attention_over_131072_tokens_loses_no_accuracy() -> None:
@@ -158,7 +158,7 @@ def test_flat_attention_over_131072_tokens_loses_no_accuracy() -> None:
     pages.append(key, value)
     query = torch.randn(1, 1, 1, 128, device="cuda", generator=generator).half()
     exact = pages.restore()[1].double().mean(dim=2).flatten()
-    output = pages.view().attention(query).double().flatten()
+    output = reads.attention(query, pages.view()).double().flatten()
     assert (output - exact).norm() / exact.norm() <= 1e-3
 
 
@@ -197,13 +197,15 @@ def test_pages_and_restored_states_equal_the_reference(
     value = make_states(kind, (2, 3, 192, head_dims[1]), dtype, seed=6).cuda()
     expected = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
     pages = [torch.empty_like(t) for t in expected]
-    cuda.store_pages(key, value, *pages)
+    cuda.store_pages(key, value, Segment(*pages))
     for ours, theirs in zip(pages, expected, strict=True):
         assert torch.equal(ours, theirs)
     tails = key[:, :, :7], value[:, :, 3:10]
+    halves = Segment(*(part[:1] for part in pages)), Segment(*(part[1:] for part in pages))
+    view = PagesView(ClosedPages(halves), *tails)
     restored = [
-        cuda.restore_keys([pages[0][:1], pages[0][1:]], [pages[1][:1], pages[1][1:]], tails[0]),
-        cuda.restore_values([pages[2][:2], pages[2][2:]], [pages[3][:2], pages[3][2:]], tails[1]),
+        cuda.restore(view, True),
+        cuda.restore(view, False),
     ]
     wanted = [
         torch.cat([reference.restore_key_pages(*expected[:2], dtype), tails[0]], dim=2),
@@ -229,7 +231,7 @@ def test_every_mantissa_is_quantised_as_the_reference_does(dtype: torch.dtype) -
     key = groups.transpose(2, 3).reshape(1, 1, -1, 64)
     expected = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
     pages = [torch.empty_like(t) for t in expected]
-    cuda.store_pages(key, value, *pages)
+    cuda.store_pages(key, value, Segment(*pages))
     for ours, theirs in zip(pages, expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -253,11 +255,11 @@ def test_lengths_are_read_by_a_captured_graph_when_it_runs() -> None:
     """One captured step, replayed behind other lengths, gives what a fresh call gives."""
     case = Case(2, 2, 4, 1, (40,), 95, 128, 128, torch.bfloat16)
     stored = on_gpu(build(case))
-    table = cuda.segment_table(*stored.arguments[1:5])
     lengths = torch.tensor([40, 95], dtype=torch.int32, device="cuda")
+    view = PagesView(stored.view.closed, *stored.view.buffers, lengths=lengths)
 
     def step() -> Tensor:
-        return cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, lengths=lengths)
+        return cuda.fused_attention(stored.query, view, CAUSAL)
 
     step()
     stream = torch.cuda.Stream()
@@ -294,8 +296,8 @@ def test_what_lies_behind_the_pages_in_use_is_not_read() -> None:
     lengths = torch.tensor([5, 30], dtype=torch.int32, device="cuda")
 
     def run() -> Tensor:
-        table = cuda.segment_table(*(list(part) for part in stored.arguments[1:5]))
-        return cuda.fused_attention(stored.query, table, *stored.arguments[5:], CAUSAL, lengths=lengths)
+        view = PagesView(ClosedPages(stored.view.segments), *stored.view.buffers, lengths=lengths)
+        return cuda.fused_attention(stored.query, view, CAUSAL)
 
     clean = run()
     for metadata in (*stored.key_metadata, *stored.value_metadata):
@@ -315,20 +317,20 @@ def test_a_token_that_is_not_finite_reaches_the_result() -> None:
         states[0, 0, 5, 7] = torch.nan
         pages = Int8Pages(key, value, residual_length=0)
         pages.append(key, value)
-        assert pages.view().attention(query).isnan().all()
+        assert reads.attention(query, pages.view()).isnan().all()
         states.copy_(whole)
 
 
 def test_streams_do_not_share_their_partial_results() -> None:
     stored = on_gpu(build(Case(1, 1, 4, 1, (300,), 60, 128, 128, torch.bfloat16)))
-    expected = ops.attention(*stored.arguments)
+    expected = reads.attention(*stored.arguments)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     outputs = []
     for _ in range(25):
         for stream in streams:
             with torch.cuda.stream(stream):
-                outputs.append(ops.attention(*stored.arguments))
+                outputs.append(reads.attention(*stored.arguments))
     torch.cuda.synchronize()
     assert all(torch.equal(output, expected) for output in outputs)
 
@@ -359,4 +361,4 @@ def test_a_head_dim_without_a_kernel_falls_back_with_its_reason() -> None:
     )
     pages = Int8Pages(states, states)
     pages.append(states, states)
-    assert pages.view().attention(states[:, :, :1]).isfinite().all()
+    assert reads.attention(states[:, :, :1], pages.view()).isfinite().all()

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from quantcache import CacheFileError, QuantizedInt8Cache
 from quantcache.files import container
 from quantcache.layers import factory
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.growing import Int8Layer
 from tests.conftest import devices
 from tests.file_cases import (
     MODELS,
@@ -132,7 +133,7 @@ def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) 
         loaded = QuantizedInt8Cache.load(path, model=model, mmap=mmap)
         assert_bit_equal(loaded, cache)
         assert loaded.layers[0].pages.first_page == cache.layers[0].pages.first_page
-        assert loaded.layers[0].pages.reach == cache.layers[0].pages.reach
+        assert loaded.layers[0].pages.keep_tokens == cache.layers[0].pages.keep_tokens
     follow_up = prompt(440)
     follow_up[:, :400] = prompt(400)
     expected = model.generate(follow_up, past_key_values=cache, **GREEDY)
@@ -149,9 +150,9 @@ def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_offloaded_cache_is_saved_from_where_it_is(path: Path) -> None:
     cache, resident = filled_cache(300), filled_cache(300)
     for layer in cache.layers:
-        layer.pages.evict()
+        layer.pages.offload()
     cache.save(path)
-    assert all(layer.pages._is_evicted for layer in cache.layers)
+    assert all(layer.pages.is_offloaded for layer in cache.layers)
     assert_bit_equal(QuantizedInt8Cache.load(path), resident)
 
 
@@ -250,7 +251,7 @@ def test_native_layers_need_the_config(path: Path) -> None:
     with pytest.raises(ValueError, match="layers than plain int8, DynamicSlidingWindowLayer, got neither model nor"):
         QuantizedInt8Cache.load(path)
     loaded = QuantizedInt8Cache.load(path, config=model.config)
-    assert [isinstance(layer, Int8Layer) for layer in loaded.layers] == [False, True, False, True]
+    assert [isinstance(layer, BaseInt8Layer) for layer in loaded.layers] == [False, True, False, True]
     with pytest.raises(CacheFileError, match="sliding_window 40 in the file and 48 in the model"):
         QuantizedInt8Cache.load(path, model=gemma(sliding_window=48))
 
@@ -260,7 +261,7 @@ def test_a_cache_without_config_stays_one(path: Path) -> None:
     cache = read_prompt(model, prompt(100), with_config=False)
     cache.save(path, model=model)
     loaded = QuantizedInt8Cache.load(path, model=model)
-    assert all(isinstance(layer, Int8Layer) for layer in loaded.layers)
+    assert all(isinstance(layer, BaseInt8Layer) for layer in loaded.layers)
     assert_bit_equal(loaded, cache)
 
 

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
+from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import reads
 from tests.conftest import devices
 from tests.strategies import Operation, random_states, schedules
 from tests.twins import HEAD_DIM, HEADS, ExactTwin, dense, stored
@@ -161,21 +163,22 @@ def test_slack_is_never_read() -> None:
         segment.key_qdata[used:] = segment.value_qdata[used:] = -128
         segment.key_metadata[used:] = segment.value_metadata[used:] = 0x7FC0  # NaN as bfloat16
     query, _ = random_states(1, HEADS, 1, HEAD_DIM, seed=5)
-    output = layer.pages.view().attention(query)
+    output = reads.attention(query, layer.pages.view())
     assert output.isfinite().all()
     assert torch.equal(dense(layer.keys), before[0])
     assert torch.equal(dense(layer.values), before[1])
 
 
 def test_the_layer_is_the_hosts_type_and_inherits_no_behaviour() -> None:
-    layer = Int8Layer()
-    assert isinstance(layer, CacheLayerMixin)
     methods = {name for name, value in vars(DynamicLayer).items() if callable(value)} | {
         "offload",
         "prefetch",
         "reorder_cache",
     }
-    assert methods <= set(vars(Int8Layer))
+    for kind in (Int8Layer, Int8SlidingLayer):
+        assert issubclass(kind, CacheLayerMixin)
+        ours = [base for base in kind.__mro__ if base.__module__.startswith("quantcache.")]
+        assert methods <= {name for base in ours for name in vars(base)}
 
 
 def test_a_cache_filled_in_inference_mode_goes_on_outside_it() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.options import AttentionOptions
-from quantcache.store import ops
+from quantcache.store import reads, writes
 from quantcache.store.growing import Int8Pages
 from tests.strategies import random_states
 
@@ -163,7 +163,7 @@ def test_an_update_that_runs_out_of_memory_changes_nothing(
         raise torch.OutOfMemoryError("no memory")
 
     key_states, value_states = random_states(2, 3, 100, 16)
-    monkeypatch.setattr(ops, "store_pages", out_of_memory)
+    monkeypatch.setattr(writes, "store_pages", out_of_memory)
     assert_refused(cache, torch.OutOfMemoryError, "no memory", lambda: cache.update(key_states, value_states, 0))
 
 
@@ -351,7 +351,7 @@ REFUSED_ATTENTION = {
 def test_attention_says_what_does_not_fit(cache: QuantizedInt8Cache, case: str) -> None:
     query, options, error, message = REFUSED_ATTENTION[case]
     asked = AttentionOptions(**options)
-    assert_refused(cache, error, message, lambda: cache.layers[0].pages.view().attention(query, asked))
+    assert_refused(cache, error, message, lambda: reads.attention(query, cache.layers[0].pages.view(), asked))
 
 
 def test_a_crop_beyond_what_a_window_keeps_is_refused() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from quantcache.backends import dispatch
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
+from quantcache.store import reads
+from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages, PagesView
 from tests.conftest import devices
 from tests.strategies import DTYPES, make_states, random_states
@@ -68,8 +70,8 @@ def test_restored_states_equal_the_reference(backend: str, dtype: torch.dtype, d
     assert len(view.segments) > 1
     keys = [reference.restore_key_pages(s.key_qdata, s.key_metadata, dtype) for s in view.segments]
     values = [reference.restore_value_pages(s.value_qdata, s.value_metadata, dtype) for s in view.segments]
-    assert torch.equal(view.restore_keys(), torch.cat([*keys, view.key_tail], dim=2))
-    assert torch.equal(view.restore_values(), torch.cat([*values, view.value_tail], dim=2))
+    assert torch.equal(reads.restore(view, True), torch.cat([*keys, view.key_tail], dim=2))
+    assert torch.equal(reads.restore(view, False), torch.cat([*values, view.value_tail], dim=2))
 
 
 SHAPES = [(1, 1), (1, 3), (5, 1), (5, 4)]  # query_len, query heads per KV head
@@ -119,7 +121,7 @@ def test_attention_equals_the_reference(backend: str, option: str, dtype: torch.
         view = filled(seq_len, dtype=dtype, device=device)
         query, _ = random_states(2, 2 * group, query_len, 16, seed=3, dtype=dtype, device=device)
         options = options_for(option, query, view.seq_len)
-        output = view.attention(query, AttentionOptions(**options))
+        output = reads.attention(query, view, AttentionOptions(**options))
         assert output.dtype == dtype
         assert output.is_contiguous()
         expected = expected_attention(view, query, **options)
@@ -144,7 +146,9 @@ def test_pages_and_tail_of_any_length(backend: str, pages: int, tail: int) -> No
     view = held.view()
     assert (view.num_pages, view.key_tail.shape[2]) == (pages, tail)
     query, _ = random_states(1, 4, 1, 16, seed=3)
-    torch.testing.assert_close(view.attention(query).double(), expected_attention(view, query), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        reads.attention(query, view).double(), expected_attention(view, query), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("device", devices())
@@ -155,7 +159,7 @@ def test_a_query_that_sees_nothing_gets_zeros(backend: str, dtype: torch.dtype, 
     mask = torch.ones(2, 1, 3, 300, dtype=torch.bool, device=device)
     mask[1, :, 2] = False
     for attn_mask in (mask, torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -torch.inf)):
-        output = view.attention(query, AttentionOptions(attn_mask))
+        output = reads.attention(query, view, AttentionOptions(attn_mask))
         assert (output[1, 2] == 0).all()
         assert (output[1, 1] != 0).any()
         assert output.isfinite().all()
@@ -164,25 +168,35 @@ def test_a_query_that_sees_nothing_gets_zeros(backend: str, dtype: torch.dtype, 
 def test_operations_keep_their_schemas() -> None:
     view = filled(300)
     query, _ = random_states(2, 4, 3, 16, seed=3)
-    lists = [list(parts) for parts in zip(*view.segments, strict=True)]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    packed = reads.packed(view)
     torch.library.opcheck(
-        torch.ops.quantcache.attention,
-        (query, *lists, view.key_tail, view.value_tail, None, True, 0.25, None, None, None),
-        test_utils=tests,
+        torch.ops.quantcache.attention, (query, *packed, None, True, 0.25, None, None, None), test_utils=tests
     )
-    torch.library.opcheck(torch.ops.quantcache.restore_keys, (lists[0], lists[1], view.key_tail), test_utils=tests)
-    torch.library.opcheck(torch.ops.quantcache.restore_values, (lists[2], lists[3], view.value_tail), test_utils=tests)
+    for is_key in (True, False):
+        torch.library.opcheck(torch.ops.quantcache.restore, (*packed, torch.float32, is_key), test_utils=tests)
     key, value = random_states(2, 2, 64, 16)
     fresh = Int8Pages(key, value, residual_length=0)
     fresh.append(key, value)
     torch.library.opcheck(torch.ops.quantcache.store_pages, (key, value, *fresh.segments[0]), test_utils=tests)
+    fixed = StaticInt8Pages(key, value, 300)
+    fixed.append(key, value)
+    step = key[:, :, :1], value[:, :, :1], fixed.memory, fixed.layout.shape, torch.float32
+    torch.library.opcheck(torch.ops.quantcache.advance, step, test_utils=tests)
+    source = key, value, torch.tensor([0, 64, 64, 0], dtype=torch.int32)
+    none = key[:, :, :0], value[:, :, :0], *step[2:]
+    torch.library.opcheck(torch.ops.quantcache.advance, (*none, *source), test_utils=tests)
+    recorded = [fixed.memory, torch.zeros(0, dtype=torch.int32)], fixed.layout.shape
+    torch.library.opcheck(
+        torch.ops.quantcache.attention, (query, *recorded, None, True, 0.25, None, None, None), test_utils=tests
+    )
+    torch.library.opcheck(torch.ops.quantcache.restore, (*recorded, torch.float32, True), test_utils=tests)
 
 
 def test_a_gradient_to_the_query_is_that_of_attention_over_restored_states(backend: str) -> None:
     view = filled(300, v_head_dim=16)
     query = random_states(2, 4, 3, 16, seed=3)[0].requires_grad_()
-    view.attention(query, AttentionOptions(is_causal=True)).square().sum().backward()
+    reads.attention(query, view, AttentionOptions(is_causal=True)).square().sum().backward()
     again = query.detach().double().requires_grad_()
     expected_attention(view, again, is_causal=True).square().sum().backward()
     torch.testing.assert_close(query.grad, again.grad.float(), rtol=1e-4, atol=1e-5)

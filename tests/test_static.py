@@ -22,9 +22,10 @@ from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.quantization.errors import FallbackWarning
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store import fixed_ops
+from quantcache.store import reads
 from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
+from quantcache.store.tensor import Int8Tensor, read_recorded
 from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
@@ -45,11 +46,11 @@ def assert_same_bytes(static: StaticInt8Pages, growing: Int8Pages) -> None:
     assert static.seq_len == growing.seq_len
     assert static.num_pages == growing.num_pages
     assert int(static.device_seq_len) == static.seq_len
-    assert static.store.lengths.tolist()[:2] == [static.num_pages, static.key_tail.shape[2]]
+    assert static.buffers.lengths.tolist()[:2] == [static.num_pages, static.key_tail.shape[2]]
     for have, want in zip(static.restore(), growing.restore(), strict=True):
         assert torch.equal(have, want)
     stored = [torch.cat(parts) for parts in zip(*growing.view().segments, strict=True)]
-    for have, want in zip(static.store.pages, stored, strict=False):
+    for have, want in zip(static.buffers.pages, stored, strict=False):
         assert torch.equal(have[: static.num_pages], want)
 
 
@@ -61,10 +62,11 @@ class Attention(torch.nn.Module):
         self.layer = layer
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        from quantcache.store import fixed_tensor
-
         states, _ = self.layer.update(key, value)
-        return fixed_tensor.read(states, query, AttentionOptions(mask, is_causal=mask is None))
+        options = AttentionOptions(mask, is_causal=mask is None)
+        if isinstance(states, Int8Tensor):
+            return reads.attention(query, states.pages_view, options)
+        return read_recorded(states, query, options)
 
 
 @pytest.mark.parametrize("device", devices())
@@ -96,7 +98,7 @@ def test_more_heads_than_processors_are_stored_by_turns() -> None:
 @given(
     operations=st.lists(
         st.tuples(
-            st.sampled_from(["append", "append", "append", "append_compiled", "crop", "reorder", "reset"]),
+            st.sampled_from(["append", "append", "append", "append_recorded", "crop", "reorder", "reset"]),
             st.sampled_from([1, 1, 1, 2, 31, 33, 64, 97, 130]),
         ),
         max_size=25,
@@ -148,7 +150,7 @@ def test_a_compiled_step_reads_what_an_uncompiled_one_reads(device: str, with_ma
         states = new_states(tokens, index, device)
         with torch.no_grad():
             expected, actual = Attention(eager)(query, *states, mask), step(query, *states, mask)
-        assert torch.equal(eager.pages.store.lengths, compiled.pages.store.lengths)
+        assert torch.equal(eager.pages.buffers.lengths, compiled.pages.buffers.lengths)
         # On a GPU other splits of the same tokens round other 16-bit weights.
         tolerance = 1e-5 if device == "cpu" else 2e-3
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -169,15 +171,16 @@ def test_nothing_behind_the_last_token_is_read(device: str) -> None:
     layer.update(*new_states(200, 1, device))
     query = random_states(2, HEADS, 1, HEAD_DIM, device=device)[0]
     scratch = layer._common.scratch
-    expected = fixed_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch)
+    recorded = [layer.pages.memory, scratch], layer.pages.layout.shape
+    expected = reads.attention_recorded(query, *recorded)
     pages, tail_len = layer.pages.num_pages, layer.pages.key_tail.shape[2]
-    for part in layer.pages.store.pages:
+    for part in layer.pages.buffers.pages:
         part[pages:] = -128 if part.dtype == torch.int8 else 0x7FC0
-    for tail in layer.pages.store[4:6]:
+    for tail in layer.pages.buffers[4:6]:
         tail[:, :, tail_len:] = torch.nan
-    assert torch.equal(fixed_ops.attention(query, layer.pages.memory, layer.pages.layout, scratch), expected)
+    assert torch.equal(reads.attention_recorded(query, *recorded), expected)
     for is_key in (True, False):
-        dense = fixed_ops.restore(layer.pages.memory, layer.pages.layout, is_key)
+        dense = reads.restore_recorded(*recorded, torch.float32, is_key)
         assert torch.equal(dense[:, :, :200], layer.pages.restore()[0 if is_key else 1])
         assert not dense[:, :, 200:].any()
 
@@ -347,13 +350,13 @@ def test_restored_states_have_the_shape_of_the_capacity(tokens: int) -> None:
 def test_memory_is_allocated_once_and_counted() -> None:
     layer = StaticInt8Layer(2048)
     layer.update(*new_states(100, 0))
-    addresses = [part.data_ptr() for part in layer.pages.store]
+    addresses = [part.data_ptr() for part in layer.pages.buffers]
     nbytes = layer.nbytes
     for index in range(300):
         layer.update(*new_states(1, index))
     layer.reset()
     layer.update(*new_states(1500, 0))
-    assert [part.data_ptr() for part in layer.pages.store] == addresses
+    assert [part.data_ptr() for part in layer.pages.buffers] == addresses
     assert layer.nbytes == nbytes
     exact = 4 * 2 * HEADS * 2048 * (HEAD_DIM + V_HEAD_DIM)
     assert nbytes < 0.34 * exact  # 1.06 of 4 bytes, and an exact tail of 96 tokens in 2048
@@ -379,10 +382,10 @@ def test_a_full_cache_refuses_before_it_writes() -> None:
     layer = StaticInt8Layer(128)
     layer.update(*new_states(127, 0))
     layer.update(*new_states(1, 1))
-    before = [part.clone() for part in layer.pages.store]
+    before = [part.clone() for part in layer.pages.buffers]
     with pytest.raises(ValueError, match=r"at most max_cache_len=128 tokens fit, got 1 more behind 128\. Make a cache"):
         layer.update(*new_states(1, 2))
-    assert all(torch.equal(have, want) for have, want in zip(layer.pages.store, before, strict=True))
+    assert all(torch.equal(have, want) for have, want in zip(layer.pages.buffers, before, strict=True))
 
 
 def test_generate_is_refused_before_the_step_that_does_not_fit(frames: Any) -> None:
@@ -408,7 +411,7 @@ def test_a_compiled_step_too_many_is_seen_afterwards() -> None:
     pages = StaticInt8Pages(*new_states(0, 0), 100)
     pages.append(*new_states(100, 0))
     before = pages.restore()[0]
-    pages.append_compiled(*new_states(1, 1))
+    pages.append_recorded(*new_states(1, 1))
     with pytest.raises(RuntimeError, match=r"at most max_cache_len=100 tokens fit, compiled steps were given 101\."):
         pages.seq_len  # noqa: B018
     pages.reset()
@@ -467,7 +470,7 @@ def test_a_compiled_step_that_restores_says_so() -> None:
     layer.update(*new_states(100, 0))
     torch._dynamo.reset()
     total = torch.compile(lambda key, value: layer.update(key, value)[0].sum(), backend="aot_eager", fullgraph=True)
-    with torch.no_grad(), pytest.warns(FallbackWarning, match=r"restoring it to full precision \(aten\.sum"):
+    with torch.no_grad(), pytest.warns(FallbackWarning, match=r"restoring it to full precision \(aten::sum"):
         total(*new_states(1, 1))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
 from quantcache.backends import dispatch
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
@@ -23,7 +23,7 @@ def test_the_page_is_what_the_matrix_says() -> None:
 
 
 def kind(layer: object) -> str:
-    if isinstance(layer, Int8Layer):
+    if isinstance(layer, BaseInt8Layer):
         return "int8 window" if isinstance(layer, Int8SlidingLayer) else "int8"
     return "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
 
@@ -58,7 +58,7 @@ def test_attention_reads_as_the_page_says_and_warns_only_where_more_was_wanted(
     assert kernels == {"int8": {backend}, "restored": {"restored"}, "own": set()}[expected]
     for part in parts(cache):
         for row, layer in zip(part.report().layers, part.layers, strict=True):
-            if isinstance(layer, Int8Layer):
+            if isinstance(layer, BaseInt8Layer):
                 assert row.storage.startswith("int8")
                 assert (row.reason is None) == (expected == "int8")
             else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from quantcache import Int8Tensor
 from quantcache.backends import dispatch
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from tests.strategies import Operation, random_states, schedules
 from tests.twins import HEAD_DIM, HEADS, V_HEAD_DIM, ExactTwin
@@ -22,7 +22,7 @@ fixtures_last_for_all_examples = settings(suppress_health_check=[HealthCheck.fun
 @pytest.fixture(autouse=True)
 def writes_on_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
-    monkeypatch.setattr(dispatch, "WRITE_ON_READ", frozenset({"torch"}))
+    monkeypatch.setattr(dispatch.BACKENDS["torch"], "WRITES_ON_READ", True)
 
 
 @given(operations=schedules())
@@ -91,7 +91,7 @@ def test_a_token_that_nobody_read_is_not_lost(touch: str) -> None:
     elif touch == "restore":
         assert torch.equal(key.restore()[:, :, -1:], newest[0])
     elif touch == "offload":
-        layer.pages.evict()
+        layer.pages.offload()
     assert layer.keys is not None
     assert layer.get_seq_length() == 202
     assert layer.pages is not None

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from quantcache import Int8Tensor
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -17,7 +17,7 @@ HEADS, HEAD_DIM, V_HEAD_DIM = 2, 8, 12
 
 def stored(pages: Int8Pages) -> Segment:
     """The closed pages as one segment."""
-    segments = pages.view().segments
+    segments = pages.stored().segments
     return Segment(*(torch.cat(parts) for parts in zip(*segments, strict=True)))
 
 
@@ -64,7 +64,7 @@ class ExactTwin:
             self.exact, self.batch = DynamicLayer(), 2  # older transformers zero a layer in place of emptying it
         elif name == "offload":
             if self.layer.pages is not None:
-                self.layer.pages.evict()  # what offload() does on a GPU
+                self.layer.pages.offload()  # what offload() does on a GPU
         elif name == "repeat":
             if self.batch <= 3 and self.seq_len:
                 self.call("batch_repeat_interleave", 2)

@@ -3,8 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,56 +11,11 @@ from torch import Tensor
 from quantcache.backends import cpu as cpu_backend
 from quantcache.backends import cuda as cuda_backend
 from quantcache.backends import torch as torch_backend
+from quantcache.backends.protocol import Backend
 from quantcache.quantization.errors import FallbackWarning
-from quantcache.quantization.options import AttentionOptions
 
 BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
 
-
-class Backend(Protocol):
-    """What a file in ``backends/`` offers; each promise is that of the function of the same name in ``ops.py``."""
-
-    def store_pages(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        key_qdata: Tensor,
-        key_metadata: Tensor,
-        value_qdata: Tensor,
-        value_metadata: Tensor,
-    ) -> None:
-        """Quantise whole pages."""
-
-    def append_tail(
-        self, key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int
-    ) -> None:
-        """Write new tokens into the tail."""
-
-    def restore_keys(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-        """Dense keys."""
-        ...
-
-    def restore_values(self, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-        """Dense values."""
-        ...
-
-    def attention(
-        self,
-        query: Tensor,
-        key_qdata: Sequence[Tensor],
-        key_metadata: Sequence[Tensor],
-        value_qdata: Sequence[Tensor],
-        value_metadata: Sequence[Tensor],
-        key_tail: Tensor,
-        value_tail: Tensor,
-        options: AttentionOptions,
-    ) -> Tensor:
-        """Attention over pages and tail."""
-        ...
-
-
-WRITE_ON_READ: Final = frozenset({"cuda"})
-"""Backends whose attention takes tokens that are not in the tail's buffer yet and writes them there."""
 
 BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
 
@@ -140,9 +94,19 @@ def backend_for(*states: Tensor) -> tuple[str, str | None]:
         states: query, keys or values, as many as the operation has; they are on one device.
     """
     name = choose_backend(states[0].device)
-    reason = None
-    if name == "cpu":
-        reason = cpu_backend.unsupported(*states)
-    elif name == "cuda":
-        reason = cuda_backend.unsupported(*states)
+    reason = BACKENDS[name].unsupported(*states)
     return ("torch", reason) if reason else (name, None)
+
+
+def scratch_for(key_states: Tensor, value_states: Tensor) -> Tensor:
+    """Memory that recorded steps of layers with such states need besides them; for all layers that run in turn."""
+    name, _ = backend_for(key_states, value_states)
+    return BACKENDS[name].make_scratch(key_states.device, value_states.shape[-1])
+
+
+def why_not_recorded(key_states: Tensor, value_states: Tensor) -> str | None:
+    """Why a recorded step cannot run with such states, or None: where lengths would be read on the host, it cannot."""
+    if not key_states.is_cuda:
+        return None
+    name, reason = backend_for(key_states, value_states)
+    return None if BACKENDS[name].READS_LENGTHS else reason or why_torch(key_states.device)

@@ -3,65 +3,81 @@
 Its extra memory is one layer's keys and values in the dtype of the query, freed when the call returns.
 """
 
-from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from quantcache.backends.host import (
+    READS_LENGTHS,
+    WRITES_ON_READ,
+    advance_on_host,
+    append_tail,
+    make_scratch,
+    on_host,
+    write_pending,
+)
+from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 
+__all__ = [
+    "READS_LENGTHS",
+    "READS_ROW_TABLE",
+    "WRITES_ON_READ",
+    "advance",
+    "append_tail",
+    "attention",
+    "make_scratch",
+    "restore",
+    "store_pages",
+    "unsupported",
+]
 
-def store_pages(
-    key_states: Tensor,
-    value_states: Tensor,
-    key_qdata: Tensor,
-    key_metadata: Tensor,
-    value_qdata: Tensor,
-    value_metadata: Tensor,
-) -> None:
-    """See ``ops.store_pages``."""
+READS_ROW_TABLE: Final = True
+
+
+def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -> None:
+    """See ``writes.store_pages``."""
     for quantize, states, qdata, metadata in (
-        (reference.quantize_key_pages, key_states, key_qdata, key_metadata),
-        (reference.quantize_value_pages, value_states, value_qdata, value_metadata),
+        (reference.quantize_key_pages, key_states, target.key_qdata, target.key_metadata),
+        (reference.quantize_value_pages, value_states, target.value_qdata, target.value_metadata),
     ):
         new_qdata, new_metadata = quantize(states)
         qdata.copy_(new_qdata)
         metadata.copy_(new_metadata)
 
 
-def append_tail(key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int) -> None:
-    """See ``ops.append_tail``."""
-    key_tail.narrow(2, position, key_states.shape[2]).copy_(key_states)
-    value_tail.narrow(2, position, value_states.shape[2]).copy_(value_states)
+def advance(
+    source: Source | None, key_states: Tensor, value_states: Tensor, buffers: Buffers, residual_length: int
+) -> None:
+    """See ``writes.advance``."""
+    advance_on_host(source, key_states, value_states, buffers, residual_length, store_pages)
 
 
-def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_keys``."""
-    restored = [reference.restore_key_pages(q, m, tail.dtype) for q, m in zip(qdata, metadata, strict=True)]
-    return torch.cat([*restored, tail], dim=2)
+def restore(view: View, is_key: bool) -> Tensor:
+    """See ``reads.restore``."""
+    made, first = [], 0
+    for segment in view.segments:
+        if is_key:
+            qdata, metadata, restore_pages = segment.key_qdata, segment.key_metadata, reference.restore_key_pages
+        else:
+            qdata, metadata, restore_pages = segment.value_qdata, segment.value_metadata, reference.restore_value_pages
+        if view.row_table is not None:
+            rows = view.row_table[:, first : first + len(qdata)]
+            qdata, metadata = reference.select_rows(qdata, rows), reference.select_rows(metadata, rows)
+        first += len(qdata)
+        made.append(restore_pages(qdata, metadata, view.buffers[0].dtype))
+    return torch.cat([*made, view.buffers[0 if is_key else 1].narrow(2, 0, view.tail_len)], dim=2)
 
 
-def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_values``."""
-    restored = [reference.restore_value_pages(q, m, tail.dtype) for q, m in zip(qdata, metadata, strict=True)]
-    return torch.cat([*restored, tail], dim=2)
-
-
-def attention(
-    query: Tensor,
-    key_qdata: Sequence[Tensor],
-    key_metadata: Sequence[Tensor],
-    value_qdata: Sequence[Tensor],
-    value_metadata: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    options: AttentionOptions,
-) -> Tensor:
-    """See ``ops.attention``."""
-    key = restore_keys(key_qdata, key_metadata, key_tail)
-    value = restore_values(value_qdata, value_metadata, value_tail)
+def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
+    """See ``reads.attention``."""
+    if view.lengths is not None:
+        view, options = on_host(view, options)
+    write_pending(view)
+    key, value = restore(view, True), restore(view, False)
     if options.softcap is not None or options.sinks is not None:
         return reference.attend(query, key, value, options)
 
@@ -79,18 +95,9 @@ def attention(
     return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
 
 
-def write_and_attend(
-    query: Tensor,
-    new_states: tuple[Tensor, Tensor],
-    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
-    tails: tuple[Tensor, Tensor],
-    tail_len: int,
-    options: AttentionOptions,
-) -> Tensor:
-    """See ``ops.write_and_attend``; here it is no faster than one after the other, and is what tests compare with."""
-    append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
-    key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
-    return attention(query, *parts, key_tail, value_tail, options)
+def unsupported(*states: Tensor) -> str | None:
+    """Every operation on every kind of states is covered."""
+    return None
 
 
 def zero_where_blind(output: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
 
 def held_states(layer: Any) -> tuple[Tensor, Tensor] | None:
     """Dense keys and values that a layer of any cache holds, None for a layer without."""
-    if isinstance(layer, Int8Layer):
+    if isinstance(layer, BaseInt8Layer):
         return None if layer.pages is None else layer.pages.restore()
     if getattr(layer, "_quantized_keys", None) is not None:
         found = []

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from quantcache.files import schema
 from quantcache.files.header import Entry
 from quantcache.layers.parallel import Ranks
-from quantcache.store.segments import PagesView
+from quantcache.store.view import PagesView
 
 _HEADS_OF_PAGES: Final = 2
 _HEADS_OF_STATES: Final = 1

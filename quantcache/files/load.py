@@ -16,7 +16,8 @@ from quantcache.files.container import Container, Progress
 from quantcache.files.header import DTYPES, arrange
 from quantcache.files.prompts import KnownPrompt, watch_generate
 from quantcache.files.save import contents_of
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.layers.parallel import device_of_layer, ranks_of, world_size
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -160,7 +161,7 @@ class CacheFiles(KnownPrompt):
 
             for layer_idx, (layer, held) in enumerate(zip(cache.layers, stored, strict=True)):
                 place = device_of_layer(model, layer_idx) if where is None else where
-                if isinstance(layer, Int8Layer):
+                if isinstance(layer, GrowingInt8Layer):
                     if held is not None:
                         closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
                         layer.lazy_initialization(key_tail, value_tail)
@@ -261,7 +262,7 @@ def _check_layers(file: Container, description: dict[str, Any], cache: KnownProm
     expected, batches = {schema.INPUT_IDS}, set()
     native: list[tuple[int, Any, dict[str, host_states.Spec]]] = []
     for layer_idx, (layer, told) in enumerate(zip(cache.layers, description["layers"], strict=True)):
-        kind = "int8" if isinstance(layer, Int8Layer) else type(layer).__name__
+        kind = "int8" if isinstance(layer, BaseInt8Layer) else type(layer).__name__
         if told["storage"] not in (kind, "empty" if kind == "int8" else kind):
             raise file.refuse(f"layer {layer_idx} must be {kind} for this model", told["storage"])
         window = layer.sliding_window if isinstance(layer, Int8SlidingLayer) else None

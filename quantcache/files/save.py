@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from quantcache.files import gathering, host_states, schema
 from quantcache.files.prompts import KnownPrompt
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.parallel import Ranks, kv_heads_of, ranks_of
 from quantcache.layers.sliding import Int8SlidingLayer
 
@@ -53,9 +53,11 @@ def contents_of(cache: KnownPrompt, input_ids: Tensor | None, model: PreTrainedM
 def _contents(cache: KnownPrompt, input_ids: Tensor | None, ranks: Ranks | None) -> Contents:
     batch, seq_len = _size_of(cache)
     ids = _ids_to_save(cache, input_ids, batch, seq_len)
-    made = Contents({}, {}, [], next(layer.residual_length for layer in cache.layers if isinstance(layer, Int8Layer)))
+    made = Contents(
+        {}, {}, [], next(layer.residual_length for layer in cache.layers if isinstance(layer, BaseInt8Layer))
+    )
     for layer_idx, layer in enumerate(cache.layers):
-        if isinstance(layer, Int8Layer):
+        if isinstance(layer, BaseInt8Layer):
             made.layers.append(_described(layer))
             if layer.pages is not None and not layer.pages.is_empty:
                 view = layer.pages.stored()
@@ -107,7 +109,7 @@ def _check_heads(made: Contents, ranks: Ranks, model: PreTrainedModel) -> None:
 
 def _size_of(cache: KnownPrompt) -> tuple[int, int]:
     """Sequences and tokens of a cache; every int8 layer that holds any has the same."""
-    held = [layer.pages for layer in cache.layers if isinstance(layer, Int8Layer) and layer.pages is not None]
+    held = [layer.pages for layer in cache.layers if isinstance(layer, BaseInt8Layer) and layer.pages is not None]
     sizes = {(pages.batch_size, pages.seq_len) for pages in held if not pages.is_empty}
     if len(sizes) != 1:
         raise ValueError(
@@ -117,7 +119,7 @@ def _size_of(cache: KnownPrompt) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _described(layer: Int8Layer) -> dict[str, Any]:
+def _described(layer: BaseInt8Layer) -> dict[str, Any]:
     """What the header says of an int8 layer."""
     if layer.pages is None or layer.pages.is_empty:
         described: dict[str, Any] = {"storage": "empty"}

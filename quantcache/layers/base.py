@@ -1,19 +1,22 @@
-"""``Int8Layer``: the layer contract of transformers over ``Int8Pages``."""
+"""``BaseInt8Layer``: the layer contract of transformers over the store, which every int8 layer keeps."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.store.growing import Int8Pages
-from quantcache.store.offloading import copy_stream
-from quantcache.store.report import FallbackPolicy, LayerReport, ReadLog
+from quantcache.store import reads
+from quantcache.store.pages import Pages
+from quantcache.store.read_log import FallbackPolicy, ReadLog
 from quantcache.store.tensor import Int8Tensor, autocast_to
+from quantcache.store.view import PagesView
 
 
-def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | None" = None) -> None:
+def check_states(key_states: Tensor, value_states: Tensor, held: "BaseInt8Layer | None" = None) -> None:
     """Refuse keys and values that no layer, or not the layer ``held``, can store.
 
     Raises:
@@ -50,7 +53,7 @@ def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | No
             f"{place}: batch, num_kv_heads and head_dim must be at least 1, "
             f"got {tuple(key_states.shape)} and {tuple(value_states.shape)}."
         )
-    if held is None or held.pages is None or held.get_seq_length() == 0:
+    if held is None or held.pages is None or held.is_empty:
         return
     if key_states.device != held.device:
         raise ValueError(f"{place}: key_states must be on the layer's device, {held.device}, got {key_states.device}.")
@@ -68,8 +71,8 @@ def check_states(key_states: Tensor, value_states: Tensor, held: "Int8Layer | No
                 )
 
 
-class Int8Layer(CacheLayerMixin):
-    """Keys and values of one decoder layer in int8, growing without a limit.
+class BaseInt8Layer(CacheLayerMixin, ABC):
+    """Keys and values of one decoder layer in int8.
 
     It derives from ``CacheLayerMixin`` for its type alone: every method is defined here and no storage inherited.
 
@@ -81,8 +84,8 @@ class Int8Layer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     supports_early_init = True
-    reader: str | None = None
-    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
+    pages: Pages | None
+    """What is stored; None before the first tokens."""
 
     def __init__(self, residual_length: int = DEFAULT_RESIDUAL_LENGTH, policy: FallbackPolicy | None = None) -> None:
         # Not super().__init__(): it would assign keys and values, which are views of the pages here.
@@ -94,13 +97,27 @@ class Int8Layer(CacheLayerMixin):
             raise ValueError(f"QuantizedInt8Cache: residual_length must be at least 0, got {residual_length}.")
         self.residual_length = residual_length
         self.read_log = ReadLog(policy or FallbackPolicy())
-        self.pages: Int8Pages | None = None
+        self.pages = None
         self.is_initialized = False
         self._accepted: tuple[object, ...] = ()
         self._cut_gradients = False
 
     def __repr__(self) -> str:
-        return f"Int8Layer(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
+        return f"{type(self).__name__}(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
+
+    @property
+    @abstractmethod
+    def storage(self) -> str:
+        """What the report calls it."""
+
+    @abstractmethod
+    def _new_pages(self, key_states: Tensor, value_states: Tensor) -> Pages:
+        """Empty pages for states like these, nothing of which is stored."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored."""
+        return self.pages is None or self.pages.is_empty
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -110,17 +127,12 @@ class Int8Layer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """What attention would read: the exact tail while no page is closed, else an ``Int8Tensor``."""
-        return None if self.pages is None else self._states()[0]
+        return None if self.pages is None else self._states(self.pages.view())[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """As ``keys``."""
-        return None if self.pages is None else self._states()[1]
-
-    @property
-    def storage(self) -> str:
-        """What the report calls it."""
-        return "int8"
+        return None if self.pages is None else self._states(self.pages.view())[1]
 
     @property
     def nbytes(self) -> int:
@@ -129,10 +141,7 @@ class Int8Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first states; nothing is stored of them."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.pages = Int8Pages(key_states, value_states, self.residual_length)
-        self.pages.reader = self.reader
-        self.is_initialized = True
+        self._hold(self._new_pages(key_states, value_states), key_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values that their queries attend to.
@@ -151,46 +160,31 @@ class Int8Layer(CacheLayerMixin):
         Raises:
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
-        pages = self.pages
         key_states, value_states = self._checked(key_states, value_states)
-        if pages is None or pages.is_empty:
-            self.lazy_initialization(key_states, value_states)
-            self._cut_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-            assert self.pages is not None
-            self.pages.append(key_states, value_states)
+        wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self.is_empty:
+            pages = self._pages_for(key_states, value_states)
+            pages.append(key_states, value_states)
+            self._hold(pages, key_states)
+            self._cut_gradients = wants_gradient
             self.read_log.ran("exact")
             return key_states, value_states
-        wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if wants_gradient and (pages.num_pages or self._cut_gradients):
-            self.read_log.cut_gradients("restored" if pages.num_pages else "exact")
-        elif pages.num_pages == 0:
+        assert self.pages is not None
+        num_pages = self.pages.num_pages
+        if wants_gradient and (num_pages or self._cut_gradients):
+            self.read_log.cut_gradients("restored" if num_pages else "exact")
+        view = self.pages.append(key_states, value_states)
+        if num_pages == 0 and not (wants_gradient and self._cut_gradients):
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
-        view = pages.append(key_states, value_states)
         if wants_gradient:
-            return _with_newest(view.restore_keys(), key_states), _with_newest(view.restore_values(), value_states)
-        if not view.closed.segments:
-            return view.key_tail, view.value_tail
-        return Int8Tensor.pair(view, self.read_log)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that ``query_length`` new tokens will see."""
-        return self.get_seq_length() + query_length, 0
+            keys, values = reads.restore_both(view)
+            return _with_newest(keys, key_states), _with_newest(values, value_states)
+        return self._states(view)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
         return 0 if self.pages is None else self.pages.seq_len
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything, shapes included, and give the memory back."""
-        self.pages = None
-        self.is_initialized = False
-        self._accepted = ()
-        self.read_log = ReadLog(self.read_log.policy)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -228,34 +222,33 @@ class Int8Layer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
-        if self.pages is not None and not self.pages.is_empty:
+        if self.pages is not None and not self.is_empty:
             self.pages.index_select(torch.as_tensor(indices))
             self._accepted = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
-        if self.pages is not None and not self.pages.is_empty:
+        if self.pages is not None and not self.is_empty:
             self.pages.repeat_interleave(repeats)
             self._accepted = ()
-
-    def offload(self) -> None:
-        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
-        if self.pages is not None and self.pages.device.type != "cpu":
-            self.pages.evict()
-
-    def prefetch(self) -> None:
-        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
-        if self.pages is not None:
-            self.pages.fetch(copy_stream(self.pages.device))
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = self.storage if self.get_seq_length() else "empty"
-        if self.pages is not None and self.pages.is_evicted:
+        if self.pages is not None and self.pages.is_offloaded:
             storage += ", in host memory"
         return LayerReport(
             layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
         )
+
+    def _pages_for(self, key_states: Tensor, value_states: Tensor) -> Pages:
+        """What the first tokens go to."""
+        return self._new_pages(key_states, value_states)
+
+    def _hold(self, pages: Pages, key_states: Tensor) -> None:
+        """Store what comes in ``pages`` from now on."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pages, self.is_initialized = pages, True
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """The states as they are stored, or ``check_states`` raises.
@@ -279,10 +272,11 @@ class Int8Layer(CacheLayerMixin):
         self._accepted = signature
         return key_states, value_states
 
-    def _states(self) -> tuple[Tensor, Tensor]:
-        assert self.pages is not None
-        view = self.pages.view()
-        return Int8Tensor.pair(view, self.read_log) if view.segments else (view.key_tail, view.value_tail)
+    def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
+        """What attention gets of a view."""
+        if view.segments or view.capacity:
+            return Int8Tensor.pair(view, self.read_log)
+        return view.key_tail, view.value_tail
 
 
 def _with_newest(states: Tensor, newest: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 
 
@@ -24,7 +24,7 @@ def filled(empty: Any, native: Any) -> Any:
 
 def dense(layer: Any) -> Any:
     """The layer of a ``DynamicCache`` with what ``layer`` holds, restored; a copy of a layer that is not int8."""
-    if not isinstance(layer, Int8Layer):
+    if not isinstance(layer, BaseInt8Layer):
         return copy.deepcopy(layer)
     made = DynamicSlidingWindowLayer(layer.sliding_window) if isinstance(layer, Int8SlidingLayer) else DynamicLayer()
     if layer.pages is None or layer.pages.is_empty:

@@ -6,11 +6,12 @@ from typing import Any, Final
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import CommonByKind, StaticInt8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_NATIVE_WINDOW
-from quantcache.store.report import FallbackPolicy
+from quantcache.store.read_log import FallbackPolicy
 
 _OWN_CACHE: Final = {"minimax": "MiniMaxCache"}
 """Models that refuse every cache but their own, by model type."""
@@ -21,7 +22,7 @@ class LayerFactory:
     """Makes the int8 layers of one cache; called, it makes one for full attention.
 
     Attributes:
-        residual_length: see ``Int8Layer``.
+        residual_length: see ``BaseInt8Layer``.
         policy: what the layers do about slow reads.
         max_cache_len: tokens that fit into each layer, None for layers that grow.
         commons: see ``StaticInt8Layer``.
@@ -36,7 +37,7 @@ class LayerFactory:
         """Refuse a bad ``residual_length`` here, not in the middle of the first forward pass."""
         self()
 
-    def __call__(self) -> Int8Layer:
+    def __call__(self) -> BaseInt8Layer:
         """A layer for full attention."""
         if self.max_cache_len is not None:
             return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.commons)

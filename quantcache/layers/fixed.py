@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache.layers.base import Int8Layer
+from quantcache.backends import dispatch
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.store import fixed_ops
 from quantcache.store.fixed import StaticInt8Pages, check_room
-from quantcache.store.fixed_ops import NewerTail
-from quantcache.store.fixed_tensor import StaticInt8Tensor
-from quantcache.store.report import FallbackPolicy, LayerReport
+from quantcache.store.pages import Pages
+from quantcache.store.read_log import FallbackPolicy
+from quantcache.store.tensor import RecordedStates
 
 
 @dataclass(eq=False)
@@ -20,7 +21,7 @@ class Common:
     """What the layers of one cache share; a compiled step then checks one object a layer.
 
     Attributes:
-        scratch: see ``fixed_ops.make_scratch``.
+        scratch: see ``dispatch.scratch_for``.
         policy: of their cache.
     """
 
@@ -32,7 +33,7 @@ CommonByKind = dict[tuple[torch.device, int], Common]
 """By device and v_head_dim, which decide how much scratch there is; layers run in turn."""
 
 
-class StaticInt8Layer(Int8Layer):
+class StaticInt8Layer(BaseInt8Layer):
     """Keys and values of one decoder layer in int8, in memory for ``max_cache_len`` tokens.
 
     A compiled step reads and writes it at fixed addresses with the length in device memory; the time of a read follows
@@ -40,11 +41,12 @@ class StaticInt8Layer(Int8Layer):
 
     Args:
         max_cache_len: tokens that fit.
-        residual_length: see ``Int8Layer``.
-        policy: see ``Int8Layer``.
+        residual_length: see ``BaseInt8Layer``.
+        policy: see ``BaseInt8Layer``.
         commons: what this layer and others of its cache share.
     """
 
+    pages: StaticInt8Pages | None
     is_compileable = True
     """Whether a compiled step can run here: kernels are there that read lengths on the device. Asked before each."""
 
@@ -61,7 +63,6 @@ class StaticInt8Layer(Int8Layer):
         if max_cache_len < 1:
             raise ValueError(f"QuantizedInt8Cache: max_cache_len must be at least 1 token, got {max_cache_len}.")
         self.max_cache_len = max_cache_len
-        self.pages: StaticInt8Pages | None = None  # type: ignore[assignment]
         self._commons: CommonByKind = {} if commons is None else commons
         self._common: Common | None = None
         self._why_eager: str | None = None
@@ -90,19 +91,32 @@ class StaticInt8Layer(Int8Layer):
         vars(self).update(state)
         self._mark_addresses()
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the whole layer for states like these; nothing is stored of them."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.pages = StaticInt8Pages(key_states, value_states, self.max_cache_len, self.residual_length)
-        self._why_eager = fixed_ops.why_not_compileable(key_states, value_states)
+    def _new_pages(self, key_states: Tensor, value_states: Tensor) -> StaticInt8Pages:
+        return StaticInt8Pages(key_states, value_states, self.max_cache_len, self.residual_length)
+
+    def _pages_for(self, key_states: Tensor, value_states: Tensor) -> StaticInt8Pages:
+        check_room(self.max_cache_len, key_states.shape[2])
+        # After a reset other sequences may come, for which there is other memory and another compilation.
+        have = self.pages
+        return (
+            have
+            if have is not None and have.is_for(key_states, value_states)
+            else self._new_pages(key_states, value_states)
+        )
+
+    def _hold(self, pages: Pages, key_states: Tensor) -> None:
+        assert isinstance(pages, StaticInt8Pages)
+        self._at_most = pages.seq_len
+        if pages is self.pages:
+            return
+        tails = pages.buffers.key_tail, pages.buffers.value_tail
+        kind = pages.device, tails[1].shape[3]
+        common = self._commons.get(kind) or Common(dispatch.scratch_for(*tails), self.read_log.policy)
+        self._why_eager = dispatch.why_not_recorded(*tails)
+        super()._hold(pages, key_states)
         self.is_compileable = self._why_eager is None
-        kind = self.device, value_states.shape[3]
-        if kind not in self._commons:
-            scratch = fixed_ops.make_scratch(key_states, value_states)
-            self._commons[kind] = Common(scratch, self.read_log.policy)
-        self._common = self._commons[kind]
+        self._common = self._commons[kind] = common
         self._mark_addresses()
-        self.is_initialized = True
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
@@ -111,7 +125,7 @@ class StaticInt8Layer(Int8Layer):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new tokens and return the keys and values that their queries attend to; see ``Int8Layer.update``.
+        """Store new tokens and return the keys and values that their queries attend to; see ``BaseInt8Layer.update``.
 
         Raises:
             TypeError, ValueError: see ``check_states``; or there is no room. The layer is then as it was. A compiled
@@ -119,48 +133,29 @@ class StaticInt8Layer(Int8Layer):
         """
         if torch.compiler.is_compiling():
             # Through the class, for an instance would have to be checked for methods of its own.
-            return StaticInt8Layer._update_compiled(self, key_states, value_states)
-        key_states, value_states = self._checked(key_states, value_states)
-        if self.pages is None or (self.is_empty and not self.pages.is_for(key_states, value_states)):
-            # After a reset other sequences may come, for which there is other memory and another compilation.
-            check_room(self.max_cache_len, key_states.shape[2])
-            self.lazy_initialization(key_states, value_states)
-        assert self.pages is not None
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return StaticInt8Layer._update_recorded(self, key_states, value_states)
+        wants_gradient = isinstance(key_states, Tensor) and (key_states.requires_grad or value_states.requires_grad)
+        if wants_gradient and torch.is_grad_enabled():
             raise NotImplementedError(
                 "StaticInt8Layer.update: a cache of fixed capacity keeps no gradients, got states that require them. "
                 "Use torch.no_grad(), or QuantizedInt8Cache without max_cache_len."
             )
-        was_empty = self.pages.is_empty
-        view, newer = self.pages.append(key_states, value_states)
+        states = super().update(key_states, value_states)
+        assert self.pages is not None
         self._at_most = self.pages.seq_len
-        if was_empty:
-            self.read_log.ran("exact")
-            return key_states, value_states
-        pair = self._pair(newer)
-        for states in pair:
-            states.view_of_host, states.read_log = view, self.read_log
-        return pair
+        return states
 
-    def _update_compiled(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pages is None:
+    def _update_recorded(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        pages, common = self.pages, self._common
+        if pages is None or common is None:
             raise RuntimeError(
                 "StaticInt8Layer.update: memory must be allocated before a compiled step, got a new layer. "
                 "Run the prompt uncompiled, or call cache.early_initialization() first."
             )
-        return StaticInt8Layer._pair(self, StaticInt8Pages.append_compiled(self.pages, key_states, value_states))
-
-    def _pair(self, newer: NewerTail | None) -> tuple[StaticInt8Tensor, StaticInt8Tensor]:
-        pages, common = self.pages, self._common
-        assert pages is not None
-        assert common is not None
+        parts = pages.memory, common.scratch, *StaticInt8Pages.append_recorded(pages, key_states, value_states)
         on_restore = "raise" if common.policy.strict else "quiet" if common.policy.warned else "warn"
-        kind: Any = {"sizes": pages.layout.sizes, "dtype": pages.layout.dtype, "on_restore": on_restore}
-        parts = (pages.memory, common.scratch, *(newer or ()))
-        return (
-            StaticInt8Tensor(*parts, **kind, is_key=True),
-            StaticInt8Tensor(*parts, **kind, is_key=False),
-        )
+        kind: Any = {"shape_of_memory": pages.layout.shape, "dtype": pages.layout.dtype, "on_restore": on_restore}
+        return RecordedStates(*parts, **kind, is_key=True), RecordedStates(*parts, **kind, is_key=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that ``query_length`` new tokens will see: all there is room for.
@@ -196,7 +191,7 @@ class StaticInt8Layer(Int8Layer):
         self._at_most = 0
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """See ``Int8Layer.check_crop``."""
+        """See ``BaseInt8Layer.check_crop``."""
         if self.pages is not None:
             self.pages.synchronize()
         super().check_crop(tokens_to_remove)
@@ -231,5 +226,5 @@ class StaticInt8Layer(Int8Layer):
         seq_len, kernel = 0, self.read_log.kernel
         if self.pages is not None:
             seq_len = self.pages.seq_len
-            kernel = f"{self.pages.backend}, compiled" if self.pages.was_compiled else kernel
+            kernel = f"{self.pages.backend[0]}, compiled" if self.pages.was_recorded else kernel
         return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason)

@@ -11,7 +11,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.base import BaseInt8Layer
 
 
 class LayerOperations:
@@ -46,7 +46,7 @@ class LayerOperations:
                 layer.indexer_keys, layer.is_indexer_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
+        """Forget the newest tokens of every layer; see ``BaseInt8Layer.crop``.
 
         Args:
             tokens_to_remove: minus the number of tokens. With 0 layers that record their past let go of it.
@@ -57,7 +57,7 @@ class LayerOperations:
         """
         tokens_to_remove = int(tokens_to_remove)  # older transformers hand over a tensor
         for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, Int8Layer):
+            if isinstance(layer, BaseInt8Layer):
                 layer.check_crop(tokens_to_remove)
             elif tokens_to_remove and (reason := _why_not_back(layer, -tokens_to_remove)):
                 raise ValueError(
@@ -113,10 +113,12 @@ class LayerOperations:
 
     def _prefetch_next(self, layer_idx: int) -> None:
         """Have the layer, and begin with the next int8 one, or after the last with the first."""
-        if not isinstance(self.layers[layer_idx], Int8Layer):
+        if not isinstance(self.layers[layer_idx], BaseInt8Layer):
             self.prefetch(layer_idx, self.only_non_sliding)  # it knows no streams: in order with its update
         for following in (*range(layer_idx + 1, len(self.layers)), *range(layer_idx)):
-            if isinstance(self.layers[following], Int8Layer) and self._is_offloaded(following, self.only_non_sliding):
+            if isinstance(self.layers[following], BaseInt8Layer) and self._is_offloaded(
+                following, self.only_non_sliding
+            ):
                 self.prefetch(following, self.only_non_sliding)
                 return
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from quantcache.quantization.options import PLAIN, AttentionOptions
-from quantcache.store import fixed_tensor
-from quantcache.store.fixed_tensor import StaticInt8Tensor
-from quantcache.store.tensor import Int8Tensor, autocast_to, read, shared_view
+from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, read_recorded, shared_view
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -75,24 +73,24 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(key, StaticInt8Tensor):
+        if isinstance(key, RecordedStates):
             query = autocast_to(key.dtype, query)
             uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
             if uncovered is None and query.dtype == key.dtype:
-                return fixed_tensor.read(key, query, options), None
-        if not isinstance(key, Int8Tensor) and not isinstance(value, Int8Tensor):
+                return read_recorded(key, query, options), None
+        if isinstance(key, RecordedStates) or not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
         reason: str | None = "keys and values of different views"
         if found is not None:
             view, log = found
-            reason, options = _options(name, module, query, view.seq_len, attention_mask, kwargs)
+            reason, options = _options(name, module, query, view.capacity or view.seq_len, attention_mask, kwargs)
             query = autocast_to(view.dtype, query)
             if reason is None and query.dtype != view.dtype:
                 reason = f"query in {query.dtype} and cache in {view.dtype}"
             if reason is None:
                 return read(view, log, query, options), None
-        key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, Int8Tensor) else s for s in (key, value))
+        key, value = (s.restored_for(f"{name}: {reason}") if isinstance(s, CachedStates) else s for s in (key, value))
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return attention_forward

@@ -1,15 +1,15 @@
-"""``Int8SlidingLayer``: an ``Int8Layer`` that lets go of what fell out of the model's attention window."""
+"""``Int8SlidingLayer``: an int8 layer that drops what fell out of the model's attention window."""
 
 import torch
 from torch import Tensor
 
-from quantcache.layers.base import Int8Layer
+from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store.growing import Int8Pages
-from quantcache.store.report import FallbackPolicy
+from quantcache.store.read_log import FallbackPolicy
 
 
-class Int8SlidingLayer(Int8Layer):
+class Int8SlidingLayer(GrowingInt8Layer):
     """Keys and values of one sliding-window or chunked-attention layer in int8, in bounded memory.
 
     It holds whole pages, so a few more tokens than the window; the model's mask hides them, as ``get_mask_sizes`` tells
@@ -18,8 +18,8 @@ class Int8SlidingLayer(Int8Layer):
 
     Args:
         sliding_window: tokens that a query sees, itself included.
-        residual_length: as for ``Int8Layer``.
-        policy: as for ``Int8Layer``.
+        residual_length: see ``BaseInt8Layer``.
+        policy: see ``BaseInt8Layer``.
     """
 
     is_sliding = True
@@ -45,7 +45,7 @@ class Int8SlidingLayer(Int8Layer):
 
     @property
     def record_past(self) -> bool:
-        """Whether nothing is let go before the next ``crop``, so that it can take back any number of tokens."""
+        """Whether nothing is dropped before the next ``crop``, so that it can take back any number of tokens."""
         return self._records_past
 
     @record_past.setter
@@ -55,12 +55,8 @@ class Int8SlidingLayer(Int8Layer):
             self.pages.keeps_past = value
 
     def activate_past_recording(self) -> None:
-        """Let go of nothing before the next ``crop``."""
+        """Drop nothing before the next ``crop``."""
         self.record_past = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """See ``Int8Layer.lazy_initialization``."""
-        self._begin(key_states, value_states, first_page=0)
 
     def fill(self, key_states: Tensor, value_states: Tensor, seq_len: int) -> None:
         """Take over the newest tokens of a sequence from a layer of another kind.
@@ -73,9 +69,9 @@ class Int8SlidingLayer(Int8Layer):
             seq_len: tokens of the sequence.
         """
         first_page, missing = divmod(seq_len - key_states.shape[2], PAGE_SIZE)
-        self._begin(key_states, value_states, first_page)
-        assert self.pages is not None
-        self.pages.append(*(_filled_up(states, missing) for states in (key_states, value_states)))
+        pages = self._new_pages(key_states, value_states, first_page)
+        pages.append(*(_filled_up(states, missing) for states in (key_states, value_states)))
+        self._hold(pages, key_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that ``query_length`` new tokens will see."""
@@ -87,7 +83,7 @@ class Int8SlidingLayer(Int8Layer):
         return self.sliding_window
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens, see ``Int8Layer.crop``, and then what fell out of the window.
+        """Forget the newest tokens, see ``BaseInt8Layer.crop``, and then what fell out of the window.
 
         Args:
             tokens_to_remove: minus the number of tokens.
@@ -98,7 +94,7 @@ class Int8SlidingLayer(Int8Layer):
         super().crop(tokens_to_remove)
         if self.pages is not None and self._records_past:
             self.pages.keeps_past = False
-            self.pages.let_go()
+            self.pages.drop_prefix()
             self.pages.keeps_past = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -117,16 +113,15 @@ class Int8SlidingLayer(Int8Layer):
             )
 
     def reset(self) -> None:
-        """Forget everything, see ``Int8Layer.reset``, and stop recording the past."""
+        """Forget everything, see ``GrowingInt8Layer.reset``, and stop recording the past."""
         super().reset()
         self._records_past = False
 
-    def _begin(self, key_states: Tensor, value_states: Tensor, first_page: int) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        reach = self.sliding_window - 1 + self.residual_length
-        self.pages = Int8Pages(key_states, value_states, self.residual_length, reach, first_page)
-        self.pages.keeps_past = self._records_past
-        self.is_initialized = True
+    def _new_pages(self, key_states: Tensor, value_states: Tensor, first_page: int = 0) -> Int8Pages:
+        keep_tokens = self.sliding_window - 1 + self.residual_length
+        pages = Int8Pages(key_states, value_states, self.residual_length, keep_tokens, first_page)
+        pages.keeps_past = self._records_past
+        return pages
 
 
 def _filled_up(states: Tensor, missing: int) -> Tensor:

@@ -90,6 +90,19 @@ def join_pages(pages: Tensor) -> Tensor:
     return pages.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
+def select_rows(pages: Tensor, row_table: Tensor) -> Tensor:
+    """Pages as the sequences of a batch read them.
+
+    Args:
+        pages: (P, rows, ...), one part of pages of which each has so many stored rows.
+        row_table: integers (batch, P): the row of page p that sequence b reads.
+
+    Returns:
+        (P, batch, ...), in memory of its own.
+    """
+    return pages[torch.arange(len(pages), device=pages.device)[:, None], row_table.T.long()]
+
+
 def quantize_key_pages(key_states: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise keys, one scale per channel of each page.
 

@@ -1,7 +1,7 @@
 """``StaticInt8Pages``: the bytes of one layer of a fixed capacity, with its lengths in device memory.
 
-Every address stays what it is, so a compiled step and a CUDA graph can run on them. The host counts along while it
-makes the steps itself; after compiled ones it has to ask the device.
+Every address stays what it is, so a recorded step and a CUDA graph can run on them. The host counts along while it
+makes the steps itself; after recorded ones it has to ask the device.
 """
 
 from typing import Any
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
-from quantcache.store import fixed_ops, ops
-from quantcache.store.fixed_ops import PAGES, SEQ_LEN, TAIL_LEN, NewerTail, Sizes, layout_for
-from quantcache.store.segments import ClosedPages, PagesView
+from quantcache.store import reads, writes
+from quantcache.store.buffer import PAGES, SEQ_LEN, TAIL_LEN, BufferLayout, StaticShape, layout_for
+from quantcache.store.pages import Pages, checked_indices, no_tokens
+from quantcache.store.segments import ClosedPages
+from quantcache.store.view import PagesView
 
 
 def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
@@ -29,8 +31,8 @@ def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
         )
 
 
-class StaticInt8Pages:
-    """The keys and values of one layer: int8 pages and an exact tail, in memory allocated once.
+class StaticInt8Pages(Pages):
+    """The keys and values of one layer in memory allocated once.
 
     A page is closed with the first call after ``residual_length`` newer tokens exist, or by the call that brings them
     if it brings more than one token; the codes are those of ``Int8Pages``.
@@ -49,98 +51,69 @@ class StaticInt8Pages:
         capacity: int,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
     ) -> None:
-        self.layout = layout_for(_sizes(capacity, residual_length, key_states, value_states), key_states.dtype)
+        self.residual_length = residual_length
+        self.layout: BufferLayout = layout_for(
+            StaticShape.of(capacity, residual_length, key_states, value_states), key_states.dtype
+        )
         self.memory = self.layout.allocate(key_states.device)
-        self.store = self.layout.unpack(self.memory)
+        self.buffers = self.layout.unpack(self.memory)
         self.is_stale = False
-        """Whether compiled steps ran since the host last knew the lengths."""
-        self.was_compiled = False
-        """Whether the last step that the host knows of was a compiled one."""
+        """Whether recorded steps ran since the host last knew the lengths."""
+        self.was_recorded = False
+        """Whether the last step that the host knows of was a recorded one."""
         self._pages = self._tail_len = 0
+        # What the views share, for as many pages as are closed.
+        self._closed: ClosedPages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The memory, and not once more the parts that share it."""
-        return {name: value for name, value in vars(self).items() if name != "store"}
+        return {name: value for name, value in vars(self).items() if name not in ("buffers", "_closed", "_backend")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.layout = layout_for(self.layout.sizes, self.layout.dtype)  # a copy would not be the one that is shared
-        self.store = self.layout.unpack(self.memory)
+        self.layout = layout_for(self.layout.shape, self.layout.dtype)  # a copy would not be the one that is shared
+        self.buffers, self._closed = self.layout.unpack(self.memory), None
 
     def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
-        sizes = _sizes(self.capacity, self.residual_length, key_states, value_states)
-        have = self.layout.sizes, self.layout.dtype, self.device
-        return have == (sizes, key_states.dtype, key_states.device)
+        shape = StaticShape.of(self.capacity, self.residual_length, key_states, value_states)
+        have = self.layout.shape, self.layout.dtype, self.memory.device
+        return have == (shape, key_states.dtype, key_states.device)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
-        return self.layout.sizes.capacity
-
-    @property
-    def residual_length(self) -> int:
-        """Newer tokens that a page waits for."""
-        return self.layout.sizes.residual_length
+        return self.layout.shape.capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """See ``Pages.nbytes``."""
         return self.memory.nbytes
 
     @property
-    def batch_size(self) -> int:
-        """Sequences stored."""
-        return self.layout.sizes.batch
-
-    @property
-    def backend(self) -> str:
-        """What ``dispatch.backend_for`` the states names."""
-        return dispatch.backend_for(self.store.key_tail, self.store.value_tail)[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the bytes are."""
-        return self.memory.device
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens stored. Waits for the device after compiled steps."""
-        self.synchronize()
-        return self._pages * PAGE_SIZE + self._tail_len
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token is stored."""
-        return self.seq_len == 0
-
-    @property
     def num_pages(self) -> int:
-        """Closed pages."""
+        """See ``Pages.num_pages``. Waits for the device after recorded steps, as whatever asks for a length."""
         self.synchronize()
         return self._pages
 
     @property
-    def key_tail(self) -> Tensor:
-        """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+    def tail_len(self) -> int:
+        """See ``Pages.tail_len``."""
         self.synchronize()
-        return self.store.key_tail[:, :, : self._tail_len]
+        return self._tail_len
 
-    @property
-    def value_tail(self) -> Tensor:
-        """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
-        self.synchronize()
-        return self.store.value_tail[:, :, : self._tail_len]
+    def _tail_buffers(self) -> tuple[Tensor, Tensor]:
+        return self.buffers.key_tail, self.buffers.value_tail
 
     @property
     def device_seq_len(self) -> Tensor:
         """Tokens stored, int32 () on the device; sees every later step."""
-        # A compiled step takes the memory alone, not parts of it too.
-        store = self.layout.unpack(self.memory) if torch.compiler.is_compiling() else self.store
-        return store.lengths[SEQ_LEN]
+        # A recorded step takes the memory alone, not parts of it too.
+        buffers = self.layout.unpack(self.memory) if torch.compiler.is_compiling() else self.buffers
+        return buffers.lengths[SEQ_LEN]
 
     def synchronize(self) -> None:
-        """Learn the lengths from the device, if compiled steps have changed them.
+        """Learn the lengths from the device, if recorded steps have changed them.
 
         Raises:
             RuntimeError: compiled steps were given more tokens than fit. They read and wrote nothing out of bounds, but
@@ -148,133 +121,148 @@ class StaticInt8Pages:
         """
         if not self.is_stale:
             return
-        lengths = self.store.lengths.tolist()
+        lengths = self.buffers.lengths.tolist()
         if lengths[SEQ_LEN] > self.capacity:
             raise RuntimeError(
                 f"QuantizedInt8Cache: at most max_cache_len={self.capacity} tokens fit, compiled steps were given "
                 f"{lengths[SEQ_LEN]}. What was generated beyond is not to be trusted. Make a cache with a larger "
                 "max_cache_len, or call reset()."
             )
-        self._pages, self._tail_len = lengths[PAGES], lengths[TAIL_LEN]
-        self.is_stale, self.was_compiled = False, True
+        self._count(lengths[PAGES], lengths[TAIL_LEN])
+        self.was_recorded = True
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[PagesView, NewerTail | None]:
-        """Store new tokens and return what their queries read: as a view, or in the memory with other tokens as tail.
-
-        In both the new tokens are exact. The tail of the view of an empty layer is the arguments themselves.
-
-        Args:
-            key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
-            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+    def append(self, key_states: Tensor, value_states: Tensor) -> PagesView:
+        """See ``Pages.append``.
 
         Raises:
             ValueError: see ``check_room``.
         """
         new_tokens = key_states.shape[2]
         check_room(self.capacity, new_tokens, self.seq_len)
-        self.was_compiled = False
-        key_states, value_states = key_states.detach(), value_states.detach()
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
         self.close_due_pages()
-        store, pages = self.store, self._pages
+        buffers, pages, tail_len = self.buffers, self._pages, self._tail_len
         if new_tokens == 1:
-            fixed_ops.append(key_states, value_states, self.memory, self.layout)
-            self._tail_len += 1
-            return self.view(), None
-        if not self._tail_len:
-            key_tail, value_tail = key_states, value_states
-        else:
-            key_tail, value_tail = (
-                torch.cat([tail[:, :, : self._tail_len], states], dim=2)
-                for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
+            self._advance(key_states, value_states)
+            self._count(pages, tail_len + 1)
+            return self._view(pages, *self._tail_buffers(), tail_len + 1)
+        if tail_len:
+            key_states, value_states = (
+                torch.cat([tail[:, :, :tail_len], states], dim=2)
+                for tail, states in ((buffers.key_tail, key_states), (buffers.value_tail, value_states))
             )
-        newer = NewerTail(key_tail, value_tail, _with_new(store.lengths, new_tokens))
-        fixed_ops.store_tokens(newer, self.memory, self.layout)
-        closed = max(0, (key_tail.shape[2] - self.residual_length) // PAGE_SIZE)
-        self._pages, self._tail_len = pages + closed, key_tail.shape[2] - closed * PAGE_SIZE
-        return self._view(pages, key_tail, value_tail), newer
+        source = key_states, value_states, _with_new(buffers.lengths, new_tokens)
+        self._advance(*no_tokens(key_states, value_states), source)
+        closed = max(0, (tail_len + new_tokens - self.residual_length) // PAGE_SIZE)
+        self._count(pages + closed, tail_len + new_tokens - closed * PAGE_SIZE)
+        return self._view(pages, key_states, value_states, tail_len + new_tokens)
 
-    def append_compiled(self, key_states: Tensor, value_states: Tensor) -> NewerTail | None:
-        """``append`` for a step that is being compiled: nothing is asked of the device, and no room is checked."""
+    def append_recorded(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
+        """``append`` for a step that is being recorded: nothing is asked of the device, and no room is checked.
+
+        Returns:
+            What is read instead of the layer's tail, see ``protocol.Source``; nothing for a single token.
+        """
         self.is_stale = True
         memory, layout, new_tokens = self.memory, self.layout, key_states.shape[2]
         if new_tokens == 1:
-            fixed_ops.append(key_states, value_states, memory, layout)
-            return None
-        fixed_ops.append(key_states[:, :, :0], value_states[:, :, :0], memory, layout)
-        store = layout.unpack(memory)
-        places = store.lengths[TAIL_LEN] + torch.arange(new_tokens, device=memory.device)
+            writes.advance(key_states, value_states, memory, layout)
+            return []
+        none = no_tokens(key_states, value_states)
+        writes.advance(*none, memory, layout)
+        buffers = layout.unpack(memory)
+        places = buffers.lengths[TAIL_LEN] + torch.arange(new_tokens, device=memory.device)
         key_tail, value_tail = (
             torch.nn.functional.pad(tail, (0, 0, 0, new_tokens)).index_copy(2, places, states)
-            for tail, states in ((store.key_tail, key_states), (store.value_tail, value_states))
+            for tail, states in ((buffers.key_tail, key_states), (buffers.value_tail, value_states))
         )
-        newer = NewerTail(key_tail, value_tail, _with_new(store.lengths, new_tokens))
-        fixed_ops.store_tokens(newer, memory, layout)
-        return newer
+        lengths = _with_new(buffers.lengths, new_tokens)
+        writes.advance(*none, memory, layout, (key_tail, value_tail, lengths))
+        return [key_tail, value_tail, lengths]
 
     def close_due_pages(self) -> None:
         """Quantise a page that has as many newer tokens as it waits for, as the next step would."""
         self.synchronize()
         if self._tail_len >= PAGE_SIZE + self.residual_length:
-            none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
-            fixed_ops.append(*none, self.memory, self.layout)
-            self._pages, self._tail_len = self._pages + 1, self._tail_len - PAGE_SIZE
+            self._advance(*no_tokens(*self._tail_buffers()))
+            self._count(self._pages + 1, self._tail_len - PAGE_SIZE)
 
     def view(self) -> PagesView:
-        """All tokens stored, for reading."""
-        return self._view(self.num_pages, self.key_tail, self.value_tail)
+        """See ``Pages.view``."""
+        return PagesView(self._pages_until(self.num_pages), *self._tail_buffers(), self._tail_len, self.backend)
 
     def stored(self) -> PagesView:
-        """As ``view``, once the pages that are due are closed. For copying."""
+        """See ``Pages.stored``; pages that are due are closed before."""
         self.close_due_pages()
         return self.view()
 
     def restore(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, dense, in the model's dtype; see ``PagesView``."""
-        self.close_due_pages()
-        view = self.view()
-        return view.restore_keys(), view.restore_values()
+        """See ``Pages.restore``."""
+        return reads.restore_both(self.stored())
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""
-        self.store.lengths.zero_()
-        self._pages = self._tail_len = 0
-        self.is_stale = self.was_compiled = False
+        self.buffers.lengths.zero_()
+        self._count(0, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; see ``Int8Pages.crop``."""
+        """See ``Pages.crop``."""
         self.close_due_pages()
         pages, rest = divmod(self.seq_len - tokens_to_remove, PAGE_SIZE)
+        made = self.buffers.like_newest()
+        made.newest.copy_(self.buffers.newest)
         if pages < self._pages:
-            reopened = self.store.pages.narrow(pages, pages + 1)
-            none = self.store.key_tail[:, :, :0], self.store.value_tail[:, :, :0]
-            view = PagesView(ClosedPages((reopened,)), *none)
-            states = view.restore_keys()[:, :, :rest], view.restore_values()[:, :, :rest]
-            ops.append_tail(*states, self.store.key_tail, self.store.value_tail, 0)
-            self._pages, self._tail_len = pages, rest
+            reopened = ClosedPages((self.buffers.pages.narrow(pages, pages + 1),))
+            key_states, value_states = reads.restore_both(PagesView(reopened, *no_tokens(*self._tail_buffers())))
+            writes.append_tail(key_states[:, :, :rest], value_states[:, :, :rest], made.key_tail, made.value_tail, 0)
         else:
-            self._tail_len = pages * PAGE_SIZE + rest - self._pages * PAGE_SIZE
-        self.store.lengths.copy_(self._lengths_on_host())
+            rest += (pages - self._pages) * PAGE_SIZE
+            pages = self._pages
+        seq_len = pages * PAGE_SIZE + rest
+        made.lengths.copy_(torch.tensor([pages, rest, seq_len, 0], dtype=torch.int32))
+        self.buffers.newest.copy_(made.newest)
+        self._count(pages, rest)
 
     def index_select(self, indices: Tensor) -> None:
-        """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order, byte for byte."""
-        indices = indices.to(self.device)
-        for part in self.store.pages:
-            part.copy_(part[:, indices])
-        for tail in self.store[4:6]:
-            tail.copy_(tail[indices])
+        """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed."""
+        rows = checked_indices(indices, self.batch_size).to(self.device)
+        memory = self.memory.clone()
+        made = self.layout.unpack(memory)
+        for part, taken in zip(self.buffers.pages, made.pages, strict=True):
+            torch.index_select(part, 1, rows, out=taken)
+        for tail, taken in zip(self._tail_buffers(), (made.key_tail, made.value_tail), strict=True):
+            torch.index_select(tail, 0, rows, out=taken)
+        self.memory.copy_(memory)
 
-    def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor) -> PagesView:
-        segments = (self.store.pages.narrow(0, pages),) if pages else ()
-        return PagesView(ClosedPages(segments), key_tail, value_tail)
+    def _advance(
+        self, key_states: Tensor, value_states: Tensor, source: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> None:
+        """``writes.advance`` of this layer."""
+        if writes.is_plain(key_states):
+            backend = dispatch.BACKENDS[self.backend[0]]
+            backend.advance(source, key_states, value_states, self.buffers, self.residual_length)
+        else:
+            writes.advance(key_states, value_states, self.memory, self.layout, source)
 
-    def _lengths_on_host(self) -> Tensor:
-        seq_len = self._pages * PAGE_SIZE + self._tail_len
-        return torch.tensor([self._pages, self._tail_len, seq_len, 0], dtype=torch.int32)
+    def _count(self, pages: int, tail_len: int) -> None:
+        """Note the lengths that the device has."""
+        if pages != self._pages:
+            self._closed = None
+        self._pages, self._tail_len = pages, tail_len
+        self.is_stale = self.was_recorded = False
 
+    def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor, tail_len: int) -> PagesView:
+        closed = self._pages_until(pages)
+        return PagesView(closed, key_tail, value_tail, tail_len, self.backend, capacity=self.capacity)
 
-def _sizes(capacity: int, residual_length: int, key_states: Tensor, value_states: Tensor) -> Sizes:
-    batch, num_kv_heads, _, head_dim = key_states.shape
-    return Sizes(capacity, residual_length, batch, num_kv_heads, head_dim, value_states.shape[3])
+    def _pages_until(self, pages: int) -> ClosedPages:
+        if pages != self._pages or self._closed is None:
+            segments = (self.buffers.pages.narrow(0, pages),) if pages else ()
+            if pages != self._pages:
+                return ClosedPages(segments)
+            self._closed = ClosedPages(segments)
+        return self._closed
 
 
 def _with_new(lengths: Tensor, new_tokens: int) -> Tensor:

@@ -20,10 +20,10 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 class HostCopy:
-    """Twins of a layer's segments in host memory, pinned for a GPU.
+    """Copies of a layer's segments in host memory, pinned for a GPU.
 
     Args:
-        segments: twins to begin with, in the order of the layer's segments.
+        segments: copies to begin with, in the order of the layer's segments.
         num_pages: pages of them that hold what the layer holds.
     """
 
@@ -47,10 +47,10 @@ class HostCopy:
         for index, segment in enumerate(segments):
             if index == len(self.segments):
                 self.segments.append(Segment(*(_host_memory(part) for part in segment)))
-            twin = self.segments[index]
+            copy = self.segments[index]
             start, stop = max(self.num_pages - first, 0), min(num_pages - first, segment.capacity)
             if start < stop:
-                _copy(segment.narrow(start, stop), twin.narrow(start, stop))
+                _copy(segment.narrow(start, stop), copy.narrow(start, stop))
             first += segment.capacity
         self.num_pages = num_pages
 
@@ -66,15 +66,15 @@ class HostCopy:
         """
         # Memory comes from the current stream, on which it is read and let go. What was queued there until now may
         # still use it, or be on the way to the host; hence the wait.
-        made = [Segment(*(torch.empty_like(part, device=device) for part in twin)) for twin in self.segments]
+        made = [Segment(*(torch.empty_like(part, device=device) for part in copy)) for copy in self.segments]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
         beside: AbstractContextManager[object] = nullcontext() if stream is None else torch.cuda.stream(stream)
         first = 0
         with beside:
-            for twin, segment in zip(self.segments, made, strict=True):
+            for copy, segment in zip(self.segments, made, strict=True):
                 used = min(self.num_pages - first, segment.capacity)
-                _copy(twin.narrow(0, used), segment.narrow(0, used))
+                _copy(copy.narrow(0, used), segment.narrow(0, used))
                 first += segment.capacity
                 if stream is not None:
                     for part in segment:
@@ -86,9 +86,10 @@ class HostCopy:
         self.segments = self.segments[segments:]
         self.num_pages = max(self.num_pages - pages, 0)
 
-    def crop(self, segments: int, num_pages: int) -> None:
-        """Let go of all but the oldest ``segments`` and forget pages beyond ``num_pages``."""
-        self.segments = self.segments[:segments]
+    def crop(self, num_pages: int) -> None:
+        """Forget pages beyond ``num_pages``, and the segments that then hold none."""
+        while self.segments and sum(segment.capacity for segment in self.segments[:-1]) >= num_pages:
+            self.segments.pop()
         self.num_pages = min(self.num_pages, num_pages)
 
 

@@ -1,6 +1,7 @@
-"""``Int8Tensor``: what the cache hands to attention in place of keys or values."""
+"""What a cache hands to attention in place of keys or values: ``Int8Tensor``, and its form in a recorded step."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -9,19 +10,86 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quantcache.backends import dispatch
+from quantcache.quantization.errors import FallbackWarning
 from quantcache.quantization.options import AttentionOptions
-from quantcache.store.report import ReadLog
-from quantcache.store.segments import PagesView
+from quantcache.store import reads
+from quantcache.store.buffer import StaticShape
+from quantcache.store.read_log import ReadLog, strict_error
+from quantcache.store.view import PagesView
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
-class Int8Tensor(Tensor):
-    """The keys or the values of a layer, stored as int8 pages and an exact tail.
+class CachedStates(Tensor):
+    """The keys or the values of a layer, stored as int8 pages and an exact tail; read-only.
 
-    It has the logical shape (batch, num_kv_heads, seq_len, head_dim), dtype and device of the states it stands for.
-    ``torch.nn.functional.scaled_dot_product_attention`` over a pair of them reads the int8 bytes; every other operation
-    sees the restored values, slower and in full size. It is read-only.
+    It has the logical shape (batch, num_kv_heads, tokens, head_dim), dtype and device of the states it stands for.
+    Attention reads the int8 bytes; every other operation sees the restored values, slower and in full size.
+
+    Attributes:
+        is_key: keys if True, values if False.
+    """
+
+    is_key: bool
+
+    def restore(self) -> Tensor:
+        """The values as a plain dense tensor."""
+        raise NotImplementedError
+
+    def restored_for(self, reason: str) -> Tensor:
+        """``restore``, said to be a fallback for ``reason``; raises ``FallbackError`` in a strict cache."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Results are plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on the restored values, unless it would write into them."""
+        schema, kwargs = func._schema, kwargs or {}  # type: ignore[attr-defined]
+        for place, argument in enumerate(schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write and _holds_states(value):
+                raise read_only_error(schema.name)
+
+        def restored(states: CachedStates) -> Tensor:
+            return states.restored_for(f"{schema.name} on cached states")
+
+        args, kwargs = tree_map_only(CachedStates, restored, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _holds_states(value: object) -> bool:
+    return isinstance(value, CachedStates) or (isinstance(value, (list, tuple)) and any(map(_holds_states, value)))
+
+
+def read_only_error(operation: str) -> NotImplementedError:
+    """What an ``operation`` gets that would write into cached states."""
+    return NotImplementedError(
+        f"Int8Tensor: cached states are read-only, got {operation}. "
+        "Change a copy instead: key.restore() or key.clone()."
+    )
+
+
+class Int8Tensor(CachedStates):
+    """Cached states whose length the host knows.
+
+    ``torch.nn.functional.scaled_dot_product_attention`` over a pair of them reads the int8 bytes, too.
 
     Attributes:
         pages_view: what is read; the same object in both tensors of a pair.
@@ -30,26 +98,24 @@ class Int8Tensor(Tensor):
     """
 
     pages_view: PagesView
-    is_key: bool
     read_log: ReadLog
 
     @staticmethod
     def __new__(cls, pages_view: PagesView, is_key: bool, read_log: ReadLog) -> "Int8Tensor":
         """The keys or the values of ``pages_view``."""
-        return _made(pages_view.state_shape(is_key), pages_view.dtype, pages_view.device, pages_view, is_key, read_log)
+        shape = pages_view.state_shape(is_key)
+        made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=pages_view.dtype, device=pages_view.device)
+        made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
+        return made
 
     @classmethod
     def pair(cls, pages_view: PagesView, read_log: ReadLog) -> "tuple[Int8Tensor, Int8Tensor]":
         """Keys and values of one view."""
-        dtype, device = pages_view.dtype, pages_view.device
-        return (
-            _made(pages_view.state_shape(True), dtype, device, pages_view, True, read_log),
-            _made(pages_view.state_shape(False), dtype, device, pages_view, False, read_log),
-        )
+        return cls(pages_view, True, read_log), cls(pages_view, False, read_log)
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor."""
-        return self.pages_view.restore_keys() if self.is_key else self.pages_view.restore_values()
+        return reads.restore(self.pages_view, self.is_key)
 
     def restored_for(self, reason: str) -> Tensor:
         """``restore``, noted as a fallback with its ``reason``; raises ``FallbackError`` in a strict cache."""
@@ -84,44 +150,98 @@ class Int8Tensor(Tensor):
             output = _int8_sdpa(*args, **kwargs)
             if output is not None:
                 return output
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        if func is Tensor.__setitem__ and _holds_states(args[:1]):
+            raise read_only_error("__setitem__")  # of a part, which the dispatcher would see as one of a copy
+        return super().__torch_function__(func, types, args, kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+
+class RecordedStates(CachedStates):
+    """Cached states of fixed capacity in a step that is being recorded, with a length that only the device knows.
+
+    The shape is (batch, num_kv_heads, capacity, head_dim), like that of transformers' static layer; what lies behind
+    the last token reads as zero. It is made of plain tensors alone, so that torch.compile can take it apart.
+
+    Attributes:
+        memory: of the layer.
+        scratch: see ``Backend.make_scratch``.
+        key_tail: keys read instead of the layer's tail, see ``protocol.Source``; None where the layer's own is read.
+        value_tail: values likewise.
+        lengths: of the layer with these tokens as the tail, likewise.
+        shape_of_memory: see ``StaticShape``.
+        on_restore: what happens where it has to be restored: "raise", "warn" or "quiet".
+    """
+
+    memory: Tensor
+    scratch: Tensor
+    key_tail: Tensor | None
+    value_tail: Tensor | None
+    lengths: Tensor | None
+    shape_of_memory: StaticShape
+    on_restore: str
+
+    @staticmethod
+    def __new__(
         cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func`` on the restored values."""
-        schema = func._schema  # type: ignore[attr-defined]
-        for argument, value in zip(schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Int8Tensor):
-                raise NotImplementedError(
-                    f"Int8Tensor: cached states are read-only, got {schema.name}. "
-                    "Change a copy instead: key.restore() or key.clone()."
-                )
+        memory: Tensor,
+        scratch: Tensor,
+        key_tail: Tensor | None = None,
+        value_tail: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        shape_of_memory: StaticShape,
+        dtype: torch.dtype,
+        is_key: bool,
+        on_restore: str,
+    ) -> "RecordedStates":
+        """The keys or the values of a layer."""
+        form = shape_of_memory
+        shape = (form.batch, form.num_kv_heads, form.capacity, form.head_dim if is_key else form.v_head_dim)
+        made: RecordedStates = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=memory.device)
+        made.memory, made.scratch = memory, scratch
+        made.key_tail, made.value_tail, made.lengths = key_tail, value_tail, lengths
+        made.shape_of_memory, made.is_key, made.on_restore = form, is_key, on_restore
+        return made
 
-        def restored(tensor: Int8Tensor) -> Tensor:
-            return tensor.restored_for(f"{schema.name} on cached states")
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[StaticShape, torch.dtype, bool, str]]:
+        source = [] if self.lengths is None else ["key_tail", "value_tail", "lengths"]
+        return ["memory", "scratch", *source], (self.shape_of_memory, self.dtype, self.is_key, self.on_restore)
 
-        args, kwargs = tree_map_only(Int8Tensor, restored, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], meta: tuple[StaticShape, torch.dtype, bool, str], outer_size: Any, outer_stride: Any
+    ) -> "RecordedStates":
+        form, dtype, is_key, on_restore = meta
+        return RecordedStates(**parts, shape_of_memory=form, dtype=dtype, is_key=is_key, on_restore=on_restore)
+
+    def restore(self) -> Tensor:
+        """The values as a plain dense tensor, zeros behind the last token."""
+        return reads.restore_recorded(_parts(self), self.shape_of_memory, self.dtype, self.is_key)
+
+    def restored_for(self, reason: str) -> Tensor:
+        """``restore``, with what ``on_restore`` says of it."""
+        reason += " in a compiled step"
+        if self.on_restore == "raise":
+            raise strict_error(reason)
+        if self.on_restore == "warn":
+            warnings.warn(
+                f"QuantizedInt8Cache: the cache is read by restoring it to full precision ({reason}), which is "
+                "correct but slower and needs memory for one layer of the whole capacity. strict=True raises instead.",
+                FallbackWarning,
+                stacklevel=3,
+            )
+        return self.restore()
 
 
-def _made(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    pages_view: PagesView,
-    is_key: bool,
-    read_log: ReadLog,
-) -> Int8Tensor:
-    made: Int8Tensor = Tensor._make_wrapper_subclass(Int8Tensor, shape, dtype=dtype, device=device)
-    made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
-    return made
+def _parts(states: RecordedStates) -> list[Tensor]:
+    """The tensors that ``reads.unpacked`` takes; a function, for torch.compile takes methods for those of a tensor."""
+    if states.key_tail is None or states.value_tail is None or states.lengths is None:
+        return [states.memory, states.scratch]
+    return [states.memory, states.scratch, states.key_tail, states.value_tail, states.lengths]
+
+
+def read_recorded(key: RecordedStates, query: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention over the layer whose keys are ``key``. The mask may be as wide as the capacity."""
+    return reads.attention_recorded(query, _parts(key), key.shape_of_memory, options)
 
 
 def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None":
@@ -142,13 +262,13 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: AttentionOptions) -> Tensor:
     """``ops.attention`` over the view, noted in the log."""
     if pages_view.backend is None:
-        pages_view.backend = dispatch.backend_for(query, pages_view.value_tail)
+        pages_view.backend = dispatch.backend_for(query, pages_view.buffers[1])
     backend, reason = pages_view.backend
     if reason:
         read_log.fell_back(reason, backend)
     else:
         read_log.kernel, read_log.reason = backend, None
-    return pages_view.attention(query, options)
+    return reads.attention(query, pages_view, options)
 
 
 def _int8_sdpa(

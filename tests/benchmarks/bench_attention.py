@@ -29,7 +29,9 @@ from quantcache.backends import cuda
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import reads
 from quantcache.store.growing import Int8Pages, PagesView
+from quantcache.store.segments import Segment
 
 Row = dict[str, Any]
 
@@ -132,9 +134,9 @@ def attention_row(
 ) -> Row:
     view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
     query = torch.randn(batch, query_len, num_q_heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    error = check(view, query, view.attention(query, CAUSAL))
+    error = check(view, query, reads.attention(query, view, CAUSAL))
     mask = causal_lower_right(query_len, tokens) if query_len > 1 else None
-    candidates = {"int8": lambda: view.attention(query, CAUSAL)} | baselines(query, key, value, mask)
+    candidates = {"int8": lambda: reads.attention(query, view, CAUSAL)} | baselines(query, key, value, mask)
     times = interleaved(candidates)
     best = min(t for name, t in times.items() if name != "int8")
     nbytes = sum(part.nbytes for segment in view.segments for part in segment)
@@ -155,7 +157,7 @@ def chunk_row() -> Row:
     batch, num_q_heads, num_kv_heads, tokens, new, head_dim = 1, 32, 8, 32768, 512, 128
     view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
     query = torch.randn(batch, num_q_heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
-    error = check(view, query, view.attention(query, CAUSAL))
+    error = check(view, query, reads.attention(query, view, CAUSAL))
     mask = causal_lower_right(new, tokens)
     group = slice(0, num_q_heads // num_kv_heads)
     exact = reference.attend(query[:, group].double(), key[:, :1].double(), value[:, :1].double(), CAUSAL)
@@ -165,9 +167,9 @@ def chunk_row() -> Row:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    view.attention(query, CAUSAL)
+    reads.attention(query, view, CAUSAL)
     extra = torch.cuda.max_memory_allocated() - before
-    times = interleaved({"int8": lambda: view.attention(query, CAUSAL)} | baselines(query, key, value, mask))
+    times = interleaved({"int8": lambda: reads.attention(query, view, CAUSAL)} | baselines(query, key, value, mask))
     return {
         "row": "512 new tokens over 32768, 32/8 heads, head_dim 128",
         "median_us": times,
@@ -187,11 +189,11 @@ def padding_row() -> Row:
     query = torch.randn(batch, num_q_heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
     hidden = torch.arange(batch, device="cuda") * 3
     mask = (torch.arange(tokens, device="cuda") >= hidden[:, None])[:, None, None]
-    error = check(view, query, view.attention(query, AttentionOptions(mask)), mask)
+    error = check(view, query, reads.attention(query, view, AttentionOptions(mask)), mask)
     times = interleaved(
         {
-            "int8": lambda: view.attention(query, CAUSAL),
-            "int8 with mask": lambda: view.attention(query, AttentionOptions(mask)),
+            "int8": lambda: reads.attention(query, view, CAUSAL),
+            "int8 with mask": lambda: reads.attention(query, view, AttentionOptions(mask)),
         }
         | baselines(query, key, value)
         | {f"{name} with mask": call for name, call in baselines(query, key, value, mask).items()}
@@ -217,12 +219,14 @@ def store_row() -> Row:
     key, value = (torch.randn(1, 8192, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(2))
     pages = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
     written = [torch.empty_like(t) for t in pages]
-    cuda.store_pages(key, value, *written)
+    cuda.store_pages(key, value, Segment(*written))
     assert all(torch.equal(have, want) for have, want in zip(written, pages, strict=True))
     nbytes = key.nbytes + value.nbytes + sum(t.nbytes for t in pages)
     rows = {}
     sources = {"copy of as many bytes": nbytes // 2, "copy of 1 GiB": 1 << 30}
-    candidates: dict[str, Callable[[], object]] = {"store_pages": lambda: cuda.store_pages(key, value, *written)}
+    candidates: dict[str, Callable[[], object]] = {
+        "store_pages": lambda: cuda.store_pages(key, value, Segment(*written))
+    }
     for name, size in sources.items():
         source, target = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
         candidates[name] = lambda target=target, source=source: target.copy_(source)
@@ -249,9 +253,9 @@ start = time.perf_counter()
 pages = Int8Pages(key, value)
 pages.append(key, value)
 view = pages.append(key[:, :, :1], value[:, :, :1])
-view.attention(query)
+reads.attention(query, view)
 mask = torch.ones(1, 1, 1, 301, dtype=torch.bool, device="cuda")
-view.attention(query, AttentionOptions(mask))
+reads.attention(query, view, AttentionOptions(mask))
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """
@@ -277,7 +281,7 @@ def host_row() -> Row:
     from transformers.cache_utils import DynamicLayer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from quantcache.layers.base import Int8Layer
+    from quantcache.layers.growing import Int8Layer
 
     QuantizedInt8Cache()
     module = torch.nn.Module()

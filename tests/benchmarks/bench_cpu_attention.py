@@ -28,7 +28,9 @@ from quantcache.backends import cpu, dispatch
 from quantcache.backends import torch as torch_backend
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
+from quantcache.store import reads
 from quantcache.store.growing import Int8Pages
+from quantcache.store.segments import Segment
 
 Row = dict[str, Any]
 
@@ -81,10 +83,10 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
     )
     expected = reference.attend(query.double(), exact_key, exact_value, CAUSAL)
     del exact_key, exact_value
-    output = view.attention(query, CAUSAL)
+    output = reads.attention(query, view, CAUSAL)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
 
-    candidates: dict[str, Callable[[], object]] = {"int8": lambda: view.attention(query, CAUSAL)}
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: reads.attention(query, view, CAUSAL)}
     for dtype in (torch.bfloat16, torch.float32):
         dense = query.to(dtype), key.to(dtype), value.to(dtype)
         packed = dense[0].reshape(batch, num_kv_heads, group, head_dim)
@@ -92,17 +94,7 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
         candidates[f"sdpa packed {name}"] = lambda q=packed, d=dense: scaled_dot_product_attention(q, d[1], d[2])
         candidates[f"sdpa gqa {name}"] = lambda d=dense: scaled_dot_product_attention(*d, enable_gqa=True)
 
-    def torch_backend_call() -> Tensor:
-        s = view.segments
-        lists = (
-            [x.key_qdata for x in s],
-            [x.key_metadata for x in s],
-            [x.value_qdata for x in s],
-            [x.value_metadata for x in s],
-        )
-        return torch_backend.attention(query, *lists, view.key_tail, view.value_tail, CAUSAL)
-
-    slow = interleaved({"torch backend": torch_backend_call}, 1)
+    slow = interleaved({"torch backend": lambda: torch_backend.attention(query, view, CAUSAL)}, 1)
     times = interleaved(candidates, 15) | slow
     best = min(t for name, t in times.items() if name.startswith("sdpa"))
     return {
@@ -152,16 +144,16 @@ def store_row(dtype: torch.dtype, transposed: bool) -> Row:
         for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))
     ]
     expected = (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))
-    cpu.store_pages(key, value, *pages)
+    cpu.store_pages(key, value, Segment(*pages))
     assert all(torch.equal(have, want) for have, want in zip(pages, expected, strict=True))
     nbytes = key.nbytes + value.nbytes + sum(t.nbytes for t in pages)
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     times = interleaved(
-        {"store_pages": lambda: cpu.store_pages(key, value, *pages), "copy": lambda: target.copy_(source)}, 25
+        {"store_pages": lambda: cpu.store_pages(key, value, Segment(*pages)), "copy": lambda: target.copy_(source)}, 25
     )
     rate, copy_rate = nbytes / times["store_pages"] / 1e6, 2 * COPIED_BYTES / times["copy"] / 1e6
-    slow = interleaved({"torch backend": lambda: torch_backend.store_pages(key, value, *pages)}, 1)
+    slow = interleaved({"torch backend": lambda: torch_backend.store_pages(key, value, Segment(*pages))}, 1)
     name = str(dtype).removeprefix("torch.")
     return {
         "row": f"quantise 4096 tokens, 8 KV heads, head_dim 128, {name}, "

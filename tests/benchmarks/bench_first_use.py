@@ -17,7 +17,7 @@ PROGRAM = """
 import time, torch
 from quantcache.backends import dispatch
 from quantcache import QuantizedInt8Cache
-from quantcache.store import ops
+from quantcache.store import reads
 from torch.nn.functional import scaled_dot_product_attention
 cache = QuantizedInt8Cache()
 states = torch.randn(1, 2, 200, 64)

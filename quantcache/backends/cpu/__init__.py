@@ -8,7 +8,6 @@ import ctypes
 import functools
 import os
 import struct
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -16,11 +15,34 @@ from torch import Tensor
 
 from quantcache.backends.cpu import build
 from quantcache.backends.cpu.build import BuildError
-from quantcache.backends.torch import append_tail
+from quantcache.backends.host import (
+    READS_LENGTHS,
+    WRITES_ON_READ,
+    advance_on_host,
+    append_tail,
+    make_scratch,
+    on_host,
+    write_pending,
+)
+from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 
-__all__ = ["append_tail", "attention", "restore_keys", "restore_values", "store_pages", "unavailable", "unsupported"]
+__all__ = [
+    "READS_LENGTHS",
+    "READS_ROW_TABLE",
+    "WRITES_ON_READ",
+    "advance",
+    "append_tail",
+    "attention",
+    "make_scratch",
+    "restore",
+    "store_pages",
+    "unavailable",
+    "unsupported",
+]
+
+READS_ROW_TABLE: Final = False
 
 ISA_VARIABLE: Final = "QUANTCACHE_CPU_ISA"
 ISAS: Final = ("avx512", "avx2", "portable")
@@ -76,19 +98,12 @@ def unavailable() -> str | None:
     return None
 
 
-def store_pages(
-    key_states: Tensor,
-    value_states: Tensor,
-    key_qdata: Tensor,
-    key_metadata: Tensor,
-    value_qdata: Tensor,
-    value_metadata: Tensor,
-) -> None:
-    """See ``ops.store_pages``."""
+def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -> None:
+    """See ``writes.store_pages``."""
     run, num_threads = library().quantcache_store, torch.get_num_threads()
     for is_key, states, qdata, metadata in (
-        (1, key_states, key_qdata, key_metadata),
-        (0, value_states, value_qdata, value_metadata),
+        (1, key_states, target.key_qdata, target.key_metadata),
+        (0, value_states, target.value_qdata, target.value_metadata),
     ):
         states = _rows(states)
         batch, num_kv_heads, _, head_dim = states.shape
@@ -107,36 +122,50 @@ def store_pages(
             written[1].data_ptr(),
         )
         _check(run(arguments))
-        for target, source in zip((qdata, metadata), written, strict=True):
-            if target is not source:
-                target.copy_(source)
+        for part, source in zip((qdata, metadata), written, strict=True):
+            if part is not source:
+                part.copy_(source)
 
 
-def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_keys``."""
-    return _restore(1, qdata, metadata, tail)
+def advance(
+    source: Source | None, key_states: Tensor, value_states: Tensor, buffers: Buffers, residual_length: int
+) -> None:
+    """See ``writes.advance``."""
+    advance_on_host(source, key_states, value_states, buffers, residual_length, store_pages)
 
 
-def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_values``."""
-    return _restore(0, qdata, metadata, tail)
+def restore(view: View, is_key: bool) -> Tensor:
+    """See ``reads.restore``."""
+    tail = _rows(view.buffers[0 if is_key else 1])
+    batch, num_kv_heads, _, head_dim = tail.shape
+    output = tail.new_empty(batch, num_kv_heads, view.num_pages * PAGE_SIZE + view.tail_len, head_dim)
+    arguments = _RESTORE_ARGS.pack(
+        torch.get_num_threads(),
+        _DTYPES[tail.dtype],
+        is_key,
+        batch,
+        num_kv_heads,
+        head_dim,
+        _segment_table(view),
+        len(view.segments),
+        tail.data_ptr(),
+        view.tail_len,
+        *tail.stride()[:3],
+        output.data_ptr(),
+    )
+    _check(library().quantcache_restore(arguments))
+    return output
 
 
-def attention(
-    query: Tensor,
-    key_qdata: Sequence[Tensor],
-    key_metadata: Sequence[Tensor],
-    value_qdata: Sequence[Tensor],
-    value_metadata: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    options: AttentionOptions,
-) -> Tensor:
-    """See ``ops.attention``; ``unsupported`` must be None."""
+def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
+    """See ``reads.attention``; ``unsupported`` must be None."""
+    if view.lengths is not None:
+        view, options = on_host(view, options)
+    write_pending(view)
     batch, num_q_heads, query_len, head_dim = query.shape
-    _, num_kv_heads, tail_len, v_head_dim = value_tail.shape
+    key_tail, value_tail = view.buffers
+    _, num_kv_heads, _, v_head_dim = value_tail.shape
     query, key_tail, value_tail = _rows(query), _rows(key_tail), _rows(value_tail)
-    segments, kept = _segments(key_qdata, key_metadata, value_qdata, value_metadata)
     attn_mask, is_causal, _, window, softcap, sinks = options
     mask_fields: tuple[int, ...] = _NO_MASK
     if attn_mask is not None:
@@ -157,13 +186,13 @@ def attention(
         query_len,
         head_dim,
         v_head_dim,
-        segments,
-        len(key_qdata),
+        _segment_table(view),
+        len(view.segments),
         query.data_ptr(),
         *query.stride()[:3],
         key_tail.data_ptr(),
         value_tail.data_ptr(),
-        tail_len,
+        view.tail_len,
         *key_tail.stride()[:3],
         *value_tail.stride()[:3],
         *mask_fields,
@@ -175,7 +204,6 @@ def attention(
         output.data_ptr(),
     )
     _check(library().quantcache_attention(arguments))
-    del kept
     return output
 
 
@@ -193,45 +221,19 @@ def unsupported(*states: Tensor) -> str | None:
     return None
 
 
-def _segments(*parts: Sequence[Tensor]) -> tuple[int, object]:
-    """Address of an array of SegmentArgs, and what must live as long as it is read."""
-    kept: list[object] = []
-    fields: list[int] = []
-    for segment in zip(*parts, strict=True):
-        for part in segment:
-            if not part.is_contiguous():
-                part = part.contiguous()
-                kept.append(part)
-            fields.append(part.data_ptr())
-        fields.append(segment[0].shape[0])
-    packed = (ctypes.c_int64 * len(fields))(*fields)
-    kept.append(packed)
-    return ctypes.addressof(packed), kept
-
-
-def _restore(is_key: int, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    tail = _rows(tail)
-    batch, num_kv_heads, tail_len, head_dim = tail.shape
-    parts = (qdata, metadata, qdata, metadata)
-    segments, kept = _segments(*parts)
-    output = tail.new_empty(batch, num_kv_heads, sum(map(len, qdata)) * PAGE_SIZE + tail_len, head_dim)
-    arguments = _RESTORE_ARGS.pack(
-        torch.get_num_threads(),
-        _DTYPES[tail.dtype],
-        is_key,
-        batch,
-        num_kv_heads,
-        head_dim,
-        segments,
-        len(qdata),
-        tail.data_ptr(),
-        tail_len,
-        *tail.stride()[:3],
-        output.data_ptr(),
-    )
-    _check(library().quantcache_restore(arguments))
-    del kept
-    return output
+def _segment_table(view: View) -> int:
+    """Address of an array of SegmentArgs, which lives as long as the view's closed pages."""
+    found = view.memo.get("cpu")
+    if found is None:
+        contiguous = [
+            [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)]
+            for s in view.segments
+        ]
+        fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), len(parts[0]))]
+        packed = (ctypes.c_int64 * len(fields))(*fields)
+        found = view.memo["cpu"] = ctypes.addressof(packed), packed, contiguous
+    address: int = found[0]
+    return address
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -11,37 +11,39 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda import nvrtc
+from quantcache.backends.cuda.advance import advance
 from quantcache.backends.cuda.attention import (
     MAX_FUSED_ROWS,
     SCRATCH_BYTES,
     attention,
     fused_attention,
     make_scratch,
-    write_and_attend,
 )
 from quantcache.backends.cuda.launch import DTYPES
-from quantcache.backends.cuda.pages import append_tail, restore_keys, restore_values, segment_table, store_pages
+from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
-from quantcache.backends.cuda.static import static_append, static_attention, static_store
 
 __all__ = [
     "MAX_FUSED_ROWS",
+    "READS_LENGTHS",
+    "READS_ROW_TABLE",
     "SCRATCH_BYTES",
+    "WRITES_ON_READ",
+    "advance",
     "append_tail",
     "attention",
     "fused_attention",
     "make_scratch",
-    "restore_keys",
-    "restore_values",
+    "restore",
     "segment_table",
-    "static_append",
-    "static_attention",
-    "static_store",
     "store_pages",
     "unavailable",
     "unsupported",
-    "write_and_attend",
 ]
+
+WRITES_ON_READ: Final = True
+READS_ROW_TABLE: Final = False
+READS_LENGTHS: Final = True
 
 MIN_CAPABILITY: Final = (8, 0)
 

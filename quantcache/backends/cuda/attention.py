@@ -1,7 +1,6 @@
 """Attention over pages and tail: in one kernel, or over a layer that is restored first."""
 
 import struct
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -10,8 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache.backends import torch as torch_backend
 from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
-from quantcache.backends.cuda.pages import SegmentTable, append_tail, restore, segment_table
+from quantcache.backends.cuda.pages import append_tail, restore_heads, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
+from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 
@@ -25,82 +25,46 @@ _MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
 _ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i")
 
 
-def attention(
-    query: Tensor,
-    key_qdata: Sequence[Tensor],
-    key_metadata: Sequence[Tensor],
-    value_qdata: Sequence[Tensor],
-    value_metadata: Sequence[Tensor],
-    key_tail: Tensor,
-    value_tail: Tensor,
-    options: AttentionOptions,
-) -> Tensor:
-    """See ``ops.attention``; ``unsupported`` must be None.
+def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
+    """See ``reads.attention``; ``unsupported`` must be None.
 
     Up to ``MAX_FUSED_ROWS`` query rows per KV head are attended to by the kernel. More of them are arithmetic and no
     longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
     """
-    table = segment_table(key_qdata, key_metadata, value_qdata, value_metadata)
-    if _is_restored(query, key_tail, options):
-        return _attention_of_restored(query, table, key_tail, value_tail, options, SCRATCH_BYTES)
-    return fused_attention(query, table, key_tail, value_tail, options)
+    if view.lengths is None and _is_restored(query, view, options):
+        if view.pending is not None:
+            append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
+        return _attention_of_restored(query, view, options, SCRATCH_BYTES)
+    return fused_attention(query, view, options)
 
 
-def _is_restored(query: Tensor, key_tail: Tensor, options: AttentionOptions) -> bool:
+def _is_restored(query: Tensor, view: View, options: AttentionOptions) -> bool:
     _, num_q_heads, query_len, _ = query.shape
-    is_long = query_len * num_q_heads > MAX_FUSED_ROWS * key_tail.shape[1]
+    is_long = query_len * num_q_heads > MAX_FUSED_ROWS * view.buffers[0].shape[1]
     return is_long and options.softcap is None and options.sinks is None
-
-
-def write_and_attend(
-    query: Tensor,
-    new_states: tuple[Tensor, Tensor],
-    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
-    tails: tuple[Tensor, Tensor],
-    tail_len: int,
-    options: AttentionOptions,
-) -> Tensor:
-    """See ``ops.write_and_attend``."""
-    if _is_restored(query, tails[0], options):
-        append_tail(*new_states, *tails, tail_len - new_states[0].shape[2])
-        key_tail, value_tail = (tail.narrow(2, 0, tail_len) for tail in tails)
-        return attention(query, *parts, key_tail, value_tail, options)
-    return fused_attention(query, segment_table(*parts), *tails, options, tail_len, new_states)
 
 
 def fused_attention(
     query: Tensor,
-    table: SegmentTable,
-    key_tail: Tensor,
-    value_tail: Tensor,
+    view: View,
     options: AttentionOptions,
-    tail_len: int | None = None,
-    new_states: tuple[Tensor, Tensor] | None = None,
-    lengths: Tensor | None = None,
-    scratch: Tensor | None = None,
     shape: Shape | None = None,
     splits: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention in one kernel, for any number of query rows.
 
     Args:
-        query: see ``ops.attention``, as for every argument not named here.
-        table: the pages; with ``lengths`` the first of them count.
-        key_tail: see ``ops.attention``.
-        value_tail: see ``ops.attention``.
-        options: see ``ops.attention``.
-        tail_len: tokens of ``key_tail`` that count, all if None.
-        new_states: keys and values of the newest of them, which are to be written into ``key_tail`` and ``value_tail``.
-        lengths: int32 (2 or more,) on the device, pages and tail_len in use, read when the kernel runs.
-        scratch: see ``make_scratch``; instead of the current stream's, for a call that is recorded in a graph.
+        query: see ``reads.attention``, as for every argument not named here.
+        view: what is read. Pending tokens are written into its buffers by the same launch.
+        options: see ``AttentionOptions``.
         shape: instead of the one chosen for the call.
         splits: instead of those chosen: splits of the pages, splits in all.
     """
+    table, lengths, scratch = segment_table(view), view.lengths, view.scratch
     attn_mask, is_causal, _, window, softcap, sinks = options
     batch, num_q_heads, query_len, head_dim = query.shape
-    _, num_kv_heads, room, v_head_dim = value_tail.shape
-    if tail_len is None:
-        tail_len = room
+    key_tail, value_tail = view.buffers
+    _, num_kv_heads, _, v_head_dim = value_tail.shape
     index = query.device.index
     query, query_address, query0, query1, query2 = readable(query)
     key_tail, key_address, key0, key1, key2 = readable(key_tail)
@@ -135,9 +99,9 @@ def fused_attention(
         partial = counters + 4 * NUM_COUNTERS
         sums = partial + 4 * plan.partial_rows * v_head_dim
     new = _NO_NEW_STATES
-    if new_states is not None:
-        new_key, new_key_address, *new_key_strides = readable(new_states[0])
-        _new_value, new_value_address, *new_value_strides = readable(new_states[1])
+    if view.pending is not None:
+        new_key, new_key_address, *new_key_strides = readable(view.pending[0])
+        _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
@@ -156,7 +120,7 @@ def fused_attention(
         *(partial, sums, counters),
         *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
         *mask_strides,
-        *(num_kv_heads, group, query_len, table.num_pages, tail_len, table.num_segments),
+        *(num_kv_heads, group, query_len, table.num_pages, view.tail_len, table.num_segments),
         *(plan.page_splits, plan.num_splits, is_causal, window or 0, mask_dtype, batch),
         options.scale(head_dim),
         softcap or 0.0,
@@ -171,17 +135,11 @@ _NO_NEW_STATES: Final[tuple[int, ...]] = (0,) * 9
 _NO_MASK: Final[tuple[int, tuple[int, ...], int]] = (0, (0, 0, 0, 0), 0)
 
 
-def _attention_of_restored(
-    query: Tensor,
-    table: SegmentTable,
-    key_tail: Tensor,
-    value_tail: Tensor,
-    options: AttentionOptions,
-    scratch_bytes: int,
-) -> Tensor:
+def _attention_of_restored(query: Tensor, view: View, options: AttentionOptions, scratch_bytes: int) -> Tensor:
     """Torch's attention over a few heads at a time, restored to memory that all layers take in turn."""
+    table, (key_tail, value_tail) = segment_table(view), view.buffers
     batch, num_q_heads, query_len, _ = query.shape
-    num_kv_heads, kv_len = key_tail.shape[1], table.num_pages * PAGE_SIZE + key_tail.shape[2]
+    num_kv_heads, kv_len = key_tail.shape[1], table.num_pages * PAGE_SIZE + view.tail_len
     group = num_q_heads // num_kv_heads
     a_head = kv_len * (key_tail.shape[3] + value_tail.shape[3]) * query.element_size()
     at_once = max(1, scratch_bytes // a_head)
@@ -202,8 +160,9 @@ def _attention_of_restored(
             heads = min(heads_at_once, num_kv_heads - head)
             first = row * num_kv_heads + head
             shape = (rows, heads, kv_len)
-            key = restore(True, table, key_tail, shape, first, key_tail.shape[3], value_tail.shape[3])
-            value = restore(False, table, value_tail, shape, first, key_tail.shape[3], value_tail.shape[3])
+            widths = key_tail.shape[3], value_tail.shape[3]
+            key = restore_heads(True, table, key_tail, view.tail_len, shape, first, *widths)
+            value = restore_heads(False, table, value_tail, view.tail_len, shape, first, *widths)
             q_heads = slice(head * group, (head + heads) * group)
             part: Any = mask
             if isinstance(mask, Tensor) and type(mask) is Tensor:

@@ -3,12 +3,13 @@
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantcache.backends.cuda.launch import DTYPES, Kernel, launch, load_kernel, readable
+from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
 
 _STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q i")
@@ -16,24 +17,17 @@ _RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq")
 _APPEND_ARGS: Final = struct.Struct("2P 2P 12q P 4i")
 
 
-def store_pages(
-    key_states: Tensor,
-    value_states: Tensor,
-    key_qdata: Tensor,
-    key_metadata: Tensor,
-    value_qdata: Tensor,
-    value_metadata: Tensor,
-) -> None:
-    """See ``ops.store_pages``."""
+def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -> None:
+    """See ``writes.store_pages``."""
     key_states, key_address, *key_strides = readable(key_states)
     value_states, value_address, *value_strides = readable(value_states)
-    targets = [(key_qdata, value_qdata), (key_metadata, value_metadata)]
+    targets = [(target.key_qdata, target.value_qdata), (target.key_metadata, target.value_metadata)]
     written = [[t if t.is_contiguous() else torch.empty_like(t).contiguous() for t in pair] for pair in targets]
     batch, num_kv_heads, _, head_dim = key_states.shape
     kernel = pages_kernel("store_pages", key_states, head_dim, value_states.shape[-1])
     launch(
         kernel,
-        (len(key_qdata), batch * num_kv_heads, 2),
+        (len(target.key_qdata), batch * num_kv_heads, 2),
         key_states.device.index,
         _STORE_ARGS,
         *(key_address, value_address),
@@ -43,15 +37,15 @@ def store_pages(
         num_kv_heads,
     )
     for pair, sources in zip(targets, written, strict=True):
-        for target, source in zip(pair, sources, strict=True):
-            if target is not source:
-                target.copy_(source)
+        for part, source in zip(pair, sources, strict=True):
+            if part is not source:
+                part.copy_(source)
 
 
 def append_tail(
     key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int | Tensor
 ) -> None:
-    """See ``ops.append_tail``; ``position`` may also be an int32 tensor (pages, tail_len) on the device."""
+    """See ``writes.append_tail``; ``position`` may also be an int32 tensor (pages, tail_len) on the device."""
     key_states, key_address, key0, key1, key2 = readable(key_states)
     value_states, value_address, value0, value1, value2 = readable(value_states)
     batch, num_kv_heads, tokens, head_dim = key_states.shape
@@ -79,16 +73,6 @@ def append_tail(
     )
 
 
-def restore_keys(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_keys``."""
-    return _restore_all(True, qdata, metadata, tail)
-
-
-def restore_values(qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    """See ``ops.restore_values``."""
-    return _restore_all(False, qdata, metadata, tail)
-
-
 class SegmentTable(NamedTuple):
     """Where the pages are, for the kernels.
 
@@ -108,50 +92,44 @@ class SegmentTable(NamedTuple):
     kept: tuple[object, ...]
 
 
-def segment_table(
-    key_qdata: Sequence[Tensor],
-    key_metadata: Sequence[Tensor],
-    value_qdata: Sequence[Tensor],
-    value_metadata: Sequence[Tensor],
-) -> SegmentTable:
-    """The table of pages given as in ``ops.attention``, remembered by ``ops.Parts``."""
-    memo: dict[object, Any] | None = getattr(key_qdata, "memo", None)
-    if memo is None:
-        return _make_table((key_qdata, key_metadata, value_qdata, value_metadata))
-    found = memo.get("cuda")
-    if found is None or found[0] is not key_metadata or found[1] is not value_qdata or found[2] is not value_metadata:
-        table = _make_table((key_qdata, key_metadata, value_qdata, value_metadata))
-        found = memo["cuda"] = key_metadata, value_qdata, value_metadata, table
-    made: SegmentTable = found[3]
+def segment_table(view: View) -> SegmentTable:
+    """The table of a view's closed pages, made once for as long as they do not change."""
+    made: SegmentTable | None = view.memo.get("cuda")
+    if made is None:
+        made = view.memo["cuda"] = _make_table(view.segments)
     return made
 
 
-def _make_table(parts: Sequence[Sequence[Tensor]]) -> SegmentTable:
-    contiguous = [[part.contiguous() for part in kind] for kind in parts]
+def _make_table(segments: Sequence[SegmentLike]) -> SegmentTable:
+    contiguous = [
+        [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)] for s in segments
+    ]
     rows, first = [], 0
-    for segment in zip(*contiguous, strict=True):
-        rows += [*(part.data_ptr() for part in segment), first]
-        first += len(segment[0])
+    for parts in contiguous:
+        rows += [*(part.data_ptr() for part in parts), first]
+        first += len(parts[0])
     rows += [0, 0, 0, 0, first]
-    if len(contiguous[0]) < 2:
-        return SegmentTable(0, len(contiguous[0]), first, tuple(rows[:4]), (contiguous,))
+    first_parts = (rows[0], rows[1], rows[2], rows[3])
+    if len(segments) < 2:
+        return SegmentTable(0, len(segments), first, first_parts, (contiguous,))
     # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-    host = torch.tensor(rows, dtype=torch.int64)
-    on_device = host.to(contiguous[0][0].device, non_blocking=True)
-    return SegmentTable(on_device.data_ptr(), len(contiguous[0]), first, tuple(rows[:4]), (on_device, contiguous))
+    on_device = torch.tensor(rows, dtype=torch.int64).to(contiguous[0][0].device, non_blocking=True)
+    return SegmentTable(on_device.data_ptr(), len(segments), first, first_parts, (on_device, contiguous))
 
 
-def _restore_all(is_key: bool, qdata: Sequence[Tensor], metadata: Sequence[Tensor], tail: Tensor) -> Tensor:
-    table = segment_table(qdata, metadata, qdata, metadata)
-    batch, num_kv_heads, tail_len, head_dim = tail.shape
-    shape = (batch, num_kv_heads, table.num_pages * PAGE_SIZE + tail_len)
-    return restore(is_key, table, tail, shape, 0, head_dim, head_dim)
+def restore(view: View, is_key: bool) -> Tensor:
+    """See ``reads.restore``."""
+    table, buffer = segment_table(view), view.buffers[0 if is_key else 1]
+    batch, num_kv_heads, _, head_dim = buffer.shape
+    shape = (batch, num_kv_heads, table.num_pages * PAGE_SIZE + view.tail_len)
+    return restore_heads(is_key, table, buffer, view.tail_len, shape, 0, head_dim, head_dim)
 
 
-def restore(
+def restore_heads(
     is_key: bool,
     table: SegmentTable,
     tail: Tensor,
+    tail_len: int,
     shape: tuple[int, int, int],
     first_head: int,
     head_dim: int,
@@ -159,7 +137,7 @@ def restore(
 ) -> Tensor:
     """(rows, heads, kv_len, head_dim) of the heads from ``first_head`` on, counted over the batch."""
     tail, address, *strides = readable(tail)
-    batch, num_kv_heads, tail_len, width = tail.shape
+    batch, num_kv_heads, _, width = tail.shape
     output = tail.new_empty(*shape, width)
     blocks = table.num_pages + (tail_len > 0)
     if blocks:

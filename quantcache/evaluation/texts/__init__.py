@@ -12,7 +12,7 @@ DEFAULT: Final = ("prose", "code")
 
 _CODE: Final = (
     *("quantization/reference.py", "store/growing.py", "layers/base.py", "layers/routing.py"),
-    *("store/tensor.py", "cache.py", "store/ops.py"),
+    *("store/tensor.py", "cache.py", "store/reads.py"),
 )
 
 

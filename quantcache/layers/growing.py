@@ -1,0 +1,56 @@
+"""``Int8Layer``: an int8 layer that grows without a limit."""
+
+from torch import Tensor
+
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.store.growing import Int8Pages
+from quantcache.store.offloading import copy_stream
+from quantcache.store.read_log import ReadLog
+
+
+class GrowingInt8Layer(BaseInt8Layer):
+    """What layers over ``Int8Pages`` share, with a window and without."""
+
+    pages: Int8Pages | None
+
+    def reset(self) -> None:
+        """Forget everything, shapes included, and give the memory back."""
+        self.pages = None
+        self.is_initialized = False
+        self._accepted = ()
+        self.read_log = ReadLog(self.read_log.policy)
+
+    def offload(self) -> None:
+        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
+        if self.pages is not None and self.pages.device.type != "cpu":
+            self.pages.offload()
+
+    def prefetch(self) -> None:
+        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
+        if self.pages is not None:
+            self.pages.fetch(copy_stream(self.pages.device))
+
+
+class Int8Layer(GrowingInt8Layer):
+    """Keys and values of one decoder layer in int8, all of them; see ``BaseInt8Layer`` for the arguments."""
+
+    reader: str | None = None
+    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
+
+    @property
+    def storage(self) -> str:
+        """See ``BaseInt8Layer.storage``."""
+        return "int8"
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` new tokens will see."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def _new_pages(self, key_states: Tensor, value_states: Tensor) -> Int8Pages:
+        pages = Int8Pages(key_states, value_states, self.residual_length)
+        pages.reader = self.reader
+        return pages

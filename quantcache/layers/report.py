@@ -1,0 +1,48 @@
+"""What a cache says of itself: what each layer stores, and by which path it was last read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of ``CacheReport``.
+
+    Attributes:
+        layer_idx: decoder layer.
+        storage: "int8" or "int8, window N", with ", in host memory" while it is offloaded; "empty"; "shared" for a
+            layer that reads another one's states; or the transformers layer class that keeps its own states here.
+        seq_len: tokens stored.
+        nbytes: bytes allocated, slack included.
+        kernel: what read the layer last: a backend of ``ops``, "exact" while no page is closed, "restored" after a
+            fallback, "native" for a transformers layer, "none" before the first read.
+        reason: why the read was a fallback, else None.
+    """
+
+    layer_idx: int
+    storage: str
+    seq_len: int
+    nbytes: int
+    kernel: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table."""
+
+    layers: list[LayerReport]
+
+    @property
+    def backend(self) -> str:
+        """The kernels that read the layers last, each once, in order of the layers."""
+        return ", ".join(dict.fromkeys(row.kernel for row in self.layers)) or "none"
+
+    def __str__(self) -> str:
+        head = ("layer", "storage", "tokens", "bytes", "kernel", "reason")
+        rows = [
+            (str(r.layer_idx), r.storage, f"{r.seq_len:,}", f"{r.nbytes:,}", r.kernel, r.reason or "")
+            for r in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,156 @@
+"""The memory of a layer of fixed capacity: one tensor of bytes, and what lies where in it.
+
+torch.compile checks before each call every tensor and every number that a step takes from the host, and with one tensor
+for each part that took longer than all other checks together.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store.segments import Segment
+
+NUM_LENGTHS: Final = 4
+PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
+"""Places in ``lengths``: closed pages, tokens in the tail, tokens in all, and a counter that kernels leave zero."""
+
+ALIGNMENT: Final = 16
+"""Bytes that the parts are aligned to, as the kernels read them."""
+
+
+class FixedBuffers(NamedTuple):
+    """The parts of one layer's memory.
+
+    key_qdata: int8 (num_pages, batch, num_kv_heads, page_size, head_dim)
+    key_metadata: int16 (num_pages, batch, num_kv_heads, head_dim, 2)
+    value_qdata: int8 (num_pages, batch, num_kv_heads, page_size, v_head_dim)
+    value_metadata: int16 (num_pages, batch, num_kv_heads, page_size, 2)
+    key_tail: (batch, num_kv_heads, tail capacity, head_dim) in the model's dtype
+    value_tail: (batch, num_kv_heads, tail capacity, v_head_dim)
+    lengths: int32 (4,)
+    newest: uint8 (bytes,), the last three as they lie in memory: one copy of them changes all at once
+    """
+
+    key_qdata: Tensor
+    key_metadata: Tensor
+    value_qdata: Tensor
+    value_metadata: Tensor
+    key_tail: Tensor
+    value_tail: Tensor
+    lengths: Tensor
+    newest: Tensor
+
+    @property
+    def pages(self) -> Segment:
+        """All pages that there is room for."""
+        return Segment(*self[:4])
+
+    def like_newest(self) -> "FixedBuffers":
+        """Tails and lengths in memory of their own, uninitialised, beside the same pages."""
+        newest = torch.empty_like(self.newest)
+        first = self.newest.storage_offset()
+
+        def moved(part: Tensor) -> Tensor:
+            start = part.storage_offset() * part.itemsize - first
+            return newest[start : start + part.nbytes].view(part.dtype).view(part.shape)
+
+        key_tail, value_tail, lengths = map(moved, self[4:7])
+        return self._replace(key_tail=key_tail, value_tail=value_tail, lengths=lengths, newest=newest)
+
+
+class StaticShape(NamedTuple):
+    """The numbers that make a ``BufferLayout``.
+
+    Attributes:
+        capacity: tokens that fit.
+        residual_length: newer tokens that a page waits for.
+        batch: sequences.
+        num_kv_heads: of the layer.
+        head_dim: of the keys.
+        v_head_dim: of the values.
+    """
+
+    capacity: int
+    residual_length: int
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, capacity: int, residual_length: int, key_states: Tensor, value_states: Tensor) -> "StaticShape":
+        """For states like these, (batch, num_kv_heads, any, head_dim)."""
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        return cls(capacity, residual_length, batch, num_kv_heads, head_dim, value_states.shape[3])
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that are ever closed."""
+        return max(0, (self.capacity - self.residual_length) // PAGE_SIZE)
+
+    @property
+    def tail_capacity(self) -> int:
+        """Tokens that the tail has room for: when an operation finds it full, it closes a page first."""
+        return min(PAGE_SIZE + self.residual_length, self.capacity)
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """What lies where in the memory of a layer. ``layout_for`` makes it, so that layers alike share one.
+
+    Attributes:
+        shape: numbers of what there is.
+        dtype: of the model, and so of the tails.
+    """
+
+    shape: StaticShape
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[int, int, torch.dtype, tuple[int, ...]]]:
+        """First byte, end, dtype and shape of each part of ``FixedBuffers``, but the last."""
+        shape = self.shape
+        rows = shape.num_pages, shape.batch, shape.num_kv_heads
+        tail = shape.batch, shape.num_kv_heads, shape.tail_capacity
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (torch.int8, (*rows, PAGE_SIZE, shape.head_dim)),
+            (torch.int16, (*rows, shape.head_dim, 2)),
+            (torch.int8, (*rows, PAGE_SIZE, shape.v_head_dim)),
+            (torch.int16, (*rows, PAGE_SIZE, 2)),
+            (self.dtype, (*tail, shape.head_dim)),
+            (self.dtype, (*tail, shape.v_head_dim)),
+            (torch.int32, (NUM_LENGTHS,)),
+        ]
+        parts, start = [], 0
+        for dtype, sizes in shapes:
+            end = start + math.prod(sizes) * dtype.itemsize
+            parts.append((start, end, dtype, sizes))
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory."""
+        return self._parts[-1][1]
+
+    def allocate(self, device: torch.device) -> Tensor:
+        """Memory without a token in it, uint8 (bytes,)."""
+        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        memory[self._parts[4][0] :].zero_()
+        return memory
+
+    def unpack(self, memory: Tensor) -> FixedBuffers:
+        """The parts, sharing the memory."""
+        parts = [memory[start:end].view(dtype).view(sizes) for start, end, dtype, sizes in self._parts]
+        return FixedBuffers(*parts, memory[self._parts[4][0] :])  # type: ignore[call-arg]
+
+
+@functools.cache
+def layout_for(shape: StaticShape, dtype: torch.dtype) -> BufferLayout:
+    """The one layout of such layers."""
+    return BufferLayout(shape, dtype)

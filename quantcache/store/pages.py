@@ -1,0 +1,158 @@
+"""``Pages``: what the bytes of one layer are to whoever asks, growing or of fixed capacity."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from quantcache.backends import dispatch
+from quantcache.quantization.scheme import PAGE_SIZE
+from quantcache.store import reads
+from quantcache.store.view import PagesView
+
+
+class Pages(ABC):
+    """The keys and values of one layer: closed int8 pages and an exact tail.
+
+    Every operation computes into memory that nobody reads and then assigns, or copies once: one that fails at any
+    point, for lack of memory too, leaves what is stored as it was.
+    """
+
+    residual_length: int
+
+    is_offloaded = False
+    """Whether the closed pages are in host memory alone."""
+
+    _backend: tuple[str, str | None] | None = None
+
+    @property
+    @abstractmethod
+    def num_pages(self) -> int:
+        """Closed pages held."""
+
+    @property
+    @abstractmethod
+    def tail_len(self) -> int:
+        """Tokens in the tail."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated: codes, metadata, tail, their slack, and host copies."""
+
+    @abstractmethod
+    def _tail_buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, num_kv_heads, at least tail_len, head_dim), with every token written."""
+
+    @abstractmethod
+    def view(self) -> PagesView:
+        """All tokens held, for reading."""
+
+    @abstractmethod
+    def stored(self) -> PagesView:
+        """As ``view``, for copying: every sequence reads its own row, offloaded pages are those in host memory."""
+
+    @abstractmethod
+    def append(self, key_states: Tensor, value_states: Tensor) -> PagesView:
+        """Store new tokens and return what their queries read.
+
+        In the view the pages that this call closes are still exact, so a chunk always sees itself unquantised. The tail
+        of the view of an empty layer is the arguments themselves.
+
+        Args:
+            key_states: (batch, num_kv_heads, query_len, head_dim), shapes, dtype and device as at construction.
+            value_states: (batch, num_kv_heads, query_len, v_head_dim).
+        """
+
+    @abstractmethod
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        A page that loses some of its tokens is reopened: the restored values of the rest become the tail.
+
+        Args:
+            tokens_to_remove: from 0 to the number of tokens held.
+        """
+
+    @abstractmethod
+    def index_select(self, indices: Tensor) -> None:
+        """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+
+    @property
+    def backend(self) -> tuple[str, str | None]:
+        """``dispatch.backend_for`` the states; the first question for a CPU builds its kernels."""
+        if self._backend is None:  # asked once, since asking takes as long as a launch
+            self._backend = dispatch.backend_for(*self._tail_buffers())
+        return self._backend
+
+    @property
+    def first_page(self) -> int:
+        """Pages dropped; the first token held is ``first_page * page_size``."""
+        return 0
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens stored so far, those dropped included."""
+        return (self.first_page + self.num_pages) * PAGE_SIZE + self.tail_len
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is held."""
+        return not self.num_pages and not self.tail_len
+
+    @property
+    def key_tail(self) -> Tensor:
+        """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
+        return self._tail_buffers()[0][:, :, : self.tail_len]
+
+    @property
+    def value_tail(self) -> Tensor:
+        """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        return self._tail_buffers()[1][:, :, : self.tail_len]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences stored."""
+        return self._tail_buffers()[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail is, and the pages when they are read."""
+        return self._tail_buffers()[0].device
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        """Keys and values held, dense, in the model's dtype."""
+        return reads.restore_both(self.view())
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
+        self.index_select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+def no_tokens(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Of keys and values (batch, num_kv_heads, any, head_dim) the first none, sharing memory."""
+    return key_states[:, :, :0], value_states[:, :, :0]
+
+
+def checked_indices(indices: Tensor, batch: int) -> Tensor:
+    """Sequences to take as int64 on the host.
+
+    Args:
+        indices: 1-D; integers from -batch to batch - 1, or bool (batch,).
+        batch: sequences there are.
+
+    Raises:
+        TypeError: neither integers nor bool.
+        IndexError: another shape, or a sequence that is not there.
+    """
+    place = "Int8Layer.batch_select_indices"
+    if indices.dtype != torch.bool and (indices.is_floating_point() or indices.is_complex()):
+        raise TypeError(f"{place}: indices must be integers or bool, got {indices.dtype}.")
+    if indices.dim() != 1 or (indices.dtype == torch.bool and len(indices) != batch):
+        raise IndexError(f"{place}: indices must be 1-D, bool ones ({batch},), got {tuple(indices.shape)}.")
+    rows = indices.to("cpu")
+    rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
+    for row in rows.tolist():
+        if not -batch <= row < batch:
+            raise IndexError(f"{place}: indices must be below the batch of {batch} sequences, got {row}.")
+    return torch.where(rows < 0, rows + batch, rows)
