@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cli import bench, talking
+from quantcache.cli import talking, terminal
 from quantcache.cli.main import app
-from quantcache.cli.planning import GPUS, parse_gpu
+from quantcache.cli.plan import GPUS, parse_gpu
 from quantcache.planning import GIB
 from tests.cases import NEWEST
 
@@ -273,6 +273,6 @@ def test_a_missing_package_is_named_with_its_extra(folder: Path) -> None:
 
 def test_figures_name_the_machine(folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
-    about = bench.machine(model, "tiny")
+    about = terminal.machine(model, "tiny")
     assert about["versions"]["torch"] == torch.__version__
     assert about["dtype"] == "float32"

@@ -1,17 +1,13 @@
 """``quantcache bench``: decode speed and memory of both caches behind texts of several lengths."""
 
 import json
-import platform
 from dataclasses import asdict
-from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
-from quantcache import __version__
-from quantcache.cli.terminal import human_bytes, open_model
+from quantcache.cli.terminal import human_bytes, machine, open_model
 from quantcache.evaluation.racing import Race, race
 from quantcache.evaluation.texts import read_text, token_rows
 
@@ -64,20 +60,3 @@ def run(
         )
     console.print(table)
     console.print(f"Medians of {steps} decode steps of each cache, taken in turn.", style="dim")
-
-
-def machine(model: Any, label: str) -> dict[str, Any]:
-    """What a figure depends on beside the cache."""
-    device = model.device
-    return {
-        "model": label,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "quantcache": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -218,19 +218,19 @@ def plan(
 
     quantcache plan ./my-model --json
     """
-    from quantcache.cli import planning
+    from quantcache.cli import plan as room
 
     if list_presets:
-        planning.list_presets()
+        room.list_presets()
         return
     if model is None:
         raise typer.BadParameter("name a model, or pass --list", param_hint="MODEL")
     try:
-        memory = None if gpu is None else planning.parse_gpu(gpu)
+        memory = None if gpu is None else room.parse_gpu(gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
     with _failing("plan"):
-        planning.run(
+        room.run(
             model,
             batch=batch,
             tokens=tokens,
@@ -281,8 +281,9 @@ def evaluate(
     where = _device(device)
     with _failing("eval"):
         from quantcache.cli import evaluate as room
+        from quantcache.evaluation import quality
 
-        settings = room.Settings(
+        settings = quality.Settings(
             texts=text or ["prose", "code"],
             dataset=dataset,
             rows=rows,
@@ -357,9 +358,9 @@ def inspect(
     quantcache inspect talk.safetensors --verify
     """
     with _failing("inspect"):
-        from quantcache.cli import inspecting
+        from quantcache.cli import inspect as room
 
-        inspecting.run(file, verify, as_json)
+        room.run(file, verify, as_json)
 
 
 @app.command()

@@ -1,13 +1,17 @@
 """What the commands share at the terminal: the device, the model with its progress bar, answers as they come."""
 
+import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from quantcache import __version__
 from quantcache.evaluation.models import load_model
 
 
@@ -84,3 +88,20 @@ def human_bytes(nbytes: float) -> str:
             return f"{nbytes:,.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.2f} TiB"
+
+
+def machine(model: Any, label: str) -> dict[str, Any]:
+    """What a figure depends on beside the cache."""
+    device = model.device
+    return {
+        "model": label,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "quantcache": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
