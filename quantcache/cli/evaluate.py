@@ -3,36 +3,76 @@
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.cli.terminal import machine, open_model
-from quantcache.evaluation.comparison import Comparison
-from quantcache.evaluation.quality import Results, Settings, measure, to_json
+from quantcache.cli.arguments import AsJson, Device, Model, Plot, open_device
+
+if TYPE_CHECKING:
+    from quantcache.evaluation.comparison import Comparison
+    from quantcache.evaluation.quality import Results, Settings
 
 
-def run(spec: str | None, settings: Settings, device: torch.device, as_json: bool, plot: Path | None) -> None:
-    """Measure and print.
+def evaluate(
+    spec: Model = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="prose, code, or a UTF-8 file; may be given several times.  [default: prose and code]"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="owner/name:column on the hub (owner/name/config:column@split), in place of --text."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each sequence.")] = 1024,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the first call, the prompt.")] = 512,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of each later call; 1 is how generate() decodes, and slow.")
+    ] = 16,
+    greedy: Annotated[int, typer.Option(min=0, help="Length of the greedy answers that are compared.")] = 64,
+    needle: Annotated[int, typer.Option(min=0, help="Tokens of the text that hides a number; 0 for no test.")] = 1024,
+    caches: Annotated[
+        str | None, typer.Option(help="Some of int8,bf16-cache,bf16,fp8,hqq,quanto.  [default: all there are]")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """Measure the KL divergence from the exact cache in float32, and more, for several caches side by side.
 
-    Args:
-        spec: see ``load_model``.
-        settings: what to measure.
-        device: where to run.
-        as_json: print JSON in place of tables.
-        plot: where to draw the figures.
+    Every compared prediction has read the prompt and all that followed from the cache.
 
-    Raises:
-        ModelError: the model cannot be had.
-        ValueError: settings or texts that leave nothing to measure.
-        ImportError: matplotlib or datasets is missing.
+    [bold]Examples[/bold]
+
+    quantcache eval
+
+    quantcache eval --model Qwen/Qwen2.5-0.5B --text notes.txt --tokens 2048 --plot quality.png
     """
+    if tokens <= prompt:
+        raise typer.BadParameter(f"must be less than --tokens, {tokens}, got {prompt}", param_hint="--prompt")
+    where = open_device(device)
+    from quantcache.cli.terminal import machine, open_model
+    from quantcache.evaluation.quality import Settings, measure, to_json
+
+    settings = Settings(
+        texts=text or ["prose", "code"],
+        dataset=dataset,
+        rows=rows,
+        tokens=tokens,
+        prompt_len=prompt,
+        chunk_len=chunk,
+        greedy_tokens=greedy,
+        needle_tokens=needle,
+        caches=None if caches is None else [name.strip() for name in caches.split(",")],
+    )
     if plot is not None:
         import matplotlib.figure  # noqa: F401 - before minutes are spent
     console = Console(stderr=as_json)
-    model, tokenizer, label = open_model(spec, device, console, torch.float32)
-    console.print(f"[bold]{label}[/bold] in float32 on {device}; the reference is the exact cache", highlight=False)
+    model, tokenizer, label = open_model(spec, where, console, "float32")
+    console.print(f"[bold]{label}[/bold] in float32 on {where}; the reference is the exact cache", highlight=False)
     results = measure(model, tokenizer, settings, console)
     if plot is not None:
         draw(results, label, plot)
@@ -46,7 +86,7 @@ def run(spec: str | None, settings: Settings, device: torch.device, as_json: boo
     console.print(f"{results.seconds:.0f} s", style="dim")
 
 
-def tables(results: Results, settings: Settings) -> list[Table]:
+def tables(results: "Results", settings: "Settings") -> list[Table]:
     """The comparison, and the needles."""
     some = next(iter(results.comparisons.values()))
     table = Table(
@@ -84,7 +124,7 @@ def tables(results: Results, settings: Settings) -> list[Table]:
     return [table, hidden]
 
 
-def draw(results: Results, label: str, file: Path) -> None:
+def draw(results: "Results", label: str, file: Path) -> None:
     """Divergences of all caches, and errors over the layers."""
     from matplotlib.figure import Figure
 
@@ -110,5 +150,5 @@ def draw(results: Results, label: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _errors(result: Comparison) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _errors(result: "Comparison") -> tuple[tuple[float, ...], tuple[float, ...]]:
     return result.key_errors, result.value_errors

@@ -33,9 +33,15 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def open_model(
-    spec: str | None, device: torch.device, console: Console, dtype: torch.dtype | None = None
+    spec: str | None, device: torch.device, console: Console, dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """``load_model`` with a progress bar for the download, and without transformers' own messages.
+
+    Args:
+        spec: see ``load_model``.
+        device: where to put the model.
+        console: where the progress bar goes.
+        dtype: torch's name of the model's dtype, None for its own.
 
     Raises:
         ModelError: the model cannot be had.
@@ -43,7 +49,7 @@ def open_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with download_progress(console) as on_progress:
-        return load_model(spec, device, dtype, on_progress=on_progress)
+        return load_model(spec, device, None if dtype is None else getattr(torch, dtype), on_progress=on_progress)
 
 
 class download_progress:  # noqa: N801 - a context manager, used like a function

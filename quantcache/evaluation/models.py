@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-class ModelError(RuntimeError):
+class ModelError(ValueError):
     """A model cannot be had; the message says what to do."""
 
 
