@@ -116,7 +116,7 @@ def test_a_needle_is_read_from_the_cache(folder: Path) -> None:
 
 def test_texts_are_real_and_rows_do_not_overlap(folder: Path, tmp_path: Path) -> None:
     assert "Anne" in read_text("prose")
-    assert "class Int8Pages" in read_text("code")
+    assert "def quantize_key_pages" in read_text("code")
     (tmp_path / "a.txt").write_text("é" * 50, encoding="utf-8")
     assert read_text(str(tmp_path / "a.txt")) == "é" * 50
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
