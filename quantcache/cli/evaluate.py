@@ -109,7 +109,7 @@ def tables(results: "Results", settings: "Settings") -> list[Table]:
             places = results.greedy[name]
             cells.append(", ".join("never" if place is None else str(place) for place in places))
         table.add_row(*cells)
-    table.caption = "KL in nats a token; layer errors relative to the RMS of exact keys and values"
+    table.caption = "KL in nats per token; layer errors relative to the RMS of exact keys and values"
     if not results.needles:
         return [table]
     rows = next(iter(results.needles.values()))
@@ -136,7 +136,9 @@ def draw(results: "Results", label: str, file: Path) -> None:
     tails = [results.comparisons[name].p99_kl for name in names]
     left.barh([place + 0.2 for place in places], means, height=0.4, label="mean")
     left.barh([place - 0.2 for place in places], tails, height=0.4, label="99th percentile")
-    left.set(yticks=list(places), yticklabels=names, xlabel="KL to the exact cache, nats a token", title=label)
+    left.set(
+        yticks=list(places), yticklabels=names, xlabel="KL divergence from the exact cache, nats per token", title=label
+    )
     if max(means) > 0:
         left.set_xscale("log")
     left.invert_yaxis()

@@ -1,4 +1,4 @@
-"""``quantcache lm-eval``: lm-evaluation-harness, which is then told of the model that reads the int8 cache."""
+"""``quantcache lm-eval``: lm-evaluation-harness with a model that reads the int8 cache."""
 
 import sys
 from typing import Any, Final

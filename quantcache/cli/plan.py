@@ -79,7 +79,7 @@ def list_presets() -> None:
     from quantcache.planning import PRESETS_SOURCE, find_geometry, plan, preset_names
 
     console = Console()
-    table = Table("preset", "weights", "layers", "bytes a token, bf16", "int8")
+    table = Table("preset", "weights", "layers", "bytes per token, bf16", "int8")
     for name in preset_names():
         geometry = find_geometry(name)
         made = plan(geometry, tokens=1)
@@ -87,7 +87,7 @@ def list_presets() -> None:
         table.add_row(name, weights, _layers(made), f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}")
     console.print(table)
     console.print(
-        f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes a token: every layer has a window.", style="dim"
+        f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes per token: every layer has a window.", style="dim"
     )
 
 
@@ -128,7 +128,7 @@ def tables(made: "Plan") -> list[Table]:
 
 
 def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
-    """Bytes of both caches over the context, with the room that the GPU leaves beside the weights in bf16.
+    """Bytes of both caches over the context, with what the GPU has left next to the weights in bf16.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -145,7 +145,7 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     axes.plot(lengths, [int8_nbytes(geometry, made.batch, n) / GIB for n in lengths], label="int8 cache")
     room = next((fit.free_nbytes for fit in made.fits if fit.weights == "bf16"), None)
     if room is not None and room > 0:
-        axes.axhline(room / GIB, color="grey", linestyle="--", label="left beside bf16 weights")
+        axes.axhline(room / GIB, color="grey", linestyle="--", label="left next to bf16 weights")
     axes.set(xlabel=f"tokens, batch {made.batch}", ylabel="GiB", title=made.model, xlim=(0, None), ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=150)

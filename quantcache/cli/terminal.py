@@ -97,7 +97,7 @@ def human_bytes(nbytes: float) -> str:
 
 
 def machine(model: Any, label: str) -> dict[str, Any]:
-    """What a figure depends on beside the cache."""
+    """What a figure depends on besides the cache."""
     device = model.device
     return {
         "model": label,

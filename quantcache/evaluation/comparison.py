@@ -20,7 +20,7 @@ class Comparison:
 
     Attributes:
         tokens: predictions compared.
-        mean_kl: mean of KL(exact || cache) over the predictions, in nats a token.
+        mean_kl: mean KL divergence from the exact cache, KL(exact || cache), over the predictions, in nats per token.
         p99_kl: its 99th percentile.
         top1_agreement: share of predictions whose most likely token is the same, 0 to 1.
         exact_perplexity: exp of the mean negative log-likelihood of the text with the exact cache.

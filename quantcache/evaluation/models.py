@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 
 class ModelError(ValueError):
-    """A model cannot be had; the message says what to do."""
+    """A model cannot be loaded; the message says what to do."""
 
 
 @dataclass(frozen=True)

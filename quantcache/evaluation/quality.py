@@ -19,7 +19,7 @@ from quantcache.evaluation.needle import EXACT, Found, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
 
 GREEDY_PROMPT: Final = 128
-"""Tokens of each row behind which the greedy answers begin."""
+"""Tokens of each row after which the greedy answers begin."""
 
 
 @dataclass(frozen=True)

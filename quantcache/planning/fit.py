@@ -11,7 +11,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 GIB: Final = 1 << 30
 
 DEFAULT_OVERHEAD: Final = 0.1
-"""Share of a GPU that weights and cache cannot have: the driver's context, activations, workspaces, fragments."""
+"""Share of a GPU that weights and cache cannot use: the driver's context, activations, workspaces, fragmentation."""
 
 WEIGHT_BYTES: Final = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}
 """A weight in each format; 4-bit weights have a 16-bit scale for every 64 (bitsandbytes, AWQ and GPTQ: 64 or
@@ -23,7 +23,7 @@ MOST: Final = 1 << 40
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits beside the weights in one format.
+    """What fits next to the weights in one format.
 
     Attributes:
         weights: "bf16", "int8" or "int4".
@@ -119,7 +119,7 @@ def plan(
     def int8(batch: int, tokens: int) -> int:
         return int8_nbytes(geometry, batch, tokens, min(new_tokens, tokens - 1), residual_length)
 
-    # Far behind every window, over a number of pages that hides where in a page one stands.
+    # Far beyond every window, over a number of pages that hides where in a page one stands.
     far = 1 << 20
     counts: dict[str, int] = {}
     for layer in geometry.layers:

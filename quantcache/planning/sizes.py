@@ -1,6 +1,6 @@
-"""Bytes that a cache takes: the arithmetic of ``pages.py`` and ``sliding.py``, without their tensors.
+"""Bytes that a cache takes: the arithmetic of the rooms ``store`` and ``layers``, without their tensors.
 
-The tests hold every number against ``cache.nbytes``.
+The tests compare every number with ``cache.nbytes``.
 """
 
 from quantcache.planning.geometry import DTYPE_BYTES, STATE_BYTES, Geometry, LayerGeometry

@@ -24,7 +24,7 @@ def memory_peers() -> str:
         [cache, *(number(found[cache, model]["bytes_per_number"]) for model in models)]
         for cache in dict.fromkeys(cache for cache, _ in found)
     ]
-    return table(["bytes a number at 8,192 tokens", *models], body) + "\n\n" + where("memory")
+    return table(["bytes per number at 8,192 tokens", *models], body) + "\n\n" + where("memory")
 
 
 def memory_fits() -> str:

@@ -25,7 +25,7 @@ def quality() -> str:
                 cells += [number(row["mean_kl"], 2), percent(row["top1_agreement"])]
         name = f"**{cache}**" if cache == "quantcache int8" else cache
         body.append([name, number(sizes.get(cache)), *cells])
-    header = ["", "bytes a number", *(part for model in models for part in (f"{model}: KL", "same top token"))]
+    header = ["", "bytes per number", *(part for model in models for part in (f"{model}: KL", "same top token"))]
     notes = [WINDOWS] if any("Gemma" in model for model in models) else []
     return "\n\n".join([table(header, body), *notes, where("quality")])
 
@@ -58,7 +58,7 @@ def states() -> str:
         report["model"],
         "largest over median channel: median head",
         "worst head",
-        "error, a scale each token",
-        "a scale each channel",
+        "error, one scale per token",
+        "one scale per channel",
     ]
     return table(header, body) + "\n\n" + where("states")

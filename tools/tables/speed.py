@@ -27,7 +27,7 @@ def cuda_eager() -> str:
         times = row["host_us"]
         name = "host time of one layer's update and attention, µs"
         body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
-    header = ["ms a token", "int8", "DynamicCache", "times as fast"]
+    header = ["ms per token", "int8", "DynamicCache", "times as fast"]
     return table(header, body) + "\n\n" + where("cuda-attention")
 
 
@@ -64,7 +64,7 @@ def compiled_decode() -> str:
         ratio = f"**{row['ratio']:.2f}**" if "ratio" in row else "-"
         body.append([row["row"], *times("ms"), ratio, *times("step_ms"), *map(reserved, KINDS)])
     header = [
-        *("", "int8, ms a token", "StaticCache", "times as fast"),
+        *("", "int8, ms per token", "StaticCache", "times as fast"),
         *("the step alone: int8, ms", "StaticCache", "int8, GB reserved", "StaticCache"),
     ]
     return table(header, body) + "\n\n" + where("compiled-decode")
@@ -79,7 +79,7 @@ def compiled_account() -> str:
         account = row["account_ms"]
         between = row["ms"]["int8"] - sum(account.values())
         body.append([row["row"], *(number(account[kind]) for kind in ACCOUNT), number(between)])
-    header = ["int8, ms a token", *ACCOUNT.values(), "between two graphs"]
+    header = ["int8, ms per token", *ACCOUNT.values(), "between two graphs"]
     return table(header, body) + "\n\n" + where("compiled-decode")
 
 
@@ -93,7 +93,7 @@ ACCOUNT = {
 
 
 def compiled_lengths() -> str:
-    """One token behind contexts of several lengths, eager and compiled."""
+    """One token after contexts of several lengths, eager and compiled."""
     (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
     found = row["ms_by_tokens"]
     columns = {
@@ -109,7 +109,7 @@ def compiled_lengths() -> str:
     capacity = str(row["row"]).rsplit(" ", 1)[1]
     geometry = str(row["row"]).split(",", 1)[0]
     return (
-        f"Milliseconds a token, {geometry}'s geometry, one sequence; the compiled caches have room for "
+        f"Milliseconds per token, {geometry}'s geometry, one sequence; the compiled caches have room for "
         f"{int(capacity):,} tokens.\n\n" + table(header, body) + "\n\n" + where("compiled-decode")
     )
 
@@ -155,7 +155,7 @@ def parallel() -> str:
             memory = row["memory_gb"].get(kind) or []
             held = " + ".join(number(gpu["reserved"]) for gpu in memory if gpu["reserved"] > 1)
             body.append([row["row"], row["placement"], kind, why or f"{rate:,.0f}", held or "-"])
-    header = ["", "", "cache", "tokens a second", "GB reserved on each GPU"]
+    header = ["", "", "cache", "tokens per second", "GB reserved on each GPU"]
     return table(header, body) + "\n\n" + where("parallel")
 
 
@@ -178,7 +178,7 @@ def cpu_generate() -> str:
         rates = row["tokens_per_s"]
         name = row["row"].removeprefix("generate(), ")
         body.append([name, number(rates["int8"]), number(rates["DynamicCache"]), f"**{row['ratio']:.2f}**"])
-    return table(["tokens a second", "int8", "DynamicCache", "times as fast"], body) + "\n\n" + where("cpu-attention")
+    return table(["tokens per second", "int8", "DynamicCache", "times as fast"], body) + "\n\n" + where("cpu-attention")
 
 
 def first_use() -> str:
