@@ -88,4 +88,4 @@ def summary() -> str:
             body.append(line())
     if not body:
         raise NotMeasuredError("Not measured yet.")
-    return table(["", "`QuantizedInt8Cache`", "compared with"], body)
+    return table(" | `QuantizedInt8Cache` | compared with", body)
