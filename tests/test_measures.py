@@ -75,7 +75,6 @@ def test_native_layers_have_their_errors_too() -> None:
         model,
         prompt(TOKENS),
         {"int8": Candidate(lambda: QuantizedInt8Cache(model.config))},
-        reference_factory=lambda: DynamicCache(config=model.config),
         prompt_len=PROMPT,
         chunk_len=30,
     )["int8"]

@@ -75,7 +75,6 @@ def demo(
             model,
             text[:, :TEXT_TOKENS],
             lambda: QuantizedInt8Cache(model.config),
-            reference_factory=lambda: DynamicCache(config=model.config),
             prompt_len=min(TEXT_PROMPT, TEXT_TOKENS // 2),
             chunk_len=TEXT_CHUNK,
         )

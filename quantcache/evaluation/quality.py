@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
 from quantcache.evaluation import baselines
-from quantcache.evaluation.comparison import Candidate, Comparison, compare_caches, first_difference
+from quantcache.evaluation.comparison import Candidate, Comparison, compare_caches, exact_cache, first_difference
 from quantcache.evaluation.needle import EXACT, Found, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
 
@@ -96,7 +95,6 @@ def measure(
             model,
             ids,
             compared,
-            reference_factory=lambda: DynamicCache(config=model.config),
             prompt_len=settings.prompt_len,
             chunk_len=settings.chunk_len,
             on_progress=lambda done: progress.advance(task, done),
@@ -127,10 +125,9 @@ def _greedy(
 ) -> dict[str, list[int | None]]:
     """Where greedy answers leave that of the exact cache, for each row."""
     differences: dict[str, list[int | None]] = {name: [] for name in compared}
-    exact = Candidate(lambda: DynamicCache(config=model.config))
     for row in prompts.to(model.device).split(1):
         answers = {}
-        for name, candidate in {EXACT: exact, **compared}.items():
+        for name, candidate in {EXACT: exact_cache(model), **compared}.items():
             generate: Callable[..., Tensor] = (candidate.model or model).generate  # type: ignore[assignment]
             output = generate(
                 row,
