@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 from quantcache.planning.geometry import DTYPE_BYTES, Geometry
@@ -128,21 +129,12 @@ def plan(
         kind = "none" if layer.kind == "native" and not layer.num_kv_heads and "state" not in kind else kind
         counts[kind] = counts.get(kind, 0) + 1
     fits = []
-    for weights, nbytes in weights_nbytes(geometry).items() if gpu_nbytes is not None else ():
-        assert gpu_nbytes is not None
-        free = int(gpu_nbytes * (1 - overhead)) - nbytes
-        for name, size in (("bf16", exact), ("int8", int8)):
-            sizes: Callable[[int, int], int] = size
-            fits.append(
-                Fit(
-                    weights,
-                    nbytes,
-                    name,
-                    free,
-                    largest_batch=_largest(lambda n, sizes=sizes: sizes(n, tokens), free),  # type: ignore[misc]
-                    longest_context=_largest(lambda n, sizes=sizes: sizes(batch, n), free),  # type: ignore[misc]
-                )
-            )
+    if gpu_nbytes is not None:
+        for weights, nbytes in weights_nbytes(geometry).items():
+            free = int(gpu_nbytes * (1 - overhead)) - nbytes
+            for name, size in (("bf16", exact), ("int8", int8)):
+                batches, contexts = partial(size, tokens=tokens), partial(size, batch)
+                fits.append(Fit(weights, nbytes, name, free, _largest(batches, free), _largest(contexts, free)))
     return Plan(
         model=geometry.name,
         batch=batch,
