@@ -19,7 +19,7 @@ def chat(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Talk with a model; the whole conversation stays in one int8 cache.
+    """Chat with a model; the whole conversation stays in one int8 cache.
 
     [bold]Examples[/bold]
 

@@ -42,7 +42,7 @@ RACE_TOKENS, RACE_STEPS = 2048, 24
 def demo(
     spec: Model = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask.  [default: a question about a short text]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=3, help="Maximum number of new tokens of each answer.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(min=3, help="Maximum number of new tokens.")] = 160,
     device: Device = None,
 ) -> None:
     """Answer a prompt with the default cache and with the int8 cache, and compare them in a table."""
@@ -60,7 +60,8 @@ def demo(
     model, tokenizer, label = open_model(spec, where, console)
     # A first forward pass loads and builds; neither answer pays for it.
     warm_up = Talk(model, tokenizer, Sampling(max_new_tokens=2), Console(quiet=True))
-    ids = warm_up.turn_ids(prompt or PROMPT) if tokenizer.chat_template else warm_up.plain_ids(prompt or PROMPT)
+    asked = PROMPT if prompt is None else prompt
+    ids = warm_up.turn_ids(asked) if tokenizer.chat_template else warm_up.plain_ids(asked)
     console.print(f"[bold]{label}[/bold] in {model.dtype} on {where}, prompt of {ids.shape[1]} tokens")
     warm_up.answer(ids)
     exact, int8 = (Talk(model, tokenizer, sampling, console, kind) for kind in (DynamicCache, QuantizedInt8Cache))

@@ -24,7 +24,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Say which backend would read the cache on each device here, and why not another."""
+    """Show which backend reads the cache on each device of this machine, and why not another."""
     import torch
     import transformers
 

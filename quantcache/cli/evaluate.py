@@ -41,7 +41,7 @@ def evaluate(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Measure the KL divergence from the exact cache in float32, and more, for several caches side by side.
+    """Measure the KL divergence of several caches from the exact cache in float32, and more.
 
     Every compared prediction has read the prompt and all that followed from the cache.
 

@@ -25,7 +25,7 @@ def generate(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Continue a prompt, and save its cache for tomorrow.
+    """Continue a prompt, and save its cache to continue from later.
 
     The answer goes to the standard output, everything else to the standard error.
 

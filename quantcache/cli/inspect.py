@@ -16,7 +16,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its checksum.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a prompt cache holds, and of which model; the exit code is 1 if it is damaged.
+    """Show what a prompt cache holds, and of which model; the exit code is 1 if it is damaged.
 
     [bold]Example[/bold]
 

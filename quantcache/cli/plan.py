@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plan(
     spec: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A preset (see --list), a folder, a config.json, or a hub id."),
+        typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 79.6GiB, or a name such as h100 or rtx4090.")
@@ -34,7 +34,7 @@ def plan(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Say what a cache takes and what fits on a GPU, before anything is loaded.
+    """Compute the size of a cache and what fits on a GPU, before anything is loaded.
 
     [bold]Examples[/bold]
 

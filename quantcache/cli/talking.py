@@ -19,7 +19,7 @@ _MARK: Final = "QUANTCACHE-REPLY"
 
 
 class TalkError(ValueError):
-    """Arguments that do not go together; the message says what to do."""
+    """Arguments that do not fit together; the message says what to do."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Talk:
         self.ids: Tensor = torch.empty(1, 0, dtype=torch.int64)
 
     def load(self, file: Path) -> None:
-        """Go on from a prompt cache.
+        """Continue from a prompt cache.
 
         Raises:
             CacheFileError: it is damaged or another model's.
