@@ -109,7 +109,7 @@ def test_a_needle_is_read_from_the_cache(folder: Path) -> None:
     for int8, forgetful, exact in zip(found["int8"], found["forgetful"], found[EXACT], strict=True):
         assert abs(int8.loss - exact.loss) < 1e-2
         assert abs(forgetful.loss - exact.loss) > abs(int8.loss - exact.loss)
-    with pytest.raises(ValueError, match=r"^find_needles: the text must have .* tokens beside the needle, got 3"):
+    with pytest.raises(ValueError, match=r"^find_needles: the text must have .* tokens besides the needle, got 3"):
         find_needles(model, tokenizer, {}, "abc", tokens=400)
 
 

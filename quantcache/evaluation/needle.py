@@ -72,7 +72,7 @@ def find_needles(
         needle = _ids(tokenizer, NEEDLE.format(answer=answer.strip()))
         room = tokens - len(needle)
         if room < 1 or len(hay) < room:
-            raise ValueError(f"find_needles: the text must have {room} tokens beside the needle, got {len(hay)}.")
+            raise ValueError(f"find_needles: the text must have {room} tokens besides the needle, got {len(hay)}.")
         at = round(depth * room)
         context = torch.cat([hay[:at], needle, hay[at:room]])
         expected = _ids(tokenizer, answer)
