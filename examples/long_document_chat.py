@@ -3,7 +3,7 @@
     python examples/long_document_chat.py manual.txt "What is it about?" "How is it installed?"
 
 The first run reads the document and writes ``manual.txt.safetensors``; later runs load that file, which takes a
-fraction of the time. Every question starts from an own copy of the document's cache, so that answers do not depend on
+fraction of the time. Every question starts from its own copy of the document's cache, so that answers do not depend on
 each other.
 """
 

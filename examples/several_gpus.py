@@ -1,7 +1,7 @@
 """Generate with the int8 cache on several GPUs, by layers or by heads.
 
     python examples/several_gpus.py [MODEL]                             # device_map: one process, layers spread
-    torchrun --nproc-per-node 2 examples/several_gpus.py [MODEL] --tp   # tp_plan: a process a GPU, heads spread
+    torchrun --nproc-per-node 2 examples/several_gpus.py [MODEL] --tp   # tp_plan: one process per GPU, heads spread
 
 MODEL is a folder or a hub id. The first needs accelerate, the second a number of processes that divides the KV heads;
 both run on a CPU, too.

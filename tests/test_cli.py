@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cli import bench, talking
+from quantcache.cli import talking, terminal
 from quantcache.cli.main import app
-from quantcache.cli.planning import GPUS, parse_gpu
 from quantcache.planning import GIB
+from quantcache.planning.gpus import GPUS, parse_gpu
 from tests.cases import NEWEST
 
 COMMANDS = ("demo", "generate", "chat", "plan", "eval", "bench", "inspect", "doctor")
@@ -70,6 +70,18 @@ def test_every_command_has_help_with_its_options() -> None:
         assert run(command, "-h")[0] == 0
     for command in ("generate", "chat", "plan", "eval", "bench", "inspect"):
         assert f"quantcache {command}" in run(command, "--help")[1], "an example"
+
+
+def test_help_and_wrong_arguments_load_no_torch() -> None:
+    calls = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    wrong = [["bench", "--dtype", "int3"], ["eval", "--tokens", "9", "--prompt", "9"], ["chat", "-n", "0"], ["plan"]]
+    code = (
+        "import sys; from typer.testing import CliRunner; from quantcache.cli.main import app;"
+        f"print([CliRunner().invoke(app, call).exit_code for call in {calls + wrong}]);"
+        "print({'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"{[0] * len(calls) + [2] * len(wrong)}\nset()\n"
 
 
 def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +285,6 @@ def test_a_missing_package_is_named_with_its_extra(folder: Path) -> None:
 
 def test_figures_name_the_machine(folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
-    about = bench.machine(model, "tiny")
+    about = terminal.machine(model, "tiny")
     assert about["versions"]["torch"] == torch.__version__
     assert about["dtype"] == "float32"

@@ -55,9 +55,9 @@ def test_the_table_compares_both_caches(folder: Path, monkeypatch: pytest.Monkey
     codes, metadata, tail = 3 * 64 * 128, 3 * 4 * (16 + 64) * 4, 64 * 512
     assert rows["KV cache"][1] == f"{codes + metadata + tail:,} bytes"
     assert rows["read by"][:2] == ["transformers", dispatch.choose_backend(torch.device("cpu"))]
-    assert rows["decoding behind 128 tokens"][0].endswith("tokens/s")
+    assert rows["decoding after 128 tokens"][0].endswith("tokens/s")
     assert rows["answers"][0] == "12 tokens"
-    assert rows["mean KL to the default cache"][1].endswith("nats/token")
+    assert rows["mean KL from the default cache"][1].endswith("nats/token")
     assert rows["same most likely token"][1].endswith("of 128")
 
 

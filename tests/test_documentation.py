@@ -1,5 +1,6 @@
 """Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
 
+import pkgutil
 import re
 import runpy
 import shlex
@@ -149,6 +150,21 @@ def test_the_links_of_a_page_lead_to_files_and_headings(name: str) -> None:
         assert file.exists() or file in made, f"{name}: {target} leads nowhere"
         if anchor and file.suffix == ".md" and file.exists():
             assert anchor in anchors(file), f"{name}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
+def test_the_modules_and_files_that_a_page_names_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for dotted in set(re.findall(r"\bquantcache(?:\.[A-Za-z_]\w*)+", text)):
+        pkgutil.resolve_name(dotted)
+    for path in set(re.findall(r"`([a-z_/]+/(?:[a-z_]+\.py)?)`", text)) - {"site/"}:  # which make docs makes
+        assert (ROOT / path).exists() or (ROOT / "quantcache" / path).exists(), f"{name}: {path} is not there"
+
+
+def test_every_room_is_in_the_table() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "quantcache").glob("*/__init__.py")}
+    assert all(f"| `{room}/`" in table for room in rooms)
 
 
 def test_the_tables_are_those_of_the_measurements() -> None:

@@ -75,7 +75,6 @@ def test_native_layers_have_their_errors_too() -> None:
         model,
         prompt(TOKENS),
         {"int8": Candidate(lambda: QuantizedInt8Cache(model.config))},
-        reference_factory=lambda: DynamicCache(config=model.config),
         prompt_len=PROMPT,
         chunk_len=30,
     )["int8"]
@@ -110,13 +109,13 @@ def test_a_needle_is_read_from_the_cache(folder: Path) -> None:
     for int8, forgetful, exact in zip(found["int8"], found["forgetful"], found[EXACT], strict=True):
         assert abs(int8.loss - exact.loss) < 1e-2
         assert abs(forgetful.loss - exact.loss) > abs(int8.loss - exact.loss)
-    with pytest.raises(ValueError, match=r"^find_needles: the text must have .* tokens beside the needle, got 3"):
+    with pytest.raises(ValueError, match=r"^find_needles: the text must have .* tokens besides the needle, got 3"):
         find_needles(model, tokenizer, {}, "abc", tokens=400)
 
 
 def test_texts_are_real_and_rows_do_not_overlap(folder: Path, tmp_path: Path) -> None:
     assert "Anne" in read_text("prose")
-    assert "class Int8Pages" in read_text("code")
+    assert "def quantize_key_pages" in read_text("code")
     (tmp_path / "a.txt").write_text("é" * 50, encoding="utf-8")
     assert read_text(str(tmp_path / "a.txt")) == "é" * 50
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")

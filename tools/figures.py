@@ -52,7 +52,7 @@ def svg(figure: Any) -> str:
 
 
 def wrapped(name: str, width: int = 26) -> str:
-    """A label in as many lines as it needs beside a plot."""
+    """A label in as many lines as it needs next to a plot."""
     return "\n".join(textwrap.wrap(name, width))
 
 
@@ -124,7 +124,7 @@ def quality(theme: Theme) -> str:
         axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel(f"KL to the exact cache, nats a token\n({model}; left is better)")
+        axes.set_xlabel(f"KL divergence from the exact cache, nats per token\n({model}; left is better)")
         axes.grid(axis="x")
         return svg(figure)
 
@@ -147,14 +147,14 @@ def channels(theme: Theme) -> str:
 
 
 def rounding(theme: Theme) -> str:
-    """Every key head: its error with a scale for each token against that with a scale for each channel."""
+    """Every key head: its error with one scale per token against that with one scale per channel."""
     report = load("states")
     with drawn(theme) as (figure, axes):
         for kind, colour in (("key", INT8), ("value", EXACT)):
             found = [head["error"] for head in report["heads"] if head["kind"] == kind]
             axes.scatter(
                 [100 * error["per_token"] for error in found], [100 * error["per_channel"] for error in found],
-                s=22, alpha=0.75, color=theme[colour], label=f"{kind}s, one dot a head",
+                s=22, alpha=0.75, color=theme[colour], label=f"{kind}s, one dot per head",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -164,8 +164,8 @@ def rounding(theme: Theme) -> str:
             axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=theme["grid"], linewidth=1)
-        axes.set_xlabel("% of RMS, a scale for each token")
-        axes.set_ylabel("%, a scale for each channel")
+        axes.set_xlabel("% of RMS, one scale per token")
+        axes.set_ylabel("%, one scale per channel")
         axes.legend(frameon=False)
         return svg(figure)
 
@@ -183,7 +183,7 @@ def cpu_generate(theme: Theme) -> str:
 
 
 def peers(theme: Theme) -> str:
-    """Attention of one layer: how many times as fast as DynamicCache each cache is, one dot a geometry."""
+    """Attention of one layer: how many times as fast as DynamicCache each cache is, one dot per geometry."""
     report = load("peers-cpu")
     groups = [group for name, group in report["groups"].items() if name.startswith("attention")]
     names = list(dict.fromkeys(row["cache"] for group in groups for row in group if row["cache"] != "DynamicCache"))
@@ -196,7 +196,7 @@ def peers(theme: Theme) -> str:
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.axvline(1, color=theme[EXACT], linewidth=1.2)
-        axes.set_xlabel("times as fast as DynamicCache\n(CPU, one layer, one dot a geometry)")
+        axes.set_xlabel("times as fast as DynamicCache\n(CPU, one layer, one dot per geometry)")
         axes.grid(axis="x")
         return svg(figure)
 
@@ -218,7 +218,7 @@ def page(theme: Theme) -> str:
                 face = theme[EXACT] if place == shared else "none"
                 axes.add_patch(Rectangle(at, 0.9, 0.9, facecolor=face, edgecolor=theme[EXACT]))
             axes.text(left + columns / 2, 1.6, title, ha="center", weight="bold")
-            says = "a scale a channel" if per_channel else "a scale a token"
+            says = "one scale per channel" if per_channel else "one scale per token"
             axes.text(left + columns / 2, -lines - 2.2, says, ha="center", color=theme[EXACT])
         axes.text(-0.8, -lines / 2 + 1, "64 tokens →", rotation=-90, ha="center", va="center")
         axes.set_xlim(-1.8, 2 * columns + 6)

@@ -126,7 +126,7 @@ def from_legacy(past_key_values: Sequence[Any], **kwargs: Any) -> QuantizedInt8C
 
 
 def _moved(states: Tensor) -> Tensor:
-    """(batch, seq_len, num_heads, head_dim) in memory of its own."""
+    """(batch, seq_len, num_heads, head_dim) in its own memory."""
     return states.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness through the int8 cache: ``quantcache lm-eval --model quantcache ...``.
 
 The harness scores an answer in one forward pass over question and answer, in which nothing is read from a cache; its
-scores would be the same with any. Here the question fills the cache, and the answer is fed behind it, so that every
+scores would be the same with any. Here the question fills the cache, and the answer is fed after it, so that every
 scored token has read the question from the cache.
 """
 
@@ -64,7 +64,7 @@ class QuantcacheLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each answer behind its question, and whether it is the greedy one.
+        """Log-probability of each answer after its question, and whether it is the greedy one.
 
         Answers to one question share its cache. Requests are scored one by one: nothing is padded.
         """

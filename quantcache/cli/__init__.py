@@ -1,1 +1,1 @@
-"""The command line: ``main`` says what the commands take, and there is a file for what each does."""
+"""The command line: one file per command, and what commands share: ``arguments``, ``terminal``, ``talking``."""

@@ -1,47 +1,50 @@
-"""``quantcache bench``: decode speed and memory of both caches behind texts of several lengths."""
+"""``quantcache bench``: decode speed and memory of both caches after contexts of several lengths."""
 
 import json
-import platform
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated
 
-import torch
-import transformers
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache import __version__
-from quantcache.cli.terminal import human_bytes, open_model
-from quantcache.evaluation.racing import Race, race
-from quantcache.evaluation.texts import read_text, token_rows
+from quantcache.cli.arguments import AsJson, Batch, Device, Model, open_device
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def run(
-    spec: str | None, lengths: list[int], batch: int, steps: int, device: torch.device, dtype: str | None, as_json: bool
+def bench(
+    spec: Model = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", "-t", min=1, help="Tokens of context; may be given several times.")
+    ] = None,
+    batch: Batch = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache.")] = 24,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.  [default: the model's]")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print a row for each length.
+    """Time decoding with the default cache and with the int8 cache, in turn.
 
-    Args:
-        spec: see ``load_model``.
-        lengths: tokens of context.
-        batch: sequences.
-        steps: decode steps of each cache.
-        device: where to run.
-        dtype: of the model, None for its own.
-        as_json: print JSON in place of a table.
+    [bold]Example[/bold]
 
-    Raises:
-        ModelError: the model cannot be had.
-        ValueError: a length that the model was not made for.
+    quantcache bench --tokens 512 --tokens 4096
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
+    where = open_device(device)
+    from quantcache.cli.terminal import human_bytes, machine, open_model
+    from quantcache.evaluation.racing import race
+    from quantcache.evaluation.texts import read_text, token_rows
+
     console = Console(stderr=as_json)
-    model, tokenizer, label = open_model(spec, device, console, None if dtype is None else getattr(torch, dtype))
+    lengths = tokens or [256, 2048]
+    model, tokenizer, label = open_model(spec, where, console, dtype)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for length in lengths:
-        if most is not None and length + steps > most:
-            raise ValueError(f"the model reads {most} tokens, got {length} and {steps} steps behind them")
+    if most is not None and max(lengths) + steps > most:
+        raise ValueError(f"the model reads {most} tokens, got {max(lengths)} and {steps} steps after them")
     ids = token_rows(tokenizer, [read_text("prose") + read_text("code") * 8], 1, max(lengths))
-    rows: list[Race] = []
+    rows = []
     for length in lengths:
         with console.status(f"{length:,} tokens"):
             rows.append(race(model, ids[:, :length].expand(batch, -1), steps))
@@ -50,7 +53,7 @@ def run(
         return
     table = Table(
         *("tokens", "default, tokens/s", "int8, tokens/s", "int8 / default", "default cache", "int8 cache", "read by"),
-        title=f"{label} in {model.dtype} on {device}, batch {batch}",
+        title=f"{label} in {model.dtype} on {where}, batch {batch}",
     )
     for row in rows:
         speeds = batch / row.default_seconds, batch / row.int8_seconds
@@ -64,20 +67,3 @@ def run(
         )
     console.print(table)
     console.print(f"Medians of {steps} decode steps of each cache, taken in turn.", style="dim")
-
-
-def machine(model: Any, label: str) -> dict[str, Any]:
-    """What a figure depends on beside the cache."""
-    device = model.device
-    return {
-        "model": label,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "quantcache": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -1,25 +1,17 @@
 """``quantcache demo``: one model, one prompt, the default cache and the int8 cache side by side."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 
-from quantcache import QuantizedInt8Cache
-from quantcache.cache import layer_nbytes
-from quantcache.cli.terminal import RichStreamer, choose_device, open_model
-from quantcache.evaluation.comparison import Comparison, compare_teacher_forced, first_difference
-from quantcache.evaluation.models import ModelError
-from quantcache.evaluation.racing import Race, race
+from quantcache.cli.arguments import Device, Model, open_device
 
-__all__ = ["ModelError", "choose_device", "run"]
+if TYPE_CHECKING:
+    from quantcache.cli.talking import Talk
+    from quantcache.evaluation.comparison import Comparison
+    from quantcache.evaluation.racing import Race
 
 PROMPT = """Here is a note about language models.
 
@@ -47,131 +39,71 @@ RACE_TOKENS, RACE_STEPS = 2048, 24
 """The race: tokens of context, and decode steps of each cache."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One answer.
+def demo(
+    spec: Model = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask.  [default: a question about a short text]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=3, help="Maximum number of new tokens.")] = 160,
+    device: Device = None,
+) -> None:
+    """Answer a prompt with the default cache and with the int8 cache, and compare them in a table."""
+    where = open_device(device)
+    from transformers.cache_utils import DynamicCache
 
-    Attributes:
-        token_ids: the answer, without the prompt.
-        seq_len: tokens in the cache at its end.
-        nbytes: bytes of the cache at its end.
-        backend: what read the cache.
-    """
+    from quantcache import QuantizedInt8Cache
+    from quantcache.cli.talking import Sampling, Talk
+    from quantcache.cli.terminal import open_model
+    from quantcache.evaluation.comparison import compare_teacher_forced
+    from quantcache.evaluation.racing import race
+    from quantcache.evaluation.texts import read_text, token_rows
 
-    token_ids: list[int]
-    seq_len: int
-    nbytes: int
-    backend: str
-
-
-def run(spec: str | None, prompt: str | None, max_new_tokens: int, device: torch.device) -> None:
-    """Print two streamed answers and the table.
-
-    Args:
-        spec: see ``load_model``.
-        prompt: what to ask; None for the demo's own.
-        max_new_tokens: length of each answer at most.
-        device: where to run.
-
-    Raises:
-        ModelError: the model cannot be had.
-    """
-    console = Console()
-    model, tokenizer, label = open_model(spec, device, console)
-    inputs = _encode(tokenizer, PROMPT if prompt is None else prompt).to(device)
-    console.print(f"[bold]{label}[/bold] in {model.dtype} on {device}, prompt of {inputs.shape[1]} tokens")
-    _warm_up(model, inputs)
-
-    runs: dict[str, Run] = {}
-    for name, make_cache in (("default cache", DynamicCache), ("int8 cache", QuantizedInt8Cache)):
+    console, sampling = Console(), Sampling(max_new_tokens)
+    model, tokenizer, label = open_model(spec, where, console)
+    # A first forward pass loads and builds; neither answer pays for it.
+    warm_up = Talk(model, tokenizer, Sampling(max_new_tokens=2), Console(quiet=True))
+    asked = PROMPT if prompt is None else prompt
+    ids = warm_up.turn_ids(asked) if tokenizer.chat_template else warm_up.plain_ids(asked)
+    console.print(f"[bold]{label}[/bold] in {model.dtype} on {where}, prompt of {ids.shape[1]} tokens")
+    warm_up.answer(ids)
+    exact, int8 = (Talk(model, tokenizer, sampling, console, kind) for kind in (DynamicCache, QuantizedInt8Cache))
+    for name, talk in (("default cache", exact), ("int8 cache", int8)):
         console.rule(name)
-        runs[name] = _answer(model, tokenizer, inputs, make_cache(config=model.config), max_new_tokens, console)
+        talk.answer(ids)
     console.rule("compared")
+    longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or RACE_TOKENS
+    text = token_rows(tokenizer, [read_text("prose")], 1, max(TEXT_TOKENS, min(RACE_TOKENS, longest - RACE_STEPS)))
     with console.status("reading a text through both caches"):
-        comparison = _compare(model, tokenizer)
-    with console.status("timing both caches behind a long text"):
-        longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or RACE_TOKENS
-        timed = race(model, _text_ids(tokenizer, min(RACE_TOKENS, longest - RACE_STEPS)), RACE_STEPS)
-    console.print(_table(runs["default cache"], runs["int8 cache"], comparison, timed))
+        comparison = compare_teacher_forced(
+            model,
+            text[:, :TEXT_TOKENS],
+            lambda: QuantizedInt8Cache(model.config),
+            prompt_len=min(TEXT_PROMPT, TEXT_TOKENS // 2),
+            chunk_len=TEXT_CHUNK,
+        )
+    with console.status("timing both caches after a long text"):
+        timed = race(model, text[:, : min(RACE_TOKENS, longest - RACE_STEPS)], RACE_STEPS)
+    console.print(_table(exact, int8, ids.shape[1], comparison, timed))
     console.print(f"The speed is the median of {RACE_STEPS} steps of each cache, taken in turn.", style="dim")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids (1, prompt_len) of a chat turn, or of the plain prompt for a model without a chat template."""
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-        ids: Tensor = encoded if isinstance(encoded, Tensor) else encoded["input_ids"]
-        return ids
-    plain: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-    return plain
+def _table(exact: "Talk", int8: "Talk", prompt_len: int, comparison: "Comparison", race: "Race") -> Table:
+    from quantcache.cache import layer_nbytes
+    from quantcache.evaluation.comparison import first_difference
 
-
-def _warm_up(model: PreTrainedModel, inputs: Tensor) -> None:
-    """Load and build what a first forward pass loads and builds, so that neither run pays for it."""
-    _generate(model, inputs, max_new_tokens=2, past_key_values=QuantizedInt8Cache(model.config))
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Tensor,
-    cache: Cache,
-    max_new_tokens: int,
-    console: Console,
-) -> Run:
-    streamer = RichStreamer(tokenizer, console)
-    output = _generate(model, inputs, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
-    return Run(
-        token_ids=output[0, inputs.shape[1] :].tolist(),
-        seq_len=cache.get_seq_length(),
-        nbytes=sum(map(layer_nbytes, cache.layers)),
-        backend=cache.report().backend if isinstance(cache, QuantizedInt8Cache) else "transformers",
-    )
-
-
-def _generate(model: PreTrainedModel, inputs: Tensor, **options: Any) -> Tensor:
-    """Greedy ``generate()`` of one sequence, the prompt included."""
-    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
-    return generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0, **options)
-
-
-def _compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Comparison:
-    """Both caches over the same text."""
-    ids = _text_ids(tokenizer, TEXT_TOKENS)
-    return compare_teacher_forced(
-        model,
-        ids,
-        lambda: QuantizedInt8Cache(model.config),
-        reference_factory=lambda: DynamicCache(config=model.config),
-        prompt_len=min(TEXT_PROMPT, ids.shape[1] // 2),
-        chunk_len=TEXT_CHUNK,
-    )
-
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
-    """(1, at most ``tokens``) ids of Python's own language reference, which every Python carries."""
-    text = "\n".join(topics[name] for name in sorted(topics))
-    ids: Tensor = tokenizer(text[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]
-    return ids
-
-
-def _table(default: Run, int8: Run, comparison: Comparison, race: Race) -> Table:
     table = Table("", "default cache", "int8 cache", "int8 / default")
-
-    def row(name: str, left: str, right: str, ratio: str = "") -> None:
-        table.add_row(name, left, right, ratio)
-
-    row("KV cache", f"{default.nbytes:,} bytes", f"{int8.nbytes:,} bytes", f"{int8.nbytes / default.nbytes:.3f}")
-    per_token = [f"{run.nbytes / run.seq_len:,.0f} bytes" for run in (default, int8)]
-    row("a token of context", per_token[0], per_token[1])
+    nbytes = [sum(map(layer_nbytes, talk.cache.layers)) for talk in (exact, int8)]
+    per_token = [size / talk.cache.get_seq_length() for size, talk in zip(nbytes, (exact, int8), strict=True)]
     speeds = [1 / race.default_seconds, 1 / race.int8_seconds]
-    behind = f"decoding behind {race.seq_len:,} tokens"
-    row(behind, f"{speeds[0]:.1f} tokens/s", f"{speeds[1]:.1f} tokens/s", f"{speeds[1] / speeds[0]:.2f}")
-    row("read by", default.backend, int8.backend)
-    differs = first_difference(default.token_ids, int8.token_ids)
+    table.add_row("KV cache", *(f"{size:,} bytes" for size in nbytes), f"{nbytes[1] / nbytes[0]:.3f}")
+    table.add_row("a token of context", *(f"{size:,.0f} bytes" for size in per_token))
+    decoding = (f"{speed:.1f} tokens/s" for speed in speeds)
+    table.add_row(f"decoding after {race.seq_len:,} tokens", *decoding, f"{speeds[1] / speeds[0]:.2f}")
+    table.add_row("read by", "transformers", int8.cache.report().backend)
+    answers = [talk.ids[0, prompt_len:].tolist() for talk in (exact, int8)]
+    differs = first_difference(*answers)
     table.add_section()
-    row("answers", f"{len(default.token_ids)} tokens", "identical" if differs is None else f"differ at token {differs}")
-    row("mean KL to the default cache", "0", f"{comparison.mean_kl:.1e} nats/token")
-    row("same most likely token", "", f"{comparison.top1_agreement:.2%} of {comparison.tokens}")
+    table.add_row(
+        "answers", f"{len(answers[0])} tokens", "identical" if differs is None else f"differ at token {differs}"
+    )
+    table.add_row("mean KL from the default cache", "0", f"{comparison.mean_kl:.1e} nats/token")
+    table.add_row("same most likely token", "", f"{comparison.top1_agreement:.2%} of {comparison.tokens}")
     return table

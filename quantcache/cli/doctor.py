@@ -4,14 +4,8 @@ import os
 import platform
 from dataclasses import dataclass
 
-import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
-
-from quantcache import __version__
-from quantcache.backends import dispatch
-from quantcache.backends.artifacts import cache_folder
 
 
 @dataclass(frozen=True)
@@ -29,37 +23,14 @@ class Finding:
     reason: str
 
 
-def examine() -> list[Finding]:
-    """A finding for the CPU and for each GPU. Builds the CPU kernels if they have not been built."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    return [_finding(torch.device(name)) for name in devices]
+def doctor() -> None:
+    """Show which backend reads the cache on each device of this machine, and why not another."""
+    import torch
+    import transformers
 
+    from quantcache import __version__
+    from quantcache.backends.artifacts import cache_folder
 
-def _finding(device: torch.device) -> Finding:
-    forced = os.environ.get(dispatch.BACKEND_VARIABLE)
-    try:
-        backend = dispatch.choose_backend(device)
-    except ValueError as error:
-        return Finding(str(device), "none", str(error))
-    if forced:
-        return Finding(str(device), backend, f"{dispatch.BACKEND_VARIABLE} asks for it")
-    if backend == "torch":
-        return Finding(str(device), backend, dispatch.why_torch(device))
-    return Finding(str(device), backend, "the fastest there is for this device")
-
-
-def _described(device: str) -> str:
-    """A device with what tells one GPU from another."""
-    if not device.startswith("cuda"):
-        return device
-    found = torch.cuda.get_device_properties(device)
-    return f"{device}: {found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.1f} GiB"
-
-
-def run() -> None:
-    """Print what was found."""
     console = Console()
     console.print(
         f"quantcache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -68,5 +39,35 @@ def run() -> None:
     console.print(f"built kernels and downloads: {cache_folder()}", soft_wrap=True)
     table = Table("device", "backend", "why")
     for finding in examine():
-        table.add_row(_described(finding.device), finding.backend, finding.reason)
+        name = finding.device
+        if name.startswith("cuda"):  # what tells one GPU from another
+            gpu = torch.cuda.get_device_properties(name)
+            name = f"{name}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
+        table.add_row(name, finding.backend, finding.reason)
     console.print(table)
+
+
+def examine() -> list[Finding]:
+    """A finding for the CPU and for each GPU. Builds the CPU kernels if they have not been built."""
+    import torch
+
+    from quantcache.backends import dispatch
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    findings = []
+    for name in devices:
+        try:
+            backend = dispatch.choose_backend(torch.device(name))
+        except ValueError as error:
+            findings.append(Finding(name, "none", str(error)))
+            continue
+        if os.environ.get(dispatch.BACKEND_VARIABLE):
+            reason = f"{dispatch.BACKEND_VARIABLE} asks for it"
+        elif backend == "torch":
+            reason = dispatch.why_torch(torch.device(name))
+        else:
+            reason = "the fastest there is for this device"
+        findings.append(Finding(name, backend, reason))
+    return findings

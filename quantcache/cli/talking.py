@@ -1,4 +1,4 @@
-"""``quantcache generate`` and ``quantcache chat``: answers as they come, with a prompt cache kept between runs."""
+"""What ``generate``, ``chat`` and ``demo`` do: answers as they come, and a prompt cache kept between runs."""
 
 import time
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from quantcache import QuantizedInt8Cache
 from quantcache.cli.terminal import RichStreamer, human_bytes, open_model
 
 _MARK: Final = "QUANTCACHE-REPLY"
-"""Stands for a reply, to see what a chat template writes behind one."""
+"""Stands for a reply, to see what a chat template writes after one."""
 
 
 class TalkError(ValueError):
-    """Arguments that do not go together; the message says what to do."""
+    """Arguments that do not fit together; the message says what to do."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: length of an answer at most.
+        max_new_tokens: maximum number of new tokens.
         temperature: 0 for the most likely token.
-        top_p: share of the probability that is sampled from.
+        top_p: probability mass that is sampled from.
         seed: of the random numbers, None for another every time.
     """
 
@@ -40,15 +40,10 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """As ``generate`` takes them."""
+        greedy = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0,
-        }
+            return greedy
+        return greedy | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 class Talk:
@@ -59,17 +54,28 @@ class Talk:
         tokenizer: its tokeniser.
         sampling: how it answers.
         console: where answers go.
+        make_cache: the class of the cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, console: Console
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        console: Console,
+        make_cache: Callable[..., Any] = QuantizedInt8Cache,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.console = model, tokenizer, sampling, console
-        self.cache = QuantizedInt8Cache(model.config)
+        self.make_cache = make_cache
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with an empty cache."""
+        self.cache = self.make_cache(config=self.model.config)
         self.ids: Tensor = torch.empty(1, 0, dtype=torch.int64)
 
     def load(self, file: Path) -> None:
-        """Go on from a prompt cache.
+        """Continue from a prompt cache.
 
         Raises:
             CacheFileError: it is damaged or another model's.
@@ -83,14 +89,20 @@ class Talk:
         self.cache, self.ids = cache, cache.input_ids
 
     def save(self, file: Path) -> None:
-        """Keep what was said so far, the last token of the last answer, which nothing has read yet, included."""
+        """Save what was said so far, the last token of the last answer, which nothing has read yet, included."""
         unread = self.ids[:, self.cache.get_seq_length() :]
         if unread.shape[1]:
             self.read(unread)
         self.cache.save(file, model=self.model, input_ids=self.ids)
 
     def read(self, ids: Tensor) -> None:
-        """Take tokens (1, n) behind those in the cache, without an answer."""
+        """Append tokens (1, n) to those in the cache, without an answer.
+
+        Raises:
+            TalkError: there are none.
+        """
+        if not ids.shape[1]:
+            raise TalkError("the prompt must hold at least one token, got none")
         with torch.no_grad():
             self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.ids = torch.cat([self.ids[:, : self.cache.get_seq_length() - ids.shape[1]], ids], dim=1)
@@ -127,21 +139,21 @@ class Talk:
         return str(self.tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True))
 
     def turn_ids(self, text: str, system: str | None = None) -> Tensor:
-        """Token ids (1, n) that put a user's turn behind what was said, up to where the answer begins."""
+        """Token ids (1, n) that append a user's turn to what was said, up to where the answer begins."""
         if not self.ids.shape[1]:
             turns = [{"role": "user", "content": text}]
             if system:
                 turns.insert(0, {"role": "system", "content": system})
             return self._encode(self._template(turns))
-        # What the template writes behind a reply, the beginning of the next turn included.
+        # What the template writes after a reply, the beginning of the next turn included.
         turns = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": _MARK},
             {"role": "user", "content": text},
         ]
-        behind = self._template(turns).rpartition(_MARK)[2] if _MARK not in text else ""
+        after = self._template(turns).rpartition(_MARK)[2] if _MARK not in text else ""
         last = str(self.tokenizer.decode(self.ids[0, -1:]))
-        return self._encode(behind.removeprefix(last))
+        return self._encode(after.removeprefix(last))
 
     def plain_ids(self, text: str) -> Tensor:
         """Token ids (1, n) of text as it is; special tokens are put before a first text alone."""
@@ -159,10 +171,8 @@ class Talk:
         return ids.view(1, -1).to(torch.int64)
 
 
-def begin(
-    spec: str | None, device: torch.device, sampling: Sampling, load: Path | None, console: Console, notes: Console
-) -> Talk:
-    """A talk with a model, from a prompt cache if there is one.
+def begin(spec: str | None, device: torch.device, sampling: Sampling, load: Path | None) -> tuple[Talk, Console]:
+    """A talk with a model, from a prompt cache if there is one, and the console for notes: the standard error.
 
     Raises:
         ModelError: the model cannot be had.
@@ -170,119 +180,13 @@ def begin(
     """
     if load is not None and not load.is_file():  # before minutes go into a model
         raise TalkError(f"{load} must be a prompt cache, got no such file. --save makes one.")
+    notes = Console(stderr=True, style="dim", highlight=False, markup=False, soft_wrap=True)
     model, tokenizer, label = open_model(spec, device, notes)
-    talk = Talk(model, tokenizer, sampling, console)
-    notes.print(f"{label} in {model.dtype} on {device}", style="dim", highlight=False)
+    talk = Talk(model, tokenizer, sampling, Console())
+    notes.print(f"{label} in {model.dtype} on {device}")
     if load is not None:
         start = time.perf_counter()
         talk.load(load)
-        notes.print(
-            f"{talk.ids.shape[1]:,} tokens from {load}, {human_bytes(talk.cache.nbytes)}, in "
-            f"{time.perf_counter() - start:.2f} s",
-            **_QUIET,
-        )
-    return talk
-
-
-def generate(
-    spec: str | None,
-    prompt: str,
-    *,
-    chat: bool,
-    device: torch.device,
-    sampling: Sampling,
-    load: Path | None,
-    save: Path | None,
-    read_only: bool,
-) -> None:
-    """Answer one prompt.
-
-    Args:
-        spec: see ``load_model``.
-        prompt: text; behind that of ``load``.
-        chat: as a turn of the model's chat template.
-        device: where to run.
-        sampling: how to answer.
-        load: prompt cache to go on from.
-        save: where to keep prompt and answer.
-        read_only: keep the prompt without an answer.
-
-    Raises:
-        ModelError, CacheFileError, TalkError, OSError: see ``begin``.
-    """
-    console, notes = Console(), Console(stderr=True)
-    talk = begin(spec, device, sampling, load, console, notes)
-    ids = talk.turn_ids(prompt) if chat else talk.plain_ids(prompt)
-    start, before = time.perf_counter(), talk.cache.get_seq_length()
-    if read_only:
-        if not ids.shape[1]:
-            raise TalkError("the prompt must hold at least one token, got none")
-        talk.read(ids)
-    else:
-        talk.answer(ids)
-    took = time.perf_counter() - start
-    fed = talk.cache.get_seq_length() - before
-    notes.print(
-        f"{fed:,} tokens in {took:.1f} s; cache of {talk.cache.get_seq_length():,} tokens, "
-        f"{human_bytes(talk.cache.nbytes)}, read by {talk.cache.report().backend}",
-        **_QUIET,
-    )
-    if save is not None:
-        talk.save(save)
-        notes.print(f"saved: {save}, {human_bytes(save.stat().st_size)}", **_QUIET)
-
-
-def chat(
-    spec: str | None,
-    *,
-    system: str | None,
-    device: torch.device,
-    sampling: Sampling,
-    load: Path | None,
-    save: Path | None,
-    ask: Callable[[], str],
-) -> None:
-    """Talk until the user has enough.
-
-    Args:
-        spec: see ``load_model``.
-        system: what the model is told first.
-        device: where to run.
-        sampling: how to answer.
-        load: prompt cache to go on from.
-        save: where to keep the conversation at its end.
-        ask: gives the next turn; raises ``EOFError`` or ``KeyboardInterrupt`` for no more.
-
-    Raises:
-        ModelError, CacheFileError, TalkError, OSError: see ``begin``.
-    """
-    console, notes = Console(), Console(stderr=True)
-    talk = begin(spec, device, sampling, load, console, notes)
-    notes.print("/save FILE keeps the conversation, /reset forgets it, /quit or Ctrl-D ends it.", **_QUIET)
-    while True:
-        try:
-            text = ask().strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        command, _, rest = text.partition(" ")
-        if command in ("/quit", "/exit"):
-            break
-        try:
-            if command == "/reset":
-                talk.cache, talk.ids = QuantizedInt8Cache(talk.model.config), talk.ids[:, :0]
-                notes.print("forgotten", **_QUIET)
-            elif command == "/save":
-                talk.save(Path(rest.strip()))
-                notes.print(f"saved: {rest.strip()}", **_QUIET)
-            elif command.startswith("/"):
-                notes.print(f"no such command: {command}", **_QUIET)
-            elif text:
-                talk.answer(talk.turn_ids(text, system))
-        except (ValueError, OSError) as error:
-            notes.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-    if save is not None and talk.ids.shape[1]:
-        talk.save(save)
-        notes.print(f"saved: {save}, {human_bytes(save.stat().st_size)}", **_QUIET)
-
-
-_QUIET: Final[dict[str, Any]] = {"style": "dim", "highlight": False, "markup": False, "soft_wrap": True}
+        seconds = time.perf_counter() - start
+        notes.print(f"{talk.ids.shape[1]:,} tokens from {load}, {human_bytes(talk.cache.nbytes)}, in {seconds:.2f} s")
+    return talk, notes

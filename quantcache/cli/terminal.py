@@ -1,13 +1,17 @@
 """What the commands share at the terminal: the device, the model with its progress bar, answers as they come."""
 
+import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from quantcache import __version__
 from quantcache.evaluation.models import load_model
 
 
@@ -29,9 +33,15 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def open_model(
-    spec: str | None, device: torch.device, console: Console, dtype: torch.dtype | None = None
+    spec: str | None, device: torch.device, console: Console, dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """``load_model`` with a progress bar for the download, and without transformers' own messages.
+
+    Args:
+        spec: see ``load_model``.
+        device: where to put the model.
+        console: where the progress bar goes.
+        dtype: torch's name of the model's dtype, None for its own.
 
     Raises:
         ModelError: the model cannot be had.
@@ -39,7 +49,7 @@ def open_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with download_progress(console) as on_progress:
-        return load_model(spec, device, dtype, on_progress=on_progress)
+        return load_model(spec, device, None if dtype is None else getattr(torch, dtype), on_progress=on_progress)
 
 
 class download_progress:  # noqa: N801 - a context manager, used like a function
@@ -84,3 +94,20 @@ def human_bytes(nbytes: float) -> str:
             return f"{nbytes:,.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.2f} TiB"
+
+
+def machine(model: Any, label: str) -> dict[str, Any]:
+    """What a figure depends on besides the cache."""
+    device = model.device
+    return {
+        "model": label,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "quantcache": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,1 +1,1 @@
-"""What int8 costs in quality, measured on a model, beside other caches."""
+"""What int8 costs in quality and gains in speed, measured on a model and compared with other caches."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.evaluation.comparison import Candidate
+from quantcache.evaluation.comparison import Candidate, exact_cache
 
 
 class RoundedCache(DynamicCache):
@@ -65,37 +65,36 @@ def candidates(model: PreTrainedModel, wanted: list[str] | None = None) -> tuple
             raise ValueError(f"candidates: a cache must be one of {', '.join(NAMES)}, got {name!r}.")
     made: dict[str, Candidate] = {}
     left_out: dict[str, str] = {}
-    for short in wanted or NAMES:
-        name = NAMES[short]
+    for name in (NAMES[short] for short in wanted or NAMES):
         package = _PACKAGES.get(name)
         if package is not None and not _installed(package):
             left_out[name] = f"{package} is not installed"
             continue
         try:
-            made[name] = _candidate(model, name)
-            made[name].make_cache()
+            candidate = _candidate(model, name)
+            candidate.make_cache()
         except (ValueError, ImportError, RuntimeError) as error:
-            made.pop(name, None)
             left_out[name] = str(error).strip().splitlines()[0]
+        else:
+            made[name] = candidate
     return made, left_out
 
 
 def _candidate(model: PreTrainedModel, name: str) -> Candidate:
     config = model.config
-    makers: dict[str, Callable[[], Cache]] = {
-        INT8: lambda: QuantizedInt8Cache(config),
-        ROUNDED: lambda: RoundedCache(config=config),
-        BF16: lambda: DynamicCache(config=config),
-        FP8: lambda: QuantizedCache("fp8", config),
-        HQQ: lambda: QuantizedCache("hqq", config, nbits=8, axis_key=1, axis_value=1),
-        QUANTO: lambda: QuantizedCache("quanto", config, nbits=4),
-    }
-    other = None
     if name == BF16:
         if model.dtype == torch.bfloat16:
             raise ValueError("the reference is bfloat16 itself")
         other = copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[arg-type]
-    return Candidate(makers[name], other)
+        return Candidate(exact_cache(model).make_cache, other)
+    makers: dict[str, Callable[[], Cache]] = {
+        INT8: lambda: QuantizedInt8Cache(config),
+        ROUNDED: lambda: RoundedCache(config=config),
+        FP8: lambda: QuantizedCache("fp8", config),
+        HQQ: lambda: QuantizedCache("hqq", config, nbits=8, axis_key=1, axis_value=1),
+        QUANTO: lambda: QuantizedCache("quanto", config, nbits=4),
+    }
+    return Candidate(makers[name])
 
 
 def _installed(package: str) -> bool:

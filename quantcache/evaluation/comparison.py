@@ -20,7 +20,7 @@ class Comparison:
 
     Attributes:
         tokens: predictions compared.
-        mean_kl: mean of KL(exact || cache) over the predictions, in nats a token.
+        mean_kl: mean KL divergence from the exact cache, KL(exact || cache), over the predictions, in nats per token.
         p99_kl: its 99th percentile.
         top1_agreement: share of predictions whose most likely token is the same, 0 to 1.
         exact_perplexity: exp of the mean negative log-likelihood of the text with the exact cache.
@@ -53,42 +53,26 @@ class Candidate:
     model: PreTrainedModel | None = None
 
 
-def compare_teacher_forced(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    cache_factory: Callable[[], Cache],
-    *,
-    reference_factory: Callable[[], Cache] = DynamicCache,
-    prompt_len: int = 512,
-    chunk_len: int = 1,
-    on_progress: Callable[[int], Any] = lambda tokens: None,
-) -> Comparison:
-    """Feed the same text through two caches and compare every prediction after the prompt.
+def exact_cache(model: PreTrainedModel) -> Candidate:
+    """Transformers' default cache, which stores what the model computed."""
+    return Candidate(lambda: DynamicCache(config=model.config))
 
-    ``compare_caches`` with one candidate.
+
+def compare_teacher_forced(
+    model: PreTrainedModel, input_ids: Tensor, cache_factory: Callable[[], Cache], **options: Any
+) -> Comparison:
+    """``compare_caches`` with one candidate.
 
     Args:
         model: a causal language model in eval mode.
         input_ids: int64 (batch, seq_len), no padding.
         cache_factory: makes the empty cache under test.
-        reference_factory: makes the empty cache to compare with.
-        prompt_len: tokens of the first call, from 1 to ``seq_len - 1``.
-        chunk_len: tokens of each later call; 1 is how generation reads, more is faster.
-        on_progress: called with the number of tokens of each call once both caches have been fed.
+        options: as ``compare_caches`` takes them.
 
     Raises:
         ValueError: shapes or lengths that leave nothing to compare.
     """
-    compared = compare_caches(
-        model,
-        input_ids,
-        {"tested": Candidate(cache_factory)},
-        reference_factory=reference_factory,
-        prompt_len=prompt_len,
-        chunk_len=chunk_len,
-        on_progress=on_progress,
-    )
-    return compared["tested"]
+    return compare_caches(model, input_ids, {"tested": Candidate(cache_factory)}, **options)["tested"]
 
 
 @torch.no_grad()
@@ -97,7 +81,7 @@ def compare_caches(
     input_ids: Tensor,
     candidates: Mapping[str, Candidate],
     *,
-    reference_factory: Callable[[], Cache] = DynamicCache,
+    reference_factory: Callable[[], Cache] | None = None,
     prompt_len: int = 512,
     chunk_len: int = 1,
     on_progress: Callable[[int], Any] = lambda tokens: None,
@@ -111,7 +95,7 @@ def compare_caches(
         model: a causal language model in eval mode, the reference.
         input_ids: int64 (batch, seq_len), no padding.
         candidates: caches under test, by name.
-        reference_factory: makes the empty cache to compare with.
+        reference_factory: makes the empty cache to compare with; None for transformers' default cache.
         prompt_len: tokens of the first call, from 1 to ``seq_len - 1``.
         chunk_len: tokens of each later call; 1 is how generation reads, more is faster.
         on_progress: called with the number of tokens of each call once all caches have been fed.
@@ -130,10 +114,11 @@ def compare_caches(
     if chunk_len < 1:
         raise ValueError(f"compare_teacher_forced: chunk_len must be at least 1, got {chunk_len}.")
 
+    make_reference = reference_factory or exact_cache(model).make_cache
     exact_losses: list[Tensor] = []
     tallies = {name: _Tally() for name in candidates}
     for row in input_ids.to(model.device).split(1):
-        reference = reference_factory()
+        reference = make_reference()
         caches = {name: candidate.make_cache() for name, candidate in candidates.items()}
         start, stop = 0, prompt_len
         while start < seq_len:
@@ -186,10 +171,7 @@ class _Tally:
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """Index of the first place where two sequences differ, or a shorter one ends; None if they are equal."""
-    for index, (one, other) in enumerate(zip_longest(left, right)):
-        if one != other:
-            return index
-    return None
+    return next((index for index, (one, other) in enumerate(zip_longest(left, right)) if one != other), None)
 
 
 def held_states(layer: Any) -> tuple[Tensor, Tensor] | None:

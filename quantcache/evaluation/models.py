@@ -22,8 +22,8 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-class ModelError(RuntimeError):
-    """A model cannot be had; the message says what to do."""
+class ModelError(ValueError):
+    """A model cannot be loaded; the message says what to do."""
 
 
 @dataclass(frozen=True)

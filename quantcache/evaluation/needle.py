@@ -7,9 +7,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from quantcache.evaluation.comparison import Candidate
+from quantcache.evaluation.comparison import Candidate, exact_cache
 
 NEEDLE: Final = " The secret number of the lighthouse is {answer}. "
 QUESTION: Final = (
@@ -65,14 +65,14 @@ def find_needles(
     """
     hay = _ids(tokenizer, text[: 40 * tokens])
     question = _ids(tokenizer, QUESTION)
-    caches = {EXACT: Candidate(lambda: DynamicCache(config=model.config)), **candidates}
+    caches = {EXACT: exact_cache(model), **candidates}
     found: dict[str, list[Found]] = {name: [] for name in caches}
     for place, depth in enumerate(depths):
         answer = ANSWERS[place % len(ANSWERS)]
         needle = _ids(tokenizer, NEEDLE.format(answer=answer.strip()))
         room = tokens - len(needle)
         if room < 1 or len(hay) < room:
-            raise ValueError(f"find_needles: the text must have {room} tokens beside the needle, got {len(hay)}.")
+            raise ValueError(f"find_needles: the text must have {room} tokens besides the needle, got {len(hay)}.")
         at = round(depth * room)
         context = torch.cat([hay[:at], needle, hay[at:room]])
         expected = _ids(tokenizer, answer)

@@ -23,7 +23,7 @@ class Race:
 
     Attributes:
         batch: sequences.
-        seq_len: tokens of context behind which the steps were taken.
+        seq_len: tokens of context after which the steps were taken.
         default_seconds: median of a step with the default cache.
         int8_seconds: with the int8 cache.
         default_nbytes: bytes of the default cache at the end.
@@ -42,7 +42,7 @@ class Race:
 
 @torch.no_grad()
 def race(model: PreTrainedModel, ids: Tensor, steps: int) -> Race:
-    """Which cache decodes faster behind a text.
+    """Which cache decodes faster after a text.
 
     Args:
         model: a causal language model.

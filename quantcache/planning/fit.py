@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 from quantcache.planning.geometry import DTYPE_BYTES, Geometry
@@ -11,7 +12,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 GIB: Final = 1 << 30
 
 DEFAULT_OVERHEAD: Final = 0.1
-"""Share of a GPU that weights and cache cannot have: the driver's context, activations, workspaces, fragments."""
+"""Share of a GPU that weights and cache cannot use: the driver's context, activations, workspaces, fragmentation."""
 
 WEIGHT_BYTES: Final = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}
 """A weight in each format; 4-bit weights have a 16-bit scale for every 64 (bitsandbytes, AWQ and GPTQ: 64 or
@@ -23,7 +24,7 @@ MOST: Final = 1 << 40
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits beside the weights in one format.
+    """What fits next to the weights in one format.
 
     Attributes:
         weights: "bf16", "int8" or "int4".
@@ -119,7 +120,7 @@ def plan(
     def int8(batch: int, tokens: int) -> int:
         return int8_nbytes(geometry, batch, tokens, min(new_tokens, tokens - 1), residual_length)
 
-    # Far behind every window, over a number of pages that hides where in a page one stands.
+    # Far beyond every window, over a number of pages that hides where in a page one stands.
     far = 1 << 20
     counts: dict[str, int] = {}
     for layer in geometry.layers:
@@ -128,21 +129,12 @@ def plan(
         kind = "none" if layer.kind == "native" and not layer.num_kv_heads and "state" not in kind else kind
         counts[kind] = counts.get(kind, 0) + 1
     fits = []
-    for weights, nbytes in weights_nbytes(geometry).items() if gpu_nbytes is not None else ():
-        assert gpu_nbytes is not None
-        free = int(gpu_nbytes * (1 - overhead)) - nbytes
-        for name, size in (("bf16", exact), ("int8", int8)):
-            sizes: Callable[[int, int], int] = size
-            fits.append(
-                Fit(
-                    weights,
-                    nbytes,
-                    name,
-                    free,
-                    largest_batch=_largest(lambda n, sizes=sizes: sizes(n, tokens), free),  # type: ignore[misc]
-                    longest_context=_largest(lambda n, sizes=sizes: sizes(batch, n), free),  # type: ignore[misc]
-                )
-            )
+    if gpu_nbytes is not None:
+        for weights, nbytes in weights_nbytes(geometry).items():
+            free = int(gpu_nbytes * (1 - overhead)) - nbytes
+            for name, size in (("bf16", exact), ("int8", int8)):
+                batches, contexts = partial(size, tokens=tokens), partial(size, batch)
+                fits.append(Fit(weights, nbytes, name, free, _largest(batches, free), _largest(contexts, free)))
     return Plan(
         model=geometry.name,
         batch=batch,

@@ -1,6 +1,6 @@
-"""Bytes that a cache takes: the arithmetic of ``pages.py`` and ``sliding.py``, without their tensors.
+"""Bytes that a cache takes: the arithmetic of the rooms ``store`` and ``layers``, without their tensors.
 
-The tests hold every number against ``cache.nbytes``.
+The tests compare every number with ``cache.nbytes``.
 """
 
 from quantcache.planning.geometry import DTYPE_BYTES, STATE_BYTES, Geometry, LayerGeometry
@@ -59,20 +59,20 @@ def _int8_layer_nbytes(
     if not tokens:
         return 0
     new_tokens = min(new_tokens, tokens - 1)
-    reach = None if layer.window is None else layer.window - 1 + residual_length
-    capacity, tail = _capacities(tokens - new_tokens, new_tokens, residual_length, reach)
+    keep_tokens = None if layer.window is None else layer.window - 1 + residual_length
+    capacity, tail = _capacities(tokens - new_tokens, new_tokens, residual_length, keep_tokens)
     exact = layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) * DTYPE_BYTES[dtype]
     return batch * (capacity * page_nbytes(layer) + tail * exact)
 
 
-def _capacities(prompt: int, new_tokens: int, residual_length: int, reach: int | None) -> tuple[int, int]:
+def _capacities(prompt: int, new_tokens: int, residual_length: int, keep_tokens: int | None) -> tuple[int, int]:
     """Pages and tail tokens allocated after a prompt in one call and then single tokens."""
     closed = max(0, (prompt - residual_length) // PAGE_SIZE)
     tail = prompt - closed * PAGE_SIZE
-    rings = 1 if reach is None else max(reach // PAGE_SIZE // SEGMENT_GROWTH, 1)
-    skipped = 0 if reach is None else min(max((prompt - reach) // PAGE_SIZE, 0), closed)
+    rings = 1 if keep_tokens is None else max(keep_tokens // PAGE_SIZE // SEGMENT_GROWTH, 1)
+    skipped = 0 if keep_tokens is None else min(max((prompt - keep_tokens) // PAGE_SIZE, 0), closed)
     held = closed - skipped
-    segments = [held] * bool(held) if reach is None else [rings] * -(-held // rings)
+    segments = [held] * bool(held) if keep_tokens is None else [rings] * -(-held // rings)
     seen, first = prompt, skipped
     buffer = _rounded(tail)
     for _ in range(new_tokens // PAGE_SIZE + 1):
@@ -84,10 +84,10 @@ def _capacities(prompt: int, new_tokens: int, residual_length: int, reach: int |
         if tail < PAGE_SIZE + residual_length:
             break
         if sum(segments) == held:
-            segments.append(rings if reach is not None else max(1, held // SEGMENT_GROWTH))
+            segments.append(rings if keep_tokens is not None else max(1, held // SEGMENT_GROWTH))
         held, tail = held + 1, tail - PAGE_SIZE
         buffer = _rounded(tail)
-        while reach is not None and segments and first + segments[0] <= (seen - reach) // PAGE_SIZE:
+        while keep_tokens is not None and segments and first + segments[0] <= (seen - keep_tokens) // PAGE_SIZE:
             first, held = first + segments[0], held - segments[0]
             segments.pop(0)
     return sum(segments), buffer

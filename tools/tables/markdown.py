@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+def table(header: str, body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, from its first line between the outer bars and the cells of the others."""
+    lines = [header, " | ".join(["---"] * len(header.split(" | "))), *map(" | ".join, body)]
+    return "\n".join(f"| {line} |".replace("|  |", "| |") for line in lines)
 
 
 def number(value: float | None, digits: int = 3, missing: str = "-") -> str:

@@ -12,7 +12,7 @@ def memory_held() -> str:
         for tokens in sorted({tokens for tokens, _ in found}):
             exact, int8 = found[tokens, "DynamicCache"]["held_bytes"], found[tokens, "quantcache int8"]["held_bytes"]
             body.append([model, f"{tokens:,}", number(exact / 2**20), number(int8 / 2**20), f"{int8 / exact:.3f}"])
-    header = ["", "tokens", "DynamicCache, MiB", "int8, MiB", "int8 / DynamicCache"]
+    header = " | tokens | DynamicCache, MiB | int8, MiB | int8 / DynamicCache"
     return table(header, body) + "\n\n" + where("memory")
 
 
@@ -24,7 +24,7 @@ def memory_peers() -> str:
         [cache, *(number(found[cache, model]["bytes_per_number"]) for model in models)]
         for cache in dict.fromkeys(cache for cache, _ in found)
     ]
-    return table(["bytes a number at 8,192 tokens", *models], body) + "\n\n" + where("memory")
+    return table(" | ".join(["bytes per number at 8,192 tokens", *models]), body) + "\n\n" + where("memory")
 
 
 def memory_fits() -> str:
@@ -35,15 +35,9 @@ def memory_fits() -> str:
             [row["model"], f"{row['gpu_gib']}", f"{row['tokens']:,}", f"{batch['bf16']:,}", f"{batch['int8']:,}",
              f"{context['bf16']:,}", f"{context['int8']:,}"]
         )  # fmt: skip
-    header = [
-        "bfloat16 weights",
-        "GPU, GiB",
-        "tokens",
-        "largest batch, bf16 cache",
-        "int8",
-        "longest context, bf16 cache",
-        "int8",
-    ]
+    header = (
+        "bfloat16 weights | GPU, GiB | tokens | largest batch, bf16 cache | int8 | longest context, bf16 cache | int8"
+    )
     return table(header, body) + "\n\n" + where("memory")
 
 
@@ -54,4 +48,4 @@ def files() -> str:
     size = (
         f"A cache of {report['cache']['tokens']:,} tokens of an 8B Llama, {report['file_bytes'] / GIB:.2f} GiB on disk."
     )
-    return f"{size}\n\n" + table(["", "GB/s"], body) + "\n\n" + where("files")
+    return f"{size}\n\n" + table(" | GB/s", body) + "\n\n" + where("files")

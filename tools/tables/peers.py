@@ -14,15 +14,11 @@ def peers(name: str) -> str:
              number(row.get("peak_reserved_bytes", 0) / 2**20 or None), number(row.get("relative_error"), 2)]
             for row in members
         ]  # fmt: skip
-        header = [
-            group,
-            "median, ms",
-            "times as fast as DynamicCache",
-            "cache, MiB",
-            "peak reserved, MiB",
-            "relative error",
-        ]
-        used = [i for i in range(len(header)) if i < 4 or any(row[i] != "-" for row in body)]
-        tables.append(table([header[i] for i in used], [[row[i] for i in used] for row in body]))
+        header = (
+            f"{group} | median, ms | times as fast as DynamicCache | cache, MiB | peak reserved, MiB | relative error"
+        )
+        columns = header.split(" | ")
+        used = [i for i in range(len(columns)) if i < 4 or any(row[i] != "-" for row in body)]
+        tables.append(table(" | ".join(columns[i] for i in used), [[row[i] for i in used] for row in body]))
     left_out = "; ".join(f"{cache}: {reason}" for cache, reason in report["left_out"].items())
     return "\n\n".join([*tables, f"Left out: {left_out}." if left_out else "", where(name)])

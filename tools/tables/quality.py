@@ -25,7 +25,7 @@ def quality() -> str:
                 cells += [number(row["mean_kl"], 2), percent(row["top1_agreement"])]
         name = f"**{cache}**" if cache == "quantcache int8" else cache
         body.append([name, number(sizes.get(cache)), *cells])
-    header = ["", "bytes a number", *(part for model in models for part in (f"{model}: KL", "same top token"))]
+    header = " | bytes per number" + "".join(f" | {model}: KL | same top token" for model in models)
     notes = [WINDOWS] if any("Gemma" in model for model in models) else []
     return "\n\n".join([table(header, body), *notes, where("quality")])
 
@@ -41,7 +41,7 @@ def quality_odd_prompt() -> str:
     if not found:
         raise NotMeasuredError("Not measured yet: `quality.json` has no prompt of another length.")
     body = [[row["model"], row["cache"], str(row["prompt_len"]), number(row["mean_kl"], 2)] for row in found]
-    return table(["", "cache", "prompt", "KL"], body) + "\n\n" + where("quality")
+    return table(" | cache | prompt | KL", body) + "\n\n" + where("quality")
 
 
 def states() -> str:
@@ -54,11 +54,7 @@ def states() -> str:
         body.append(
             [f"{kind}s", number(ratios[len(ratios) // 2], 2), number(ratios[-1], 2), *(percent(mean) for mean in means)]
         )
-    header = [
-        report["model"],
-        "largest over median channel: median head",
-        "worst head",
-        "error, a scale each token",
-        "a scale each channel",
-    ]
-    return table(header, body) + "\n\n" + where("states")
+    columns = (
+        "largest over median channel: median head | worst head | error, one scale per token | one scale per channel"
+    )
+    return table(f"{report['model']} | {columns}", body) + "\n\n" + where("states")

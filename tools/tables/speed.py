@@ -13,7 +13,7 @@ def cuda_attention() -> str:
             [attention_name(row), number(int8), number(min(times.values())), f"**{row['ratio']:.2f}**",
              number(row["tb_per_s"]), number(row["relative_error"], 2)]
         )  # fmt: skip
-    header = ["", "int8, µs", "bfloat16 SDPA, µs", "times as fast", "TB/s", "relative error"]
+    header = " | int8, µs | bfloat16 SDPA, µs | times as fast | TB/s | relative error"
     return table(header, body) + "\n\n" + where("cuda-attention")
 
 
@@ -27,7 +27,7 @@ def cuda_eager() -> str:
         times = row["host_us"]
         name = "host time of one layer's update and attention, µs"
         body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
-    header = ["ms a token", "int8", "DynamicCache", "times as fast"]
+    header = "ms per token | int8 | DynamicCache | times as fast"
     return table(header, body) + "\n\n" + where("cuda-attention")
 
 
@@ -44,7 +44,7 @@ def cuda_other() -> str:
             continue
         text = ", ".join(f"{name} {number(value)} µs" for name, value in row.get("median_us", {}).items())
         body.append([row["row"], text])
-    return table(["", "median"], body) + "\n\n" + where("cuda-attention")
+    return table(" | median", body) + "\n\n" + where("cuda-attention")
 
 
 def compiled_decode() -> str:
@@ -63,10 +63,10 @@ def compiled_decode() -> str:
 
         ratio = f"**{row['ratio']:.2f}**" if "ratio" in row else "-"
         body.append([row["row"], *times("ms"), ratio, *times("step_ms"), *map(reserved, KINDS)])
-    header = [
-        *("", "int8, ms a token", "StaticCache", "times as fast"),
-        *("the step alone: int8, ms", "StaticCache", "int8, GB reserved", "StaticCache"),
-    ]
+    header = (
+        " | int8, ms per token | StaticCache | times as fast "
+        "| the step alone: int8, ms | StaticCache | int8, GB reserved | StaticCache"
+    )
     return table(header, body) + "\n\n" + where("compiled-decode")
 
 
@@ -79,7 +79,7 @@ def compiled_account() -> str:
         account = row["account_ms"]
         between = row["ms"]["int8"] - sum(account.values())
         body.append([row["row"], *(number(account[kind]) for kind in ACCOUNT), number(between)])
-    header = ["int8, ms a token", *ACCOUNT.values(), "between two graphs"]
+    header = " | ".join(["int8, ms per token", *ACCOUNT.values(), "between two graphs"])
     return table(header, body) + "\n\n" + where("compiled-decode")
 
 
@@ -93,7 +93,7 @@ ACCOUNT = {
 
 
 def compiled_lengths() -> str:
-    """One token behind contexts of several lengths, eager and compiled."""
+    """One token after contexts of several lengths, eager and compiled."""
     (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
     found = row["ms_by_tokens"]
     columns = {
@@ -105,11 +105,11 @@ def compiled_lengths() -> str:
     }
     kinds = [kind for kind in columns if kind in found]
     body = [[f"{int(tokens):,}", *(number(found[kind][tokens]) for kind in kinds)] for tokens in found["int8"]]
-    header = ["tokens", *(columns[kind] for kind in kinds)]
+    header = " | ".join(["tokens", *(columns[kind] for kind in kinds)])
     capacity = str(row["row"]).rsplit(" ", 1)[1]
     geometry = str(row["row"]).split(",", 1)[0]
     return (
-        f"Milliseconds a token, {geometry}'s geometry, one sequence; the compiled caches have room for "
+        f"Milliseconds per token, {geometry}'s geometry, one sequence; the compiled caches have room for "
         f"{int(capacity):,} tokens.\n\n" + table(header, body) + "\n\n" + where("compiled-decode")
     )
 
@@ -124,7 +124,7 @@ def compiled_memory() -> str:
         peaks = [number(memory[kind]) for kind in ("allocated", "reserved")] if memory else ["out of memory"] * 2
         limit = f"{row['limit_gb']:g}" if row.get("limit_gb") else "-"
         body.append([row["row"].removeprefix("memory, "), *peaks, number(row.get("cache_gb")), limit])
-    header = ["", "peak allocated, GB", "peak reserved, GB", "of it the cache, GB", "limit set, GB"]
+    header = " | peak allocated, GB | peak reserved, GB | of it the cache, GB | limit set, GB"
     return table(header, body) + "\n\n" + where("compiled-decode")
 
 
@@ -139,10 +139,10 @@ def qwen_memory() -> str:
         name = f"{row['weights']}, batch {row['batch']}, {row['tokens']:,} tokens"
         name += " (by `generate`)" if row["measured_by"] == "generate" else ""
         body.append([name, *originals, *ours, number(row["cache_gib"]), *dynamic])
-    header = [
-        *("GiB", "original, float cache", "original, quantised"),
-        *("quantcache, allocated", "reserved", "of it the cache", "DynamicCache, allocated", "reserved"),
-    ]
+    header = (
+        "GiB | original, float cache | original, quantised "
+        "| quantcache, allocated | reserved | of it the cache | DynamicCache, allocated | reserved"
+    )
     return table(header, body) + "\n\n" + where("qwen-memory")
 
 
@@ -155,7 +155,7 @@ def parallel() -> str:
             memory = row["memory_gb"].get(kind) or []
             held = " + ".join(number(gpu["reserved"]) for gpu in memory if gpu["reserved"] > 1)
             body.append([row["row"], row["placement"], kind, why or f"{rate:,.0f}", held or "-"])
-    header = ["", "", "cache", "tokens a second", "GB reserved on each GPU"]
+    header = " |  | cache | tokens per second | GB reserved on each GPU"
     return table(header, body) + "\n\n" + where("parallel")
 
 
@@ -168,7 +168,7 @@ def cpu_attention() -> str:
             [attention_name(row), number(times["int8"]), number(exact), f"**{row['ratio_to_best_sdpa']:.2f}**",
              f"{row['ratio_to_torch_backend']:.0f}"]
         )  # fmt: skip
-    header = ["", "int8, ms", "exact, ms", "times as fast", "times as fast as the torch backend"]
+    header = " | int8, ms | exact, ms | times as fast | times as fast as the torch backend"
     return table(header, body) + "\n\n" + where("cpu-attention")
 
 
@@ -178,10 +178,10 @@ def cpu_generate() -> str:
         rates = row["tokens_per_s"]
         name = row["row"].removeprefix("generate(), ")
         body.append([name, number(rates["int8"]), number(rates["DynamicCache"]), f"**{row['ratio']:.2f}**"])
-    return table(["tokens a second", "int8", "DynamicCache", "times as fast"], body) + "\n\n" + where("cpu-attention")
+    return table("tokens per second | int8 | DynamicCache | times as fast", body) + "\n\n" + where("cpu-attention")
 
 
 def first_use() -> str:
     report = load("first-use")
     body = [[row["row"], f"{number(row['seconds'])} s"] for row in report["rows"]]
-    return table(["", "seconds"], body) + "\n\n" + where("first-use")
+    return table(" | seconds", body) + "\n\n" + where("first-use")

@@ -37,11 +37,11 @@ def _summary_quality() -> list[str]:
         f"{words} {number(_find(found, cache=cache)['mean_kl'], 2)}"
         for words, cache in (
             ("the model in bfloat16", "model in bfloat16, exact cache"),
-            ("int8 with a scale a token", "int8 a token and head, symmetric"),
+            ("int8 with one scale per token", "int8 a token and head, symmetric"),
             ("`QuantizedCache` fp8", "QuantizedCache fp8"),
         )
     ]
-    return ["distance of the answers, SmolLM2-135M, KL in nats a token", number(own, 2), ", ".join(others)]
+    return ["KL divergence from the exact cache, SmolLM2-135M, nats per token", number(own, 2), ", ".join(others)]
 
 
 def _summary_gpu() -> list[str]:
@@ -69,7 +69,7 @@ def _summary_compiled(best: bool) -> list[str]:
     row = (max if best else min)(found, key=lambda row: row["ratio"])
     times = row["ms"]
     name = f"compiled `generate()`, {row['row'].split(' of ')[0]}, H200"
-    return [name, f"{times['int8']:.1f} ms a token", f"`StaticCache` {times['StaticCache']:.1f} ms a token"]
+    return [name, f"{times['int8']:.1f} ms per token", f"`StaticCache` {times['StaticCache']:.1f} ms per token"]
 
 
 def summary() -> str:
@@ -88,4 +88,4 @@ def summary() -> str:
             body.append(line())
     if not body:
         raise NotMeasuredError("Not measured yet.")
-    return table(["", "`QuantizedInt8Cache`", "compared with"], body)
+    return table(" | `QuantizedInt8Cache` | compared with", body)

@@ -135,7 +135,7 @@ class BatchMixin:
         itemsize = self.dtype.itemsize  # type: ignore[attr-defined]
         new_tokens = config.max_new_tokens or max((config.max_length or 0) - width, 0)
         tokens = width + new_tokens
-        # A growing float cache is copied to grow, which leaves blocks behind that fit nothing.
+        # A growing float cache is copied to grow, which fragments memory.
         per_number = INT8_BYTES * tokens + TAIL * itemsize if model.use_cache_quantization else 2 * itemsize * tokens
         cache = 2 * model.num_hidden_layers * model.num_attention_heads * model.kv_channels * per_number
         activations = width * (8 * model.hidden_size + 2 * model.intermediate_size) * itemsize

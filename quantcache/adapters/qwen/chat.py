@@ -165,5 +165,5 @@ class _TokenQueue(BaseStreamer):
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Called by ``generate`` behind the last token."""
+        """Called by ``generate`` after the last token."""
         self.arrived.put(None)

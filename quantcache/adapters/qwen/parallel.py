@@ -9,7 +9,7 @@ PACKED_QKV: Final = "qwen_packed_qkv"
 """Name of the style in ``base_model_tp_plan``."""
 
 _PARTS: Final = 3
-"""Queries, keys and values, one behind the other in the rows of ``c_attn``."""
+"""Queries, keys and values, one after the other in the rows of ``c_attn``."""
 
 
 def register() -> None:

@@ -66,7 +66,7 @@ def logn_factors(
     """What queries are multiplied by, float32 (1, 1, query_len, 1), or None where nothing is scaled.
 
     ``max(1, log(position + 1) / log(seq_length))`` as soon as there are more than ``seq_length`` keys. The original
-    has a table of 32,767 positions and fails behind it; here the rule goes on.
+    has a table of 32,767 positions and fails beyond it; here the rule goes on.
     """
     if not config.use_logn_attn or kv_len <= seq_length:
         return None

@@ -59,7 +59,7 @@ def build_tokenizer(ranks: dict[bytes, int], extra_ranks: dict[bytes, int] | Non
 
     Args:
         ranks: token bytes and ids, from 0 without gaps.
-        extra_ranks: more of them, behind the special tokens; a token or an id that is taken already is passed over, as
+        extra_ranks: more of them, after the special tokens; a token or an id that is taken already is passed over, as
             in the original.
     """
     special = {token: max(ranks.values()) + 1 + index for index, token in enumerate(SPECIAL_TOKENS)}
@@ -193,7 +193,7 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         disallowed_special: Literal["all"] | Collection[str] = (),
         **kwargs: Any,
     ) -> Any:
-        """The host's, behind every way to encode, with the original's two arguments.
+        """The host's, which every way to encode calls, with the original's two arguments.
 
         Args:
             text: see the host, as for ``text_pair`` and the rest.
@@ -222,9 +222,9 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         kwargs["split_special_tokens"] = True
         if not allowed:
             return super()._encode_plus(text, text_pair, *args, **kwargs)
-        twin = copy.copy(self)
-        twin._tokenizer = self._restricted_to(allowed)
-        return super(QWenTokenizer, twin)._encode_plus(text, text_pair, *args, **kwargs)
+        limited = copy.copy(self)
+        limited._tokenizer = self._restricted_to(allowed)
+        return super(QWenTokenizer, limited)._encode_plus(text, text_pair, *args, **kwargs)
 
     def _restricted_to(self, allowed: frozenset[str]) -> Tokenizer:
         """A backend that finds only ``allowed`` while it splits special tokens; made once for each set."""

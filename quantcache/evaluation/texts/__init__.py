@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-DEFAULT: Final = ("prose", "code")
-
-_CODE: Final = (
-    *("quantization/reference.py", "store/growing.py", "layers/base.py", "layers/routing.py"),
-    *("store/tensor.py", "cache.py", "store/reads.py"),
-)
+_CODE: Final = ("quantization", "layers", "store")
+"""Rooms whose sources are the text "code"."""
 
 
 def read_text(name: str) -> str:
@@ -30,7 +26,8 @@ def read_text(name: str) -> str:
     if name == "prose":
         return (package / "evaluation" / "texts" / "persuasion.txt").read_text("utf-8")
     if name == "code":
-        return "\n\n".join((package / file).read_text("utf-8") for file in _CODE)
+        sources = (file for room in _CODE for file in sorted((package / room).iterdir(), key=lambda file: file.name))
+        return "\n\n".join(file.read_text("utf-8") for file in sources if file.name.endswith(".py"))
     if not Path(name).is_file():
         raise ValueError(f"read_text: the text must be 'prose', 'code' or a file, got {name!r}.")
     try:
@@ -43,7 +40,7 @@ def read_dataset(spec: str, characters: int) -> str:
     """The beginning of a column of a dataset on the hub, rows joined by blank lines.
 
     Args:
-        spec: ``owner/name:column``, or ``owner/name/config:column``, with ``@split`` behind it for another split than
+        spec: ``owner/name:column``, or ``owner/name/config:column``, with ``@split`` appended for another split than
             test.
         characters: enough of it.
 

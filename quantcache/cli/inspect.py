@@ -2,15 +2,58 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.cli.terminal import human_bytes
-from quantcache.files import schema
-from quantcache.files.container import Container
-from quantcache.files.header import DTYPES
+from quantcache.cli.arguments import AsJson
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A prompt cache.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its checksum.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a prompt cache holds, and of which model; the exit code is 1 if it is damaged.
+
+    [bold]Example[/bold]
+
+    quantcache inspect talk.safetensors --verify
+    """
+    from quantcache.cli.terminal import human_bytes
+
+    found = summarise(file, verify)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console()
+    facts = Table(show_header=False, title=str(file))
+    facts.add_row("size", human_bytes(found["file_nbytes"]))
+    facts.add_row("layout", f"{found['layout']}, written by quantcache {found['quantcache']}")
+    facts.add_row("token ids", "stored" if found["has_input_ids"] else "not stored")
+    facts.add_row("checksums", found["checksums"] if verify else "not compared; --verify reads every byte")
+    if found["model"] is None:
+        facts.add_row("model", "not named; any model with such layers can load it")
+    else:
+        facts.add_row("model", "\n".join(f"{name}: {value}" for name, value in found["model"].items()))
+    console.print(facts)
+    table = Table("layers", "storage", "batch", "tokens", "pages + tail", "KV heads", "head_dim", "dtype", "bytes")
+    for first, last, row in _runs(found["layers"]):
+        storage = row["storage"] + (f", window {row['sliding_window']}" if row.get("sliding_window") else "")
+        numbers = [str(first) if first == last else f"{first} to {last}", storage]
+        if row["storage"] == "int8":
+            dims = str(row["head_dim"])
+            dims += "" if row["v_head_dim"] == row["head_dim"] else f" / {row['v_head_dim']}"
+            numbers += [
+                *(str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"),
+                *(str(row["num_kv_heads"]), dims, row["dtype"]),
+            ]
+        else:
+            numbers += [""] * 6
+        table.add_row(*numbers, human_bytes(row["nbytes"] * (last - first + 1)))
+    console.print(table)
 
 
 def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
@@ -24,6 +67,10 @@ def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
         CacheFileError: no prompt cache, or a damaged one.
         OSError: it cannot be read.
     """
+    from quantcache.files import schema
+    from quantcache.files.container import Container
+    from quantcache.files.header import DTYPES
+
     with Container(path) as file:
         told = schema.check_description(file)
         layers = []
@@ -59,40 +106,6 @@ def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
             "checksums": "compared" if verify else "not compared",
             "layers": layers,
         }
-
-
-def run(path: Path, verify: bool, as_json: bool) -> None:
-    """Print ``summarise``, layers of one shape in one row."""
-    found = summarise(path, verify)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    console = Console()
-    facts = Table(show_header=False, title=str(path))
-    facts.add_row("size", human_bytes(found["file_nbytes"]))
-    facts.add_row("layout", f"{found['layout']}, written by quantcache {found['quantcache']}")
-    facts.add_row("token ids", "stored" if found["has_input_ids"] else "not stored")
-    facts.add_row("checksums", found["checksums"] if verify else "not compared; --verify reads every byte")
-    if found["model"] is None:
-        facts.add_row("model", "not named; any model with such layers can load it")
-    else:
-        facts.add_row("model", "\n".join(f"{name}: {value}" for name, value in found["model"].items()))
-    console.print(facts)
-    table = Table("layers", "storage", "batch", "tokens", "pages + tail", "KV heads", "head_dim", "dtype", "bytes")
-    for first, last, row in _runs(found["layers"]):
-        storage = row["storage"] + (f", window {row['sliding_window']}" if row.get("sliding_window") else "")
-        numbers = [str(first) if first == last else f"{first} to {last}", storage]
-        if row["storage"] == "int8":
-            dims = str(row["head_dim"])
-            dims += "" if row["v_head_dim"] == row["head_dim"] else f" / {row['v_head_dim']}"
-            numbers += [
-                *(str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"),
-                *(str(row["num_kv_heads"]), dims, row["dtype"]),
-            ]
-        else:
-            numbers += [""] * 6
-        table.add_row(*numbers, human_bytes(row["nbytes"] * (last - first + 1)))
-    console.print(table)
 
 
 def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:

@@ -1,80 +1,65 @@
 """``quantcache plan``: a table, JSON or a picture of what a cache takes. Loads no torch."""
 
 import json
-import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.planning import GIB, PRESETS_SOURCE, Geometry, Plan, find_geometry, plan, preset_names
-from quantcache.planning.sizes import exact_nbytes, int8_nbytes
+from quantcache.cli.arguments import AsJson, Batch, Plot
 
-GPUS: Final = {
-    "t4": 15.0,
-    "l4": 22.5,
-    "a10g": 22.5,
-    "rtx3090": 24.0,
-    "rtx4090": 24.0,
-    "rtx5090": 31.8,
-    "a100-40": 39.5,
-    "l40s": 44.5,
-    "a100": 79.3,
-    "h100": 79.6,
-    "h200": 140.4,
-    "b200": 179.0,
-}
-"""GiB that the driver shows for common cards, about; give a size for another."""
-
-_UNITS: Final = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
+if TYPE_CHECKING:
+    from quantcache.planning import Geometry, Plan
 
 
-def parse_gpu(text: str) -> int:
-    """Bytes of a GPU from a name of ``GPUS`` or a size like 24, 80GB or 79.6GiB; a bare number is GiB.
-
-    Raises:
-        ValueError: neither.
-    """
-    cleaned = text.strip().lower().replace(" ", "")
-    if cleaned in GPUS:
-        return int(GPUS[cleaned] * GIB)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]*)", cleaned)
-    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise ValueError(f"must be a size such as 24, 80GB or 79.6GiB, or one of {', '.join(GPUS)}, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def run(
-    spec: str,
-    *,
-    batch: int,
-    tokens: int,
-    new_tokens: int,
-    gpu: int | None,
-    overhead: float,
-    as_json: bool,
-    plot: Path | None,
+def plan(
+    spec: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 79.6GiB, or a name such as h100 or rtx4090.")
+    ] = None,
+    batch: Batch = 1,
+    tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of context of each sequence.")] = 8192,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="How many of them are generated, which allocates some slack.")
+    ] = 512,
+    overhead: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the GPU for the driver, activations and fragmentation.")
+    ] = 0.1,
+    list_models: Annotated[bool, typer.Option("--list", help="List the presets, which need no file.")] = False,
+    as_json: AsJson = False,
+    plot: Plot = None,
 ) -> None:
-    """Print the plan.
+    """Compute the size of a cache and what fits on a GPU, before anything is loaded.
 
-    Args:
-        spec: see ``find_geometry``.
-        batch: sequences.
-        tokens: in each.
-        new_tokens: how many of them are generated.
-        gpu: bytes of its memory.
-        overhead: share of it for other things.
-        as_json: print JSON in place of tables.
-        plot: where to draw the size over the context.
+    [bold]Examples[/bold]
 
-    Raises:
-        GeometryError: no such model.
-        ValueError: numbers out of range.
-        ImportError: matplotlib is missing.
+    quantcache plan Llama-3.1-8B --gpu rtx4090
+
+    quantcache plan Qwen/Qwen2.5-7B --gpu 80GB --batch 32 --tokens 32768
+
+    quantcache plan ./my-model --json
     """
-    geometry = find_geometry(spec)
-    made = plan(geometry, batch=batch, tokens=tokens, new_tokens=new_tokens, gpu_nbytes=gpu, overhead=overhead)
+    from quantcache import planning
+    from quantcache.planning.gpus import parse_gpu
+
+    if list_models:
+        list_presets()
+        return
+    if spec is None:
+        raise typer.BadParameter("name a model, or pass --list", param_hint="MODEL")
+    try:
+        memory = None if gpu is None else parse_gpu(gpu)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpu") from error
+    geometry = planning.find_geometry(spec)
+    made = planning.plan(
+        geometry, batch=batch, tokens=tokens, new_tokens=new_tokens, gpu_nbytes=memory, overhead=overhead
+    )
     if plot is not None:
         draw(geometry, made, plot)
     if as_json:
@@ -82,8 +67,7 @@ def run(
         return
     console = Console()
     params = "" if made.num_params is None else f", {made.num_params / 1e9:.2f} B weights"
-    layers = ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
-    console.print(f"[bold]{made.model}[/bold]{params}; layers: {layers}", highlight=False)
+    console.print(f"[bold]{made.model}[/bold]{params}; layers: {_layers(made)}", highlight=False)
     for table in tables(made):
         console.print(table)
     if plot is not None:
@@ -92,21 +76,22 @@ def run(
 
 def list_presets() -> None:
     """Print the names of the presets and where their facts are from."""
+    from quantcache.planning import PRESETS_SOURCE, find_geometry, plan, preset_names
+
     console = Console()
-    table = Table("preset", "weights", "layers", "bytes a token, bf16", "int8")
+    table = Table("preset", "weights", "layers", "bytes per token, bf16", "int8")
     for name in preset_names():
         geometry = find_geometry(name)
         made = plan(geometry, tokens=1)
-        layers = ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
         weights = f"{(made.num_params or 0) / 1e9:.2f} B"
-        table.add_row(name, weights, layers, f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}")
+        table.add_row(name, weights, _layers(made), f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}")
     console.print(table)
     console.print(
-        f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes a token: every layer has a window.", style="dim"
+        f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes per token: every layer has a window.", style="dim"
     )
 
 
-def tables(made: Plan) -> list[Table]:
+def tables(made: "Plan") -> list[Table]:
     """The cache, and what fits."""
     size = Table("", "bf16 cache", "int8 cache", "int8 / bf16")
     size.add_row("one more token, bytes", f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}", _ratio(made, True))
@@ -142,32 +127,40 @@ def tables(made: Plan) -> list[Table]:
     return [size, fits]
 
 
-def draw(geometry: Geometry, made: Plan, file: Path) -> None:
-    """Bytes of both caches over the context, with the room that the GPU leaves beside the weights in bf16.
+def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
+    """Bytes of both caches over the context, with what the GPU has left next to the weights in bf16.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
-    lengths = [made.tokens * step // 64 for step in range(1, 129)]
-    lengths = sorted({max(1, length) for length in lengths})
+    from quantcache.planning import GIB
+    from quantcache.planning.sizes import exact_nbytes, int8_nbytes
+
+    lengths = sorted({max(1, made.tokens * step // 64) for step in range(1, 129)})
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(lengths, [exact_nbytes(geometry, made.batch, n, "bfloat16") / GIB for n in lengths], label="bf16 cache")
     axes.plot(lengths, [int8_nbytes(geometry, made.batch, n) / GIB for n in lengths], label="int8 cache")
     room = next((fit.free_nbytes for fit in made.fits if fit.weights == "bf16"), None)
     if room is not None and room > 0:
-        axes.axhline(room / GIB, color="grey", linestyle="--", label="left beside bf16 weights")
+        axes.axhline(room / GIB, color="grey", linestyle="--", label="left next to bf16 weights")
     axes.set(xlabel=f"tokens, batch {made.batch}", ylabel="GiB", title=made.model, xlim=(0, None), ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=150)
 
 
-def _ratio(made: Plan, per_token: bool) -> str:
+def _ratio(made: "Plan", per_token: bool) -> str:
     pair = (made.int8_per_token, made.bf16_per_token) if per_token else (made.int8_nbytes, made.bf16_nbytes)
     return f"{pair[0] / pair[1]:.3f}" if pair[1] else ""
 
 
 def _gib(nbytes: int) -> str:
+    from quantcache.planning import GIB
+
     return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB / 100 else f"{nbytes / (1 << 20):,.2f} MiB"
+
+
+def _layers(made: "Plan") -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
