@@ -17,7 +17,11 @@ namespace {
 struct Scratch {
   float *query, *folded, *key_scale, *key_zero, *key_tile, *value_tile, *scores, *value_scale, *value_zero, *row;
   Scratch(const AttentionPlan& plan, float* p) {
-    auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
+    auto take = [&p](int64_t n) {
+      float* taken = p;
+      p += n;
+      return taken;
+    };
     query = take(plan.padded_rows * plan.width);
     folded = take(kRowTile * plan.width);
     key_scale = take(plan.width);
@@ -156,10 +160,14 @@ static void attend_block(const AttentionPlan& plan, const Block<Code>& block, in
                          Partial state) {
   for (int64_t row = 0; row < plan.rows; row += kRowTile) {
     int64_t rows = plan.rows - row;
-    if (rows >= 4) attend_rows<4>(plan, block, head, row, scratch, state);
-    else if (rows == 3) attend_rows<3>(plan, block, head, row, scratch, state);
-    else if (rows == 2) attend_rows<2>(plan, block, head, row, scratch, state);
-    else attend_rows<1>(plan, block, head, row, scratch, state);
+    if (rows >= 4)
+      attend_rows<4>(plan, block, head, row, scratch, state);
+    else if (rows == 3)
+      attend_rows<3>(plan, block, head, row, scratch, state);
+    else if (rows == 2)
+      attend_rows<2>(plan, block, head, row, scratch, state);
+    else
+      attend_rows<1>(plan, block, head, row, scratch, state);
   }
 }
 

@@ -50,13 +50,16 @@ static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, i
   unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
   Block<int8_t> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
                       padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
-                      plan.width, plan.v_width, first, kPageSize,
-                      values, page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
+                      plan.width,
+                      plan.v_width,
+                      first,
+                      kPageSize,
+                      values,
+                      page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
   attend_block(plan, block, head, scratch, state);
 }
 
-static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch,
-                        Partial state) {
+static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch, Partial state) {
   const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.dtype);
   int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;

@@ -202,8 +202,8 @@ QC_EXPORT int quantcache_attention(const AttentionArgs* args) {
 
 // Keys or values of ops.store_pages.
 QC_EXPORT int quantcache_store(const StoreArgs* args) {
-  BlockJob<StoreArgs> job{args, args->batch * args->num_kv_heads,
-                          kPageSize * aligned(args->head_dim) + 4 * kPageSize, nullptr};
+  BlockJob<StoreArgs> job{args, args->batch * args->num_kv_heads, kPageSize * aligned(args->head_dim) + 4 * kPageSize,
+                          nullptr};
   int64_t tasks = args->num_pages * job.heads;
   int64_t threads = args->num_threads < tasks / 2 ? args->num_threads : tasks > 1 ? tasks / 2 : 1;
   Workspace workspace(threads * job.scratch_stride + kAlignFloats);

@@ -24,32 +24,32 @@ constexpr int kQuerySize = DTYPE == kFloat32 ? 4 : 2;
 // Rows are an odd number of 16 elements apart: the eight rows that a warp reads at once then lie in different banks.
 constexpr int kQueryPitch = (DK + (kKeyChunks % 2 == 0 ? 16 : 0)) * kQuerySize;
 constexpr int kQueryBytes = kRows * kQueryPitch;
-constexpr int kWindowPages = 32;           // pages whose masks are looked at together
-constexpr float kLowest = -1e30f;          // below every logit, and still a number
+constexpr int kWindowPages = 32;   // pages whose masks are looked at together
+constexpr float kLowest = -1e30f;  // below every logit, and still a number
 // Additive masks count as no lower than this, so that a row of nothing but the lowest is uniform.
 [[maybe_unused]] constexpr float kLowestMask = -6e29f;
 
-constexpr u32 kMagic = 0x64646464u;        // the high byte of 1024..1279 as 16-bit floats
-constexpr u32 kBias = 0x64806480u;         // 1152 = 1024 + 128, a pair
+constexpr u32 kMagic = 0x64646464u;  // the high byte of 1024..1279 as 16-bit floats
+constexpr u32 kBias = 0x64806480u;   // 1152 = 1024 + 128, a pair
 constexpr u32 kMinusBias = 0xE480E480u;
 
 struct Args {
-  const void* query;       // (batch, num_kv_heads * group, query_len, DK)
-  void* output;            // (batch, query_len, num_kv_heads * group, DV), contiguous
-  const Segment* segments; // num_segments + 1, not read if there is one
-  void* key_tail;          // (batch, num_kv_heads, tail_len or more, DK); written where there are new tokens
+  const void* query;        // (batch, num_kv_heads * group, query_len, DK)
+  void* output;             // (batch, query_len, num_kv_heads * group, DV), contiguous
+  const Segment* segments;  // num_segments + 1, not read if there is one
+  void* key_tail;           // (batch, num_kv_heads, tail_len or more, DK); written where there are new tokens
   void* value_tail;
-  const void* mask;        // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
-  const float* sinks;      // (num_kv_heads * group,) or null
-  const int* lengths;      // pages and tail_len in device memory, or null for the two below
-  float* partial;          // (batch, num_kv_heads, row tiles, splits, kRows, DV)
-  float* partial_sums;     // (..., kRows, 2): largest logit and sum of weights
-  u32* counters;           // (batch, num_kv_heads, row tiles), zero before and after
+  const void* mask;     // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
+  const float* sinks;   // (num_kv_heads * group,) or null
+  const int* lengths;   // pages and tail_len in device memory, or null for the two below
+  float* partial;       // (batch, num_kv_heads, row tiles, splits, kRows, DV)
+  float* partial_sums;  // (..., kRows, 2): largest logit and sum of weights
+  u32* counters;        // (batch, num_kv_heads, row tiles), zero before and after
   i64 query_stride[3], key_tail_stride[3], value_tail_stride[3], mask_stride[4];
   int num_kv_heads, group, query_len, num_pages, tail_len, num_segments;
   int page_splits, num_splits, is_causal, window, mask_dtype, batch;
   float softmax_scale, softcap;
-  Segment only;            // the one segment, if there is one: a table in memory costs its latency
+  Segment only;               // the one segment, if there is one: a table in memory costs its latency
   const void* new_states[2];  // keys and values of the last num_new tokens of the tail, which are not there yet
   i64 new_stride[2][3];
   int num_new;
@@ -140,8 +140,7 @@ DEVICE int head_of(const Block& block, int row) { return block.query_len == 1 ? 
 
 // Where the mask of a query row begins, in elements.
 DEVICE i64 mask_start(const Args& args, const Block& block, int row) {
-  return block.batch * args.mask_stride[0] +
-         (block.kv_head * args.group + head_of(block, row)) * args.mask_stride[1] +
+  return block.batch * args.mask_stride[0] + (block.kv_head * args.group + head_of(block, row)) * args.mask_stride[1] +
          query_of(block, row) * args.mask_stride[2];
 }
 
@@ -300,8 +299,10 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
   const int tail_len = block.kv_len - first_key;
   constexpr int words = kQuerySize;  // 32-bit words of four elements
   const u32* key_tail = static_cast<const u32*>(args.key_tail) +
-      (block.batch * args.key_tail_stride[0] + block.kv_head * args.key_tail_stride[1]) * words / 4 + t * words;
-  const u32* value_tail = static_cast<const u32*>(args.value_tail) +
+                        (block.batch * args.key_tail_stride[0] + block.kv_head * args.key_tail_stride[1]) * words / 4 +
+                        t * words;
+  const u32* value_tail =
+      static_cast<const u32*>(args.value_tail) +
       (block.batch * args.value_tail_stride[0] + block.kv_head * args.value_tail_stride[1]) * words / 4 + g * words / 2;
   const i64 key_step = args.key_tail_stride[2] * words / 4, value_step = args.value_tail_stride[2] * words / 4;
 #pragma unroll 1
@@ -412,7 +413,8 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
 
 // Writes the new tokens behind the others of the tail.
 template <int D>
-DEVICE void write_new(const Args& args, const Block& block, int which, void* tail, const i64* tail_stride, int num_old) {
+DEVICE void write_new(const Args& args, const Block& block, int which, void* tail, const i64* tail_stride,
+                      int num_old) {
   constexpr int pieces = D / 4;  // of four elements
   const i64* stride = args.new_stride[which];
   const i64 from = block.batch * stride[0] + block.kv_head * stride[1];
@@ -623,8 +625,7 @@ struct PageCopier {
     }
     stage += KSTEP * DV;
     if (step == 0)
-      for (int i = lane; i < DK / 4; i += 32)
-        copy_async(stage + 16 * i, segment.key_metadata + place * DK + 4 * i);
+      for (int i = lane; i < DK / 4; i += 32) copy_async(stage + 16 * i, segment.key_metadata + place * DK + 4 * i);
     stage += 4 * DK;
     if (lane < KSTEP / 4)
       copy_async(stage + 16 * lane, segment.value_metadata + place * kPageSize + step * KSTEP + 4 * lane);

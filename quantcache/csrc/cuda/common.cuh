@@ -18,10 +18,10 @@ enum : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 
 // Pages `first` to the first of the next entry, allocated at once; see pages.Segment. The last entry has only `first`.
 struct Segment {
-  const i8* key_qdata;       // (pages, batch, num_kv_heads, 64, DK)
-  const u32* key_metadata;   // (pages, batch, num_kv_heads, DK), scale | zero_point << 16
-  const i8* value_qdata;     // (pages, batch, num_kv_heads, 64, DV)
-  const u32* value_metadata; // (pages, batch, num_kv_heads, 64)
+  const i8* key_qdata;        // (pages, batch, num_kv_heads, 64, DK)
+  const u32* key_metadata;    // (pages, batch, num_kv_heads, DK), scale | zero_point << 16
+  const i8* value_qdata;      // (pages, batch, num_kv_heads, 64, DV)
+  const u32* value_metadata;  // (pages, batch, num_kv_heads, 64)
   i64 first;
 };
 
@@ -95,18 +95,19 @@ DEVICE u32 transpose8x8(u32 x) {
 }
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
 }
 DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
 }
 DEVICE void load_two_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
 DEVICE void load_two_matrices_transposed(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 DEVICE void copy_async(u32 shared, const void* global) {
@@ -164,6 +165,9 @@ DEVICE void store_element(void* base, int dtype, i64 index, float x) {
 // has written before it arrives, the last one sees.
 DEVICE bool arrives_last(u32* counter, u32 total) {
   u32 before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(total - 1u) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(total - 1u)
+               : "memory");
   return before == total - 1u;
 }

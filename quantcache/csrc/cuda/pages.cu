@@ -26,14 +26,14 @@ struct RestoreArgs {
   void* output;             // (heads, tokens, D) for the heads from first_head on, heads counted over the batch
   i64 tail_stride[3];
   int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
-  Segment only;             // the one segment, if there is one; there is no table then
+  Segment only;  // the one segment, if there is one; there is no table then
 };
 
 struct AppendArgs {
   const void* states[2];  // (batch, num_kv_heads, tokens, DK or DV)
   void* tail[2];          // room for more behind `position`
   i64 stride[2][3], tail_stride[2][3];
-  const int* lengths;     // pages and tail_len in device memory, or null for position
+  const int* lengths;  // pages and tail_len in device memory, or null for position
   int num_kv_heads, batch, tokens, position;
 };
 
@@ -232,8 +232,8 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
     float x[4], y[4];
     to_floats(lowest, x);
     to_floats(highest, y);
-    const Range range = warp_range(
-        {lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
+    const Range range =
+        warp_range({lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
     if (lane == k) own = range;
   }
   u32 metadata;
@@ -262,7 +262,8 @@ extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
     store_pages(const __grid_constant__ StoreArgs args) {
   const int head = blockIdx.y, which = blockIdx.z;
   const i64 place = static_cast<i64>(blockIdx.x) * gridDim.y + head;
-  const i64 start = head / args.num_kv_heads * args.stride[which][0] + head % args.num_kv_heads * args.stride[which][1] +
+  const i64 start = head / args.num_kv_heads * args.stride[which][0] +
+                    head % args.num_kv_heads * args.stride[which][1] +
                     static_cast<i64>(blockIdx.x) * kPageSize * args.stride[which][2];
   if (which == 0)
     store_keys(args, place, start);
@@ -284,12 +285,13 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
   if (args.num_segments > 1) {
     int index = -1;
     for (int first = 0; first < args.num_segments; first += 32)
-      index += __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
+      index +=
+          __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
     segment = args.segments[index];
   }
   const i64 place = (page - segment.first) * args.heads_in_all + head;
-  const uint2* qdata = reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) +
-                                                      place * kPageSize * D);
+  const uint2* qdata =
+      reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) + place * kPageSize * D);
   const u32* metadata = args.is_key ? segment.key_metadata + place * D : segment.value_metadata + place * kPageSize;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kPageSize * D / 8; i += kThreads) {
@@ -478,8 +480,7 @@ extern "C" __global__ void __launch_bounds__(kStoreThreads) advance(const __grid
   }
   // Every CTA has read the lengths when the last one writes them.
   __syncthreads();
-  if (threadIdx.x == 0 &&
-      arrives_last(reinterpret_cast<u32*>(args.lengths) + 3, gridDim.x * gridDim.y * gridDim.z)) {
+  if (threadIdx.x == 0 && arrives_last(reinterpret_cast<u32*>(args.lengths) + 3, gridDim.x * gridDim.y * gridDim.z)) {
     args.lengths[0] = pages + closing;
     args.lengths[1] = rest + stored;
     args.lengths[2] = all + args.new_tokens;
