@@ -1,6 +1,7 @@
 """Are cubins kept, found again, and built anew when they must be? And do the sources compile?"""
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of ``csrc/cuda``."""
+    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
+    return tmp_path
+
+
 def test_a_cubin_is_built_once(compiled: list[str]) -> None:
     first = nvrtc.cubin("pages.cu", MACROS, "sm_90")
     assert nvrtc.cubin("pages.cu", MACROS, "sm_90") == first
@@ -51,6 +59,36 @@ def test_whatever_it_depends_on_makes_another(
         monkeypatch.setattr(nvrtc, "version", lambda: "13.1")
     nvrtc.cubin(source, macros, arch)
     assert len(compiled) == 2
+
+
+PROGRAMS = ("attention.cu", "pages.cu")
+
+
+def test_every_source_is_part_of_a_program_once() -> None:
+    """And nothing else names it, so the digest of a program covers all that goes into it."""
+    found: set[str] = set()
+    for program in PROGRAMS:
+        text = nvrtc.program_text(program)
+        names = re.findall(r'^#line 1 "(.+)"$', text, re.MULTILINE)
+        assert len(names) == len(set(names))
+        assert "#include" not in text
+        found.update(names)
+    assert found == {path.relative_to(nvrtc.SOURCES).as_posix() for path in nvrtc.SOURCES.rglob("*.cu*")}
+
+
+def test_a_message_names_the_file_and_the_line(sources: Path) -> None:
+    (sources / "program.cu").write_text('#include "part.cuh"\n#include "part.cuh"\n\nint c = b;\n')
+    (sources / "part.cuh").write_text("const int a = 1;\nconst int b = a;\n")
+    assert nvrtc.program_text("program.cu").splitlines() == [
+        '#line 1 "program.cu"',
+        '#line 1 "part.cuh"',
+        "const int a = 1;",
+        "const int b = a;",
+        '#line 2 "program.cu"',
+        "",
+        "",
+        "int c = b;",
+    ]
 
 
 def test_a_damaged_cubin_is_built_again(compiled: list[str]) -> None:

@@ -14,6 +14,8 @@
 // Macros: DK, DV (head_dims), DTYPE (of query and tail), NT (tiles of 8 query rows), WARPS, KSTEP (keys a step), STAGES,
 // MASK (0 or 1), SOFTCAP (0 or 1).
 
+#include "common.cuh"
+
 constexpr int kThreads = 32 * WARPS;
 constexpr int kRows = 8 * NT;
 constexpr int kKeyChunks = DK / 16, kValueChunks = DV / 16;

@@ -2,6 +2,8 @@
 //
 // Macros: DK, DV (head_dims), DTYPE (of the states).
 
+#include "common.cuh"
+
 constexpr int kStoreThreads = DK * 2 > 256 ? DK * 2 : 256;
 constexpr int kThreads = 256;
 constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
