@@ -1,0 +1,125 @@
+// store_pages: closed pages from exact states.
+
+#include "pages/affine.cuh"
+
+constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
+
+struct StoreArgs {
+  const void* states[2];  // keys and values, (batch, num_kv_heads, pages * 64, DK or DV)
+  i8* qdata[2];           // (pages, batch, num_kv_heads, 64, DK or DV)
+  u32* metadata[2];       // (pages, batch, num_kv_heads, DK or 64)
+  i64 stride[2][3];       // of the states: batch, head, token
+  int num_kv_heads;
+};
+
+// One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
+// thread for each channel makes its map.
+DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
+  constexpr int groups = DK / 4;
+  __shared__ float4 low[kTokenGroups][groups], high[kTokenGroups][groups];
+  __shared__ float4 inverse[groups], zero_point[groups], correction[groups];
+  const int channels = threadIdx.x % groups, token_group = threadIdx.x / groups;
+  const bool works = token_group < kTokenGroups;
+  Four states[kTokensPerThread];
+  if (works) {
+    const Four* source =
+        static_cast<const Four*>(args.states[0]) + (start + token_group * args.stride[0][2]) / 4 + channels;
+    const i64 step = kTokenGroups * args.stride[0][2] / 4;
+#pragma unroll
+    for (int i = 0; i < kTokensPerThread; i++) states[i] = source[i * step];
+    Four lowest = states[0], highest = states[0];
+#pragma unroll
+    for (int i = 1; i < kTokensPerThread; i++) lowest = lower(lowest, states[i]), highest = higher(highest, states[i]);
+    float x[4];
+    to_floats(lowest, x);
+    low[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
+    to_floats(highest, x);
+    high[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
+  }
+  __syncthreads();
+  if (const int d = threadIdx.x; d < DK) {
+    Range range = {reinterpret_cast<const float*>(low[0])[d], reinterpret_cast<const float*>(high[0])[d]};
+#pragma unroll
+    for (int i = 1; i < kTokenGroups; i++) {
+      range.low = lower(range.low, reinterpret_cast<const float*>(low[i])[d]);
+      range.high = higher(range.high, reinterpret_cast<const float*>(high[i])[d]);
+    }
+    u32 metadata;
+    const Affine map = Affine::of(range, metadata);
+    args.metadata[0][place * DK + d] = metadata;
+    reinterpret_cast<float*>(inverse)[d] = map.inverse;
+    reinterpret_cast<float*>(zero_point)[d] = map.zero_point;
+    reinterpret_cast<float*>(correction)[d] = map.correction;
+  }
+  __syncthreads();
+  if (!works) return;
+  const float4 n = inverse[channels], z = zero_point[channels], c = correction[channels];
+  const Affine map[4] = {{n.x, z.x, c.x}, {n.y, z.y, c.y}, {n.z, z.z, c.z}, {n.w, z.w, c.w}};
+  u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * DK) + channels;
+#pragma unroll
+  for (int i = 0; i < kTokensPerThread; i++) target[i * kTokenGroups * groups] = codes_of(states[i], map);
+}
+
+// One page of one head: a warp takes every warps-th token, a lane every 32nd group of four channels. The maps of a
+// warp's tokens are made side by side, a lane each.
+DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
+  constexpr int groups = DV / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
+  constexpr int tokens = (kPageSize + warps - 1) / warps;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Four* source = static_cast<const Four*>(args.states[1]) + start / 4;
+  Four states[tokens][rounds];
+#pragma unroll
+  for (int k = 0; k < tokens; k++)
+#pragma unroll
+    for (int r = 0; r < rounds; r++) {
+      // A lane or a token too many reads the last one again, which changes no range.
+      const int token = min(warp + k * warps, kPageSize - 1), group = min(r * 32 + lane, groups - 1);
+      states[k][r] = source[token * (args.stride[1][2] / 4) + group];
+    }
+  Range own = {0.0f, 0.0f};
+#pragma unroll
+  for (int k = 0; k < tokens; k++) {
+    Four lowest = states[k][0], highest = states[k][0];
+#pragma unroll
+    for (int r = 1; r < rounds; r++) lowest = lower(lowest, states[k][r]), highest = higher(highest, states[k][r]);
+    float x[4], y[4];
+    to_floats(lowest, x);
+    to_floats(highest, y);
+    const Range range =
+        warp_range({lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
+    if (lane == k) own = range;
+  }
+  u32 metadata;
+  const Affine mine = Affine::of(own, metadata);
+  if (lane < tokens && warp + lane * warps < kPageSize)
+    args.metadata[1][place * kPageSize + warp + lane * warps] = metadata;
+#pragma unroll
+  for (int k = 0; k < tokens; k++) {
+    const Affine one = {__shfl_sync(~0u, mine.inverse, k), __shfl_sync(~0u, mine.zero_point, k),
+                        __shfl_sync(~0u, mine.correction, k)};
+    const Affine map[4] = {one, one, one, one};
+    const int token = warp + k * warps;
+    if (token < kPageSize)
+#pragma unroll
+      for (int r = 0; r < rounds; r++)
+        if (r * 32 + lane < groups)
+          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * DV)[r * 32 + lane] =
+              codes_of(states[k][r], map);
+  }
+}
+
+// Grid: pages, batch * num_kv_heads, 2 (keys, values).
+// Four CTAs a processor hide the latency of memory, where the registers of one allow it.
+constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 4 : 1;
+extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
+    store_pages(const __grid_constant__ StoreArgs args) {
+  const int head = blockIdx.y, which = blockIdx.z;
+  const i64 place = static_cast<i64>(blockIdx.x) * gridDim.y + head;
+  const i64 start = head / args.num_kv_heads * args.stride[which][0] +
+                    head % args.num_kv_heads * args.stride[which][1] +
+                    static_cast<i64>(blockIdx.x) * kPageSize * args.stride[which][2];
+  if (which == 0)
+    store_keys(args, place, start);
+  else
+    store_values(args, place, start);
+}
