@@ -11,7 +11,7 @@ from quantcache.backends import artifacts
 from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.cuda import nvrtc
 
-MACROS = (("DK", 64), ("DV", 64), ("DTYPE", 1))
+MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_the_sources_compile_for_every_architecture(
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
-    shared = (("DK", 192), ("DV", 128), ("DTYPE", dtype))
-    shape = (("NT", 1), ("WARPS", 8), ("KSTEP", 16), ("STAGES", 2), ("MASK", 1), ("SOFTCAP", 1))
+    shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype))
+    shape = (("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2), ("HAS_MASK", 1), ("HAS_SOFTCAP", 1))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")
     assert nvrtc.cubin("attention.cu", (*shared, *shape), arch).startswith(b"\x7fELF")

@@ -1,6 +1,6 @@
 // Quantising pages, restoring them and writing the tail. Bit for bit what reference.py says.
 //
-// Macros: DK, DV (head_dims), DTYPE (of the states).
+// Macros: HEAD_DIM, V_HEAD_DIM (head_dims), DTYPE (of the states).
 
 #include "pages/advance.cuh"
 #include "pages/append.cuh"

@@ -3,7 +3,7 @@
 #include "common/types.cuh"
 
 constexpr int kThreads = 32 * WARPS;
-constexpr int kRows = 8 * NT;
-constexpr int kKeyChunks = DK / 16, kValueChunks = DV / 16;
+constexpr int kRows = 8 * ROW_TILES;
+constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 
-constexpr int kTiles = KSTEP / 16;
+constexpr int kTiles = KEY_STEP / 16;

@@ -1,4 +1,4 @@
-// Which keys a query row sees: of a tile, and of whole pages before they are copied.
+// Which keys a query row sees: of a tile, and of whole pages before they are loading.
 
 #include "attention/args.cuh"
 #include "common/floats.cuh"
@@ -10,69 +10,70 @@ constexpr int kWindowPages = 32;  // pages whose masks are looked at together
 
 // Sets the scores (log2 units) of hidden keys to -inf and adds additive masks. Every element is loaded before one is
 // used, and a place that does not exist reads one that does.
-template <int tiles>
-DEVICE void hide(const Args& args, const Block& block, float (&scores)[tiles][NT][4], int first_key) {
+template <int kKeyTiles>
+DEVICE void hide_keys(const AttentionArgs& args, const QueryRows& rows, float (&scores)[kKeyTiles][ROW_TILES][4],
+                      int first_key) {
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
-  for (int i = 0; i < NT; i++)
+  for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const int row = 8 * i + 2 * t + j, last = block.num_rows - 1;
-      const int index = block.first_row + min(row, last);
-      const int position = block.kv_len - block.query_len + query_of(block, index);
-      const int highest = row > last ? -1 : args.is_causal ? position : block.kv_len - 1;
-      const int lowest = args.window ? position - args.window + 1 : 0;
-#if MASK
-      const i64 start = mask_start(args, block, index);
-      float added[tiles][2];
+      const int row = 8 * i + 2 * t + j, last_row = rows.num_rows - 1;
+      const int index = rows.first_row + min(row, last_row);
+      const int position = rows.kv_len - rows.query_len + query_of(rows, index);
+      const int last_key = row > last_row ? -1 : args.is_causal ? position : rows.kv_len - 1;
+      const int earliest_key = args.window ? position - args.window + 1 : 0;
+#if HAS_MASK
+      const i64 start = mask_start(args, rows, index);
+      float added[kKeyTiles][2];
       if (args.mask_dtype == kBool) {
-        u8 seen[tiles][2];
+        u8 seen[kKeyTiles][2];
 #pragma unroll
-        for (int a = 0; a < tiles; a++)
+        for (int a = 0; a < kKeyTiles; a++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const int key = min(first_key + 16 * a + g + 8 * h, block.kv_len - 1);
+            const int key = min(first_key + 16 * a + g + 8 * h, rows.kv_len - 1);
             seen[a][h] = static_cast<const u8*>(args.mask)[start + key * args.mask_stride[3]];
           }
 #pragma unroll
-        for (int a = 0; a < tiles; a++)
+        for (int a = 0; a < kKeyTiles; a++)
 #pragma unroll
           for (int h = 0; h < 2; h++) added[a][h] = seen[a][h] ? 0.0f : -infinity();
       } else {
 #pragma unroll
-        for (int a = 0; a < tiles; a++)
+        for (int a = 0; a < kKeyTiles; a++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const int key = min(first_key + 16 * a + g + 8 * h, block.kv_len - 1);
+            const int key = min(first_key + 16 * a + g + 8 * h, rows.kv_len - 1);
             const float x = load_element(args.mask, args.mask_dtype, start + key * args.mask_stride[3]);
             added[a][h] = x == -infinity() ? x : fmaxf(x, kLowestMask) * kLog2e;
           }
       }
 #endif
 #pragma unroll
-      for (int a = 0; a < tiles; a++)
+      for (int a = 0; a < kKeyTiles; a++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int key = first_key + 16 * a + g + 8 * h;
           float& score = scores[a][i][2 * h + j];
-#if MASK
+#if HAS_MASK
           // Not the sum with -inf, which a NaN would survive.
           score = added[a][h] == -infinity() ? -infinity() : score + added[a][h];
 #endif
-          if (key < lowest || key > highest) score = -infinity();
+          if (key < earliest_key || key > last_key) score = -infinity();
         }
     }
 }
 
 // Which of `count` pages, WARPS apart, any row sees, and of which some row does not see all.
-DEVICE void look_at_masks(const Args& args, const Block& block, int page, int count, u32& seen, u32& partly) {
+DEVICE void scan_masks(const AttentionArgs& args, const QueryRows& rows, int page, int count, u32& seen, u32& partly) {
   seen = partly = 0;
-#if MASK
+#if HAS_MASK
   const int lane = threadIdx.x & 31;
   const bool by_head = args.mask_stride[1] != 0, by_query = args.mask_stride[2] != 0;
   // Rows whose masks are those of the row before are left out.
-  auto differs = [&](int row) { return row == block.first_row || by_query || (by_head && query_of(block, row) == 0); };
-  const int last_row = block.first_row + block.num_rows;
+  auto differs = [&](int row) { return row == rows.first_row || by_query || (by_head && query_of(rows, row) == 0); };
+  const int end_row = rows.first_row + rows.num_rows;
 
   const i64 strides = args.mask_stride[0] | args.mask_stride[1] | args.mask_stride[2];
   if (args.mask_dtype == kBool && args.mask_stride[3] == 1 && ((reinterpret_cast<i64>(args.mask) | strides) & 7) == 0) {
@@ -80,14 +81,14 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
     constexpr u64 ones = 0x0101010101010101u;
     const int slot = lane >> 3;
     if (lane < count) {  // what the loop will wait for, eight pages at a time
-      const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, block, block.first_row);
+      const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, rows, rows.first_row);
       asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (page + lane * WARPS) * kPageSize));
     }
     for (int first = 0; first < count; first += 8) {
       u64 any[2] = {0, 0}, all[2] = {ones, ones};
-      for (int row = block.first_row; row < last_row; row++) {
+      for (int row = rows.first_row; row < end_row; row++) {
         if (!differs(row)) continue;
-        const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, block, row) + 8 * (lane & 7);
+        const u8* keys = static_cast<const u8*>(args.mask) + mask_start(args, rows, row) + 8 * (lane & 7);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
           const int i = min(first + 4 * k + slot, count - 1);
@@ -112,9 +113,9 @@ DEVICE void look_at_masks(const Args& args, const Block& block, int page, int co
   for (int first = 0; first < count; first += at_once) {
     bool any[at_once], all[at_once];
     for (int i = 0; i < at_once; i++) any[i] = false, all[i] = true;
-    for (int row = block.first_row; row < last_row; row++) {
+    for (int row = rows.first_row; row < end_row; row++) {
       if (!differs(row)) continue;
-      const i64 start = mask_start(args, block, row);
+      const i64 start = mask_start(args, rows, row);
 #pragma unroll
       for (int i = 0; i < at_once; i++)
 #pragma unroll

@@ -3,9 +3,9 @@
 #include "attention/args.cuh"
 #include "common/memory.cuh"
 
-constexpr int kStepsPerPage = kPageSize / KSTEP;
+constexpr int kStepsPerPage = kPageSize / KEY_STEP;
 
-constexpr int kStageBytes = KSTEP * (DK + DV) + 4 * DK + 4 * KSTEP;
+constexpr int kStageBytes = KEY_STEP * (HEAD_DIM + V_HEAD_DIM) + 4 * HEAD_DIM + 4 * KEY_STEP;
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of `chunks`: eight rows at one chunk in eight banks.
 template <int chunks>
@@ -15,14 +15,14 @@ DEVICE u32 tile_offset(int row, int chunk) {
   return row * (16 * chunks) + ((chunk ^ ((row >> shift) & bits)) << 4);
 }
 
-// Walks pages and copies them, KSTEP keys at a time, by one warp.
-struct PageCopier {
+// Walks pages and copies them, KEY_STEP keys at a time, by one warp.
+struct PageLoader {
   const Segment* segments;
   Segment segment;
   i64 end;  // first page behind the segment
   int index;
 
-  DEVICE void open(const Args& args, int page) {
+  DEVICE void open(const AttentionArgs& args, int page) {
     segments = args.segments;
     if (args.num_segments == 1) {
       segment = args.only;
@@ -41,41 +41,42 @@ struct PageCopier {
     segment = segments[i];
     end = segments[i + 1].first;
   }
-  DEVICE void copy(u32 stage, int page, int step, int heads, int head) {
+  DEVICE void load(u32 stage, int page, int step, int heads, int head) {
     while (page >= end) use(index + 1);
     const i64 place = (page - segment.first) * heads + head;
     const int lane = threadIdx.x & 31;
-    const i8* keys = segment.key_qdata + (place * kPageSize + step * KSTEP) * DK;
-    const i8* values = segment.value_qdata + (place * kPageSize + step * KSTEP) * DV;
+    const i8* keys = segment.key_qdata + (place * kPageSize + step * KEY_STEP) * HEAD_DIM;
+    const i8* values = segment.value_qdata + (place * kPageSize + step * KEY_STEP) * V_HEAD_DIM;
 #pragma unroll
-    for (int first = 0; first < KSTEP * kKeyChunks; first += 32) {
+    for (int first = 0; first < KEY_STEP * kKeyChunks; first += 32) {
       int i = first + lane;
-      if (KSTEP * kKeyChunks % 32 == 0 || i < KSTEP * kKeyChunks)
+      if (KEY_STEP * kKeyChunks % 32 == 0 || i < KEY_STEP * kKeyChunks)
         copy_async(stage + tile_offset<kKeyChunks>(i / kKeyChunks, i % kKeyChunks), keys + 16 * i);
     }
-    stage += KSTEP * DK;
+    stage += KEY_STEP * HEAD_DIM;
 #pragma unroll
-    for (int first = 0; first < KSTEP * kValueChunks; first += 32) {
+    for (int first = 0; first < KEY_STEP * kValueChunks; first += 32) {
       int i = first + lane;
-      if (KSTEP * kValueChunks % 32 == 0 || i < KSTEP * kValueChunks)
+      if (KEY_STEP * kValueChunks % 32 == 0 || i < KEY_STEP * kValueChunks)
         copy_async(stage + tile_offset<kValueChunks>(i / kValueChunks, i % kValueChunks), values + 16 * i);
     }
-    stage += KSTEP * DV;
+    stage += KEY_STEP * V_HEAD_DIM;
     if (step == 0)
-      for (int i = lane; i < DK / 4; i += 32) copy_async(stage + 16 * i, segment.key_metadata + place * DK + 4 * i);
-    stage += 4 * DK;
-    if (lane < KSTEP / 4)
-      copy_async(stage + 16 * lane, segment.value_metadata + place * kPageSize + step * KSTEP + 4 * lane);
+      for (int i = lane; i < HEAD_DIM / 4; i += 32)
+        copy_async(stage + 16 * i, segment.key_metadata + place * HEAD_DIM + 4 * i);
+    stage += 4 * HEAD_DIM;
+    if (lane < KEY_STEP / 4)
+      copy_async(stage + 16 * lane, segment.value_metadata + place * kPageSize + step * KEY_STEP + 4 * lane);
   }
 };
 
 // The pages `page`, `page` + WARPS, ... of which there are `count`, copied STAGES - 1 steps ahead.
-struct Walk {
+struct PageWalk {
   u32 seen;
   int page, step, left;
   DEVICE void start(u32 pages, int first, int count) {
-    seen = pages, page = first, step = 0, left = (MASK ? __popc(pages) : count) * kStepsPerPage;
-    if (MASK && left) settle();
+    seen = pages, page = first, step = 0, left = (HAS_MASK ? __popc(pages) : count) * kStepsPerPage;
+    if (HAS_MASK && left) settle();
   }
   DEVICE void settle() {
     int skipped = __ffs(seen) - 1;
@@ -87,7 +88,7 @@ struct Walk {
     if (++step < kStepsPerPage) return;
     step = 0;
     page += WARPS;
-    if (MASK && left) {
+    if (HAS_MASK && left) {
       seen >>= 1;
       settle();
     }

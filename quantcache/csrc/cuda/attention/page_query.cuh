@@ -10,16 +10,16 @@ constexpr u32 kMinusBias = 0xE480E480u;
 
 // The query as the MMA wants it for one page: times the page's channel scales, as 16-bit floats.
 struct PageQuery {
-  u32 pair[NT][kKeyChunks][2];
-  float bias[NT][2];    // -1152 times the sum of the query so scaled, for the rows 2 t and 2 t + 1
-  float factor[NT][2];  // what a logit so found is multiplied by
-  float offset[NT][2];  // and what is then subtracted
+  u32 pair[ROW_TILES][kKeyChunks][2];
+  float bias[ROW_TILES][2];    // -1152 times the sum of the query so scaled, for the rows 2 t and 2 t + 1
+  float factor[ROW_TILES][2];  // what a logit so found is multiplied by
+  float offset[ROW_TILES][2];  // and what is then subtracted
 };
 
-DEVICE void scale_query(const Args& args, PageQuery& scaled, u32 query, u32 metadata) {
+DEVICE void scale_query(const AttentionArgs& args, PageQuery& scaled, u32 query, u32 metadata) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
-  for (int i = 0; i < NT; i++) {
+  for (int i = 0; i < ROW_TILES; i++) {
     float product[kKeyChunks][4];
     float largest = 0.0f, offset = 0.0f;
     u32 row = query + (8 * i + g) * kQueryPitch + 4 * t * kQuerySize;

@@ -16,17 +16,17 @@ DEVICE void load_tile(u32 (&r)[4], u32 tile, int row, int half, int chunk, bool 
   }
 }
 
-// KSTEP keys of a page that lie in shared memory.
-DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const PageQuery& scaled, u32 stage,
-                        int first_key, bool hides) {
+// KEY_STEP keys of a page that lie in shared memory.
+DEVICE void attend_step(const AttentionArgs& args, const QueryRows& rows, OnlineSoftmax& softmax,
+                        const PageQuery& scaled, u32 stage, int first_key, bool hides) {
   const int lane = threadIdx.x & 31, g = lane >> 2;
-  const u32 values = stage + KSTEP * DK, value_metadata = values + KSTEP * DV + 4 * DK;
+  const u32 values = stage + KEY_STEP * HEAD_DIM, value_metadata = values + KEY_STEP * V_HEAD_DIM + 4 * HEAD_DIM;
   const int tile_row = lane & 15, half = lane >> 4;
-  float scores[kTiles][NT][4];
+  float scores[kTiles][ROW_TILES][4];
 #pragma unroll
   for (int a = 0; a < kTiles; a++) {
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) scores[a][i][j] = scaled.bias[i][j & 1];
 #pragma unroll
@@ -40,17 +40,18 @@ DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const 
         u32 keys[4] = {prmt(low, kMagic, 0x4140), prmt(high, kMagic, 0x4140), prmt(low, kMagic, 0x4342),
                        prmt(high, kMagic, 0x4342)};
 #pragma unroll
-        for (int i = 0; i < NT; i++) mma_half(scores[a][i], keys, scaled.pair[i][c + n][0], scaled.pair[i][c + n][1]);
+        for (int i = 0; i < ROW_TILES; i++)
+          mma_half(scores[a][i], keys, scaled.pair[i][c + n][0], scaled.pair[i][c + n][1]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        scores[a][i][j] = capped(args, fmaf(scores[a][i][j], scaled.factor[i][j & 1], -scaled.offset[i][j & 1]));
+        scores[a][i][j] = softcapped(args, fmaf(scores[a][i][j], scaled.factor[i][j & 1], -scaled.offset[i][j & 1]));
   }
-  if (hides) hide<kTiles>(args, block, scores, first_key);
-  softmax_step<kTiles>(rows, scores);
+  if (hides) hide_keys<kTiles>(args, rows, scores, first_key);
+  softmax_step<kTiles>(softmax, scores);
 
   u32 word[kTiles][2];
   u32 widest = 0;
@@ -63,34 +64,35 @@ DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const 
       widest = max(widest, bits < 0x7F800000u ? bits : 0u);
     }
   widest = __reduce_max_sync(~0u, widest);
-  if (!(__uint_as_float(widest) * rows.value_factor <= 16384.0f) || rows.value_factor == 1.0f) {
+  if (!(__uint_as_float(widest) * softmax.value_factor <= 16384.0f) || softmax.value_factor == 1.0f) {
     // The largest scale becomes 8192..16384; the first page also lifts the factor of 1 that the tail has used.
     u32 exponent = min(max(widest >> 23, 100u), 250u);
     float factor = __uint_as_float((267u - exponent) << 23);
-    float change = factor / rows.value_factor;
-    rows.value_factor = factor;
+    float change = factor / softmax.value_factor;
+    softmax.value_factor = factor;
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int c = 0; c < kValueChunks; c++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) rows.output[i][c][j] *= change;
+        for (int j = 0; j < 4; j++) softmax.output[i][c][j] *= change;
   }
-  u32 weights[kTiles][NT][2];
+  u32 weights[kTiles][ROW_TILES][2];
 #pragma unroll
   for (int a = 0; a < kTiles; a++) {
     float scale[2], product[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float x = scale_of(word[a][h]);
-      scale[h] = x * rows.value_factor;
+      scale[h] = x * softmax.value_factor;
       product[h] = x * zero_point_of(word[a][h]);
     }
 #pragma unroll
-    for (int i = 0; i < NT; i++) {
+    for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
       for (int j = 0; j < 2; j++)
-        rows.offset[i][j] = fmaf(scores[a][i][j], product[0], fmaf(scores[a][i][j + 2], product[1], rows.offset[i][j]));
+        softmax.value_offset[i][j] =
+            fmaf(scores[a][i][j], product[0], fmaf(scores[a][i][j + 2], product[1], softmax.value_offset[i][j]));
       weights[a][i][0] = transpose8x8(pack_half2(scores[a][i][0] * scale[0], scores[a][i][1] * scale[0]));
       weights[a][i][1] = transpose8x8(pack_half2(scores[a][i][2] * scale[1], scores[a][i][3] * scale[1]));
     }
@@ -108,7 +110,8 @@ DEVICE void attend_step(const Args& args, const Block& block, Rows& rows, const 
         u32 tile[4] = {sub_half2(prmt(low, kMagic, 0x4240), kBias), sub_half2(prmt(low, kMagic, 0x4341), kBias),
                        sub_half2(prmt(high, kMagic, 0x4240), kBias), sub_half2(prmt(high, kMagic, 0x4341), kBias)};
 #pragma unroll
-        for (int i = 0; i < NT; i++) mma_half(rows.output[i][c + n], tile, weights[a][i][0], weights[a][i][1]);
+        for (int i = 0; i < ROW_TILES; i++)
+          mma_half(softmax.output[i][c + n], tile, weights[a][i][0], weights[a][i][1]);
       }
     }
 }

@@ -6,7 +6,7 @@
 
 constexpr int kQuerySize = DTYPE == kFloat32 ? 4 : 2;
 // Rows are an odd number of 16 elements apart: the eight rows that a warp reads at once then lie in different banks.
-constexpr int kQueryPitch = (DK + (kKeyChunks % 2 == 0 ? 16 : 0)) * kQuerySize;
+constexpr int kQueryPitch = (HEAD_DIM + (kKeyChunks % 2 == 0 ? 16 : 0)) * kQuerySize;
 constexpr int kQueryBytes = kRows * kQueryPitch;
 
 // Four consecutive elements as they are stored.
@@ -43,16 +43,16 @@ DEVICE void to_floats(const Quad& quad, float (&x)[4]) {
 
 // Copies the query's rows to shared memory; those that are only padding become zero. The copies come before those of
 // pages, behind which they would wait.
-DEVICE void copy_query(const Args& args, const Block& block, u32 target) {
-  constexpr int pieces = DK / 4;  // of four elements
+DEVICE void copy_query(const AttentionArgs& args, const QueryRows& rows, u32 target) {
+  constexpr int pieces = HEAD_DIM / 4;  // of four elements
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * pieces; i += kThreads) {
-    const int row = i / pieces, index = block.first_row + min(row, block.num_rows - 1);
-    const i64 start = block.batch * args.query_stride[0] +
-                      (block.kv_head * args.group + head_of(block, index)) * args.query_stride[1] +
-                      query_of(block, index) * args.query_stride[2];
+    const int row = i / pieces, index = rows.first_row + min(row, rows.num_rows - 1);
+    const i64 start = rows.batch * args.query_stride[0] +
+                      (rows.kv_head * args.group + head_of(rows, index)) * args.query_stride[1] +
+                      query_of(rows, index) * args.query_stride[2];
     const Four* source = static_cast<const Four*>(args.query) + start / 4 + i % pieces;
     copy_async_or_zero<sizeof(Four)>(target + row * kQueryPitch + i % pieces * sizeof(Four), source,
-                                     row < block.num_rows);
+                                     row < rows.num_rows);
   }
 }

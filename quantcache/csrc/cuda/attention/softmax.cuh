@@ -6,67 +6,71 @@
 constexpr float kLowest = -1e30f;  // below every logit, and still a number
 
 // A logit times softmax_scale, in units of log2.
-DEVICE float capped(const Args& args, float logit) {
-#if SOFTCAP
+DEVICE float softcapped(const AttentionArgs& args, float logit) {
+#if HAS_SOFTCAP
   return args.softcap * kLog2e * tanh_exact(logit / args.softcap);
 #else
   return logit;
 #endif
 }
-DEVICE float score_scale(const Args& args) { return SOFTCAP ? args.softmax_scale : args.softmax_scale * kLog2e; }
+DEVICE float score_scale(const AttentionArgs& args) {
+  return HAS_SOFTCAP ? args.softmax_scale : args.softmax_scale * kLog2e;
+}
 
-// What a warp keeps of its query rows: unnormalised output and the two sums of the online softmax.
-struct Rows {
-  float output[NT][kValueChunks][4];  // times value_factor
-  float highest[NT][2], sum[NT][2];   // in units of log2
-  float offset[NT][2];                // what the values' zero points take away
-  float value_factor;                 // keeps probability * scale inside 16-bit floats; a power of two
+// What a warp keeps of its query rows. A lane holds the rows 8 i + 2 t and 8 i + 2 t + 1; of row_max all lanes of a row
+// hold the same, of row_sum and value_offset each a part.
+struct OnlineSoftmax {
+  float output[ROW_TILES][kValueChunks][4];  // not normalised, times value_factor
+  float row_max[ROW_TILES][2];               // largest score so far, in units of log2
+  float row_sum[ROW_TILES][2];               // of 2^(score - row_max)
+  float value_offset[ROW_TILES][2];          // what the values' zero points take away
+  float value_factor;                        // keeps weight * scale inside 16-bit floats; a power of two
 };
 
-// Turns scores (log2 units, -inf where hidden) into weights and makes room for them in the sums.
-template <int tiles>
-DEVICE void softmax_step(Rows& rows, float (&scores)[tiles][NT][4]) {
-  bool higher = false;
-  float peak[NT][2];
+// Turns scores (log2 units, -inf where hidden) into weights, and scales what is kept to the new row_max.
+template <int kKeyTiles>
+DEVICE void softmax_step(OnlineSoftmax& softmax, float (&scores)[kKeyTiles][ROW_TILES][4]) {
+  bool is_higher = false;
+  float tile_max[ROW_TILES][2];
 #pragma unroll
-  for (int i = 0; i < NT; i++)
+  for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      float x = fmaxf(scores[0][i][j], scores[0][i][j + 2]);
+      tile_max[i][j] = fmaxf(scores[0][i][j], scores[0][i][j + 2]);
 #pragma unroll
-      for (int a = 1; a < tiles; a++) x = fmaxf(x, fmaxf(scores[a][i][j], scores[a][i][j + 2]));
-      peak[i][j] = x;
-      higher |= x > rows.highest[i][j];
+      for (int a = 1; a < kKeyTiles; a++)
+        tile_max[i][j] = fmaxf(tile_max[i][j], fmaxf(scores[a][i][j], scores[a][i][j + 2]));
+      is_higher |= tile_max[i][j] > softmax.row_max[i][j];
     }
-  if (__any_sync(~0u, higher)) {
+  if (__any_sync(~0u, is_higher)) {
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        float x = peak[i][j];
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
-        x = fmaxf(x, rows.highest[i][j]);
-        float shrink = exp2_approx(rows.highest[i][j] - x);
-        rows.highest[i][j] = x;
-        rows.sum[i][j] *= shrink;
-        rows.offset[i][j] *= shrink;
+        float new_max = tile_max[i][j];
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 4));
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 8));
+        new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, 16));
+        new_max = fmaxf(new_max, softmax.row_max[i][j]);
+        const float rescale = exp2_approx(softmax.row_max[i][j] - new_max);
+        softmax.row_max[i][j] = new_max;
+        softmax.row_sum[i][j] *= rescale;
+        softmax.value_offset[i][j] *= rescale;
 #pragma unroll
         for (int c = 0; c < kValueChunks; c++) {
-          rows.output[i][c][j] *= shrink;
-          rows.output[i][c][j + 2] *= shrink;
+          softmax.output[i][c][j] *= rescale;
+          softmax.output[i][c][j + 2] *= rescale;
         }
       }
   }
 #pragma unroll
-  for (int a = 0; a < tiles; a++)
+  for (int a = 0; a < kKeyTiles; a++)
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        float weight = exp2_approx(scores[a][i][j] - rows.highest[i][j & 1]);
+        float weight = exp2_approx(scores[a][i][j] - softmax.row_max[i][j & 1]);
         scores[a][i][j] = weight;
-        rows.sum[i][j & 1] += weight;
+        softmax.row_sum[i][j & 1] += weight;
       }
 }

@@ -19,9 +19,9 @@ DEVICE void mma_exact(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 // Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
-template <int D>
+template <int kHeadDim>
 DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, int first_key) {
-  constexpr int lines = (D * kQuerySize + 127) / 128;
+  constexpr int lines = (kHeadDim * kQuerySize + 127) / 128;
   for (int i = threadIdx.x & 31; i < 16 * lines; i += 32) {
     const int key = first_key + i / lines;
     if (key < tail_len) {
@@ -33,24 +33,26 @@ DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, i
 
 // 16 keys of the tail and their values, as a lane uses them. Where registers allow, all are loaded before one is used:
 // their latency is long behind the first pages' copies, and this way there is one.
-constexpr bool kLoadsTailAtOnce = DTYPE != kFloat32 && !MASK && KSTEP > 16 && NT == 1 && DK <= 128 && DV <= 128;
+constexpr bool kLoadsTailAtOnce =
+    DTYPE != kFloat32 && !HAS_MASK && KEY_STEP > 16 && ROW_TILES == 1 && HEAD_DIM <= 128 && V_HEAD_DIM <= 128;
 struct TailTile {
   u32 keys[kKeyChunks][2][2], values[kValueChunks][4];
 };
 
 // The exact tail, 16 keys at a time, straight from memory: it is short, and its loads overlap the first pages' copies.
 // `place` is the warp's among those that share it.
-DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 query, int place) {
+DEVICE void attend_tail(const AttentionArgs& args, const QueryRows& rows, OnlineSoftmax& softmax, u32 query,
+                        int place) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int first_key = block.kv_len - (args.lengths ? args.lengths[1] : args.tail_len);
-  const int tail_len = block.kv_len - first_key;
+  const int first_key = rows.kv_len - (args.lengths ? args.lengths[1] : args.tail_len);
+  const int tail_len = rows.kv_len - first_key;
   constexpr int words = kQuerySize;  // 32-bit words of four elements
   const u32* key_tail = static_cast<const u32*>(args.key_tail) +
-                        (block.batch * args.key_tail_stride[0] + block.kv_head * args.key_tail_stride[1]) * words / 4 +
+                        (rows.batch * args.key_tail_stride[0] + rows.kv_head * args.key_tail_stride[1]) * words / 4 +
                         t * words;
   const u32* value_tail =
       static_cast<const u32*>(args.value_tail) +
-      (block.batch * args.value_tail_stride[0] + block.kv_head * args.value_tail_stride[1]) * words / 4 + g * words / 2;
+      (rows.batch * args.value_tail_stride[0] + rows.kv_head * args.value_tail_stride[1]) * words / 4 + g * words / 2;
   const i64 key_step = args.key_tail_stride[2] * words / 4, value_step = args.value_tail_stride[2] * words / 4;
 #pragma unroll 1
   for (int start = 16 * place; start < tail_len; start += 16 * WARPS) {
@@ -75,9 +77,9 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
 #pragma unroll
         for (int n = 0; n < 4; n++) load_now(loaded.values[c][n], values_at[n] + 4 * c * words);
     }
-    float scores[1][NT][4];
+    float scores[1][ROW_TILES][4];
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) scores[0][i][j] = 0.0f;
 #pragma unroll
@@ -90,7 +92,7 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
         for (int j = 0; j < words; j++) word[h][j] = source[j];
       }
 #pragma unroll
-      for (int i = 0; i < NT; i++) {
+      for (int i = 0; i < ROW_TILES; i++) {
         Quad quad = load_query(query + (8 * i + g) * kQueryPitch + (16 * c + 4 * t) * kQuerySize);
 #if DTYPE == 0
         u32 k0[4], k1[4], q0[2], q1[2];
@@ -110,16 +112,16 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
       }
     }
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) scores[0][i][j] = capped(args, scores[0][i][j] * score_scale(args));
-    hide<1>(args, block, scores, first_key + start);
-    softmax_step<1>(rows, scores);
+      for (int j = 0; j < 4; j++) scores[0][i][j] = softcapped(args, scores[0][i][j] * score_scale(args));
+    hide_keys<1>(args, rows, scores, first_key + start);
+    softmax_step<1>(softmax, scores);
     // bfloat16 has too few bits for a weight; two of them have enough.
     constexpr int weight_terms = DTYPE == kFloat16 ? 1 : 2;
-    u32 weights[NT][weight_terms][2];
+    u32 weights[ROW_TILES][weight_terms][2];
 #pragma unroll
-    for (int i = 0; i < NT; i++)
+    for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float low = scores[0][i][2 * half], high = scores[0][i][2 * half + 1];
@@ -148,24 +150,24 @@ DEVICE void attend_tail(const Args& args, const Block& block, Rows& rows, u32 qu
 #endif
       }
 #pragma unroll
-      for (int i = 0; i < NT; i++)
+      for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
         for (int w = 0; w < weight_terms; w++)
 #pragma unroll
           for (int v = 0; v < kTerms; v++)
-            if (w + v < 2) mma_exact(rows.output[i][c], values[v], weights[i][w][0], weights[i][w][1]);
+            if (w + v < 2) mma_exact(softmax.output[i][c], values[v], weights[i][w][0], weights[i][w][1]);
     }
   }
 }
 
 // Writes the new tokens behind the others of the tail.
-template <int D>
-DEVICE void write_new(const Args& args, const Block& block, int which, void* tail, const i64* tail_stride,
+template <int kHeadDim>
+DEVICE void write_new(const AttentionArgs& args, const QueryRows& rows, int which, void* tail, const i64* tail_stride,
                       int num_old) {
-  constexpr int pieces = D / 4;  // of four elements
+  constexpr int pieces = kHeadDim / 4;  // of four elements
   const i64* stride = args.new_stride[which];
-  const i64 from = block.batch * stride[0] + block.kv_head * stride[1];
-  const i64 to = block.batch * tail_stride[0] + block.kv_head * tail_stride[1] + num_old * tail_stride[2];
+  const i64 from = rows.batch * stride[0] + rows.kv_head * stride[1];
+  const i64 to = rows.batch * tail_stride[0] + rows.kv_head * tail_stride[1] + num_old * tail_stride[2];
 #pragma unroll 1
   for (int i = threadIdx.x; i < args.num_new * pieces; i += kThreads) {
     const int token = i / pieces, channel = i % pieces * 4;

@@ -5,12 +5,13 @@
 
 // The state of one layer of fixed capacity, its lengths in device memory, taken one step on: pages that are due are
 // closed, what is left of the source becomes the tail, and new tokens follow. The source may be the tail itself.
+// Of a pair the first are the keys, HEAD_DIM wide, and the second the values, V_HEAD_DIM wide.
 struct AdvanceArgs {
-  const void* source[2];      // the exact tokens behind the closed pages, (batch, num_kv_heads, any, DK or DV)
-  const void* states[2];      // new ones, (batch, num_kv_heads, new_tokens, DK or DV), if there are
-  void* tail[2];              // (batch, num_kv_heads, tail_capacity, DK or DV), contiguous
-  i8* qdata[2];               // (capacity, batch, num_kv_heads, 64, DK or DV)
-  u32* metadata[2];           // (capacity, batch, num_kv_heads, DK or 64)
+  const void* source[2];      // the exact tokens behind the closed pages, (batch, num_kv_heads, any, width)
+  const void* states[2];      // new ones, (batch, num_kv_heads, new_tokens, width), if there are
+  void* tail[2];              // (batch, num_kv_heads, tail_capacity, width), contiguous
+  i8* qdata[2];               // (capacity, batch, num_kv_heads, 64, width)
+  u32* metadata[2];           // (capacity, batch, num_kv_heads, HEAD_DIM or 64)
   const int* source_lengths;  // closed pages, tokens in the source, tokens in all
   int* lengths;               // the same of the result, and a counter that is zero; may be the source's
   i64 source_stride[2][3], states_stride[2][3];
@@ -18,9 +19,9 @@ struct AdvanceArgs {
 };
 
 // What is left of a head's source becomes its tail.
-template <int D>
+template <int kHeadDim>
 DEVICE void move_to_tail(const AdvanceArgs& args, int which, int head, i64 from, int first, int rest) {
-  constexpr int row = D / 4, words = kPageSize * row / kStoreThreads;
+  constexpr int row = kHeadDim / 4, words = kPageSize * row / kStoreThreads;
   const Four* source = static_cast<const Four*>(args.source[which]) + from / 4;
   Four* tail = static_cast<Four*>(args.tail[which]) + static_cast<i64>(head) * args.tail_capacity * row;
   const i64 step = args.source_stride[which][2] / 4;
@@ -43,9 +44,9 @@ DEVICE void move_to_tail(const AdvanceArgs& args, int which, int head, i64 from,
 }
 
 // New tokens of the heads from first_head on, behind the `rest` tokens of their tails.
-template <int D>
+template <int kHeadDim>
 DEVICE void add_to_tails(const AdvanceArgs& args, int which, int first_head, int num_heads, int rest) {
-  constexpr int row = D / 4;
+  constexpr int row = kHeadDim / 4;
   const int words = args.new_tokens * row;
   for (int i = threadIdx.x; i < num_heads * words; i += kStoreThreads) {
     const int head = first_head + i / words, word = i % words;
@@ -90,17 +91,17 @@ extern "C" __global__ void __launch_bounds__(kStoreThreads) advance(const __grid
       }
       if (blockIdx.x == 0) {
         if (which == 0)
-          move_to_tail<DK>(args, which, head, from, closing * kPageSize, rest);
+          move_to_tail<HEAD_DIM>(args, which, head, from, closing * kPageSize, rest);
         else
-          move_to_tail<DV>(args, which, head, from, closing * kPageSize, rest);
+          move_to_tail<V_HEAD_DIM>(args, which, head, from, closing * kPageSize, rest);
       }
     }
   }
   if (blockIdx.x == 0 && stored) {
     if (which == 0)
-      add_to_tails<DK>(args, which, first_head, num_here, rest);
+      add_to_tails<HEAD_DIM>(args, which, first_head, num_here, rest);
     else
-      add_to_tails<DV>(args, which, first_head, num_here, rest);
+      add_to_tails<V_HEAD_DIM>(args, which, first_head, num_here, rest);
   }
   // Every CTA has read the lengths when the last one writes them.
   __syncthreads();

@@ -3,7 +3,7 @@
 #include "pages/elements.cuh"
 
 struct AppendArgs {
-  const void* states[2];  // (batch, num_kv_heads, tokens, DK or DV)
+  const void* states[2];  // (batch, num_kv_heads, tokens, HEAD_DIM or V_HEAD_DIM)
   void* tail[2];          // room for more behind `position`
   i64 stride[2][3], tail_stride[2][3];
   const int* lengths;  // pages and tail_len in device memory, or null for position
@@ -11,11 +11,11 @@ struct AppendArgs {
 };
 
 // New tokens behind `position` of the tail, words of four elements. Grid: words over threads, 1, 2 (keys, values).
-template <int D>
+template <int kHeadDim>
 DEVICE void append_states(const AppendArgs& args, int which) {
   const i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
-  const int channel = i % (D / 4) * 4;
-  const i64 row = i / (D / 4);
+  const int channel = i % (kHeadDim / 4) * 4;
+  const i64 row = i / (kHeadDim / 4);
   const int token = row % args.tokens;
   const i64 head = row / args.tokens;
   if (head >= static_cast<i64>(args.batch) * args.num_kv_heads) return;
@@ -29,7 +29,7 @@ DEVICE void append_states(const AppendArgs& args, int which) {
 }
 extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ AppendArgs args) {
   if (blockIdx.z == 0)
-    append_states<DK>(args, 0);
+    append_states<HEAD_DIM>(args, 0);
   else
-    append_states<DV>(args, 1);
+    append_states<V_HEAD_DIM>(args, 1);
 }

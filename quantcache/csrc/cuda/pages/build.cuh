@@ -2,5 +2,5 @@
 
 #include "common/types.cuh"
 
-constexpr int kStoreThreads = DK * 2 > 256 ? DK * 2 : 256;
+constexpr int kStoreThreads = HEAD_DIM * 2 > 256 ? HEAD_DIM * 2 : 256;
 constexpr int kThreads = 256;

@@ -4,8 +4,8 @@
 
 struct RestoreArgs {
   const Segment* segments;  // num_segments + 1
-  const void* tail;         // (batch, num_kv_heads, tail_len, D)
-  void* output;             // (heads, tokens, D) for the heads from first_head on, heads counted over the batch
+  const void* tail;         // (batch, num_kv_heads, tail_len, HEAD_DIM or V_HEAD_DIM)
+  void* output;             // (heads, tokens, as wide) of the heads from first_head on, counted over the batch
   i64 tail_stride[3];
   int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
   Segment only;  // the one segment, if there is one; there is no table then
@@ -18,7 +18,7 @@ DEVICE float saturated(float x) {
                                                : 65504.0f;
   return x > limit ? limit : x < -limit ? -limit : x;
 }
-template <int D>
+template <int kHeadDim>
 DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
   const int head = args.first_head + blockIdx.y, lane = threadIdx.x & 31;
   Segment segment = args.only;
@@ -30,13 +30,14 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
     segment = args.segments[index];
   }
   const i64 place = (page - segment.first) * args.heads_in_all + head;
-  const uint2* qdata =
-      reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) + place * kPageSize * D);
-  const u32* metadata = args.is_key ? segment.key_metadata + place * D : segment.value_metadata + place * kPageSize;
+  const uint2* qdata = reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) +
+                                                      place * kPageSize * kHeadDim);
+  const u32* metadata =
+      args.is_key ? segment.key_metadata + place * kHeadDim : segment.value_metadata + place * kPageSize;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kPageSize * D / 8; i += kThreads) {
+  for (int i = threadIdx.x; i < kPageSize * kHeadDim / 8; i += kThreads) {
     const uint2 codes = qdata[i];
-    const int token = i / (D / 8), channel = i % (D / 8) * 8;
+    const int token = i / (kHeadDim / 8), channel = i % (kHeadDim / 8) * 8;
     u32 words[8];
     if (args.is_key) {
       const uint4 a = *reinterpret_cast<const uint4*>(metadata + channel);
@@ -56,8 +57,8 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
       x[j / 4][j % 4] = saturated((q - zero_point_of(words[j])) * scale_of(words[j]));
     }
 #if DTYPE == 0
-    float4* output =
-        reinterpret_cast<float4*>(static_cast<float*>(args.output) + target + static_cast<i64>(token) * D + channel);
+    float4* output = reinterpret_cast<float4*>(static_cast<float*>(args.output) + target +
+                                               static_cast<i64>(token) * kHeadDim + channel);
     output[0] = make_float4(x[0][0], x[0][1], x[0][2], x[0][3]);
     output[1] = make_float4(x[1][0], x[1][1], x[1][2], x[1][3]);
 #else
@@ -66,31 +67,32 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
     v.y = DTYPE == kBFloat16 ? pack_bfloat2(x[0][2], x[0][3]) : pack_half2(x[0][2], x[0][3]);
     v.z = DTYPE == kBFloat16 ? pack_bfloat2(x[1][0], x[1][1]) : pack_half2(x[1][0], x[1][1]);
     v.w = DTYPE == kBFloat16 ? pack_bfloat2(x[1][2], x[1][3]) : pack_half2(x[1][2], x[1][3]);
-    *reinterpret_cast<uint4*>(static_cast<u16*>(args.output) + target + static_cast<i64>(token) * D + channel) = v;
+    *reinterpret_cast<uint4*>(static_cast<u16*>(args.output) + target + static_cast<i64>(token) * kHeadDim + channel) =
+        v;
 #endif
   }
 }
 
 // Grid: pages from first_page on and one for the tail if there is one, heads.
-template <int D>
+template <int kHeadDim>
 DEVICE void restore_block(const RestoreArgs& args) {
   const int head = args.first_head + blockIdx.y, pages = args.num_pages - args.first_page;
   const i64 tokens = static_cast<i64>(pages) * kPageSize + args.tail_len;
-  const i64 target = (blockIdx.y * tokens + static_cast<i64>(blockIdx.x) * kPageSize) * D;
+  const i64 target = (blockIdx.y * tokens + static_cast<i64>(blockIdx.x) * kPageSize) * kHeadDim;
   if (static_cast<int>(blockIdx.x) < pages) {
-    restore_page<D>(args, args.first_page + blockIdx.x, target);
+    restore_page<kHeadDim>(args, args.first_page + blockIdx.x, target);
     return;
   }
   const i64 start = head / args.num_kv_heads * args.tail_stride[0] + head % args.num_kv_heads * args.tail_stride[1];
-  for (int i = threadIdx.x; i < args.tail_len * (D / 4); i += kThreads) {
-    const int token = i / (D / 4), channel = i % (D / 4) * 4;
-    static_cast<Four*>(args.output)[(target + static_cast<i64>(token) * D + channel) / 4] =
+  for (int i = threadIdx.x; i < args.tail_len * (kHeadDim / 4); i += kThreads) {
+    const int token = i / (kHeadDim / 4), channel = i % (kHeadDim / 4) * 4;
+    static_cast<Four*>(args.output)[(target + static_cast<i64>(token) * kHeadDim + channel) / 4] =
         static_cast<const Four*>(args.tail)[(start + token * args.tail_stride[2] + channel) / 4];
   }
 }
 extern "C" __global__ void __launch_bounds__(kThreads) restore(const __grid_constant__ RestoreArgs args) {
   if (args.is_key)
-    restore_block<DK>(args);
+    restore_block<HEAD_DIM>(args);
   else
-    restore_block<DV>(args);
+    restore_block<V_HEAD_DIM>(args);
 }

@@ -5,9 +5,9 @@
 constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
 
 struct StoreArgs {
-  const void* states[2];  // keys and values, (batch, num_kv_heads, pages * 64, DK or DV)
-  i8* qdata[2];           // (pages, batch, num_kv_heads, 64, DK or DV)
-  u32* metadata[2];       // (pages, batch, num_kv_heads, DK or 64)
+  const void* states[2];  // keys and values, (batch, num_kv_heads, pages * 64, HEAD_DIM or V_HEAD_DIM)
+  i8* qdata[2];           // (pages, batch, num_kv_heads, 64, HEAD_DIM or V_HEAD_DIM)
+  u32* metadata[2];       // (pages, batch, num_kv_heads, HEAD_DIM or 64)
   i64 stride[2][3];       // of the states: batch, head, token
   int num_kv_heads;
 };
@@ -15,7 +15,7 @@ struct StoreArgs {
 // One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
 // thread for each channel makes its map.
 DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
-  constexpr int groups = DK / 4;
+  constexpr int groups = HEAD_DIM / 4;
   __shared__ float4 low[kTokenGroups][groups], high[kTokenGroups][groups];
   __shared__ float4 inverse[groups], zero_point[groups], correction[groups];
   const int channels = threadIdx.x % groups, token_group = threadIdx.x / groups;
@@ -37,7 +37,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     high[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
   }
   __syncthreads();
-  if (const int d = threadIdx.x; d < DK) {
+  if (const int d = threadIdx.x; d < HEAD_DIM) {
     Range range = {reinterpret_cast<const float*>(low[0])[d], reinterpret_cast<const float*>(high[0])[d]};
 #pragma unroll
     for (int i = 1; i < kTokenGroups; i++) {
@@ -46,7 +46,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     }
     u32 metadata;
     const Affine map = Affine::of(range, metadata);
-    args.metadata[0][place * DK + d] = metadata;
+    args.metadata[0][place * HEAD_DIM + d] = metadata;
     reinterpret_cast<float*>(inverse)[d] = map.inverse;
     reinterpret_cast<float*>(zero_point)[d] = map.zero_point;
     reinterpret_cast<float*>(correction)[d] = map.correction;
@@ -55,7 +55,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   if (!works) return;
   const float4 n = inverse[channels], z = zero_point[channels], c = correction[channels];
   const Affine map[4] = {{n.x, z.x, c.x}, {n.y, z.y, c.y}, {n.z, z.z, c.z}, {n.w, z.w, c.w}};
-  u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * DK) + channels;
+  u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * HEAD_DIM) + channels;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; i++) target[i * kTokenGroups * groups] = codes_of(states[i], map);
 }
@@ -63,7 +63,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
 // One page of one head: a warp takes every warps-th token, a lane every 32nd group of four channels. The maps of a
 // warp's tokens are made side by side, a lane each.
 DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
-  constexpr int groups = DV / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
+  constexpr int groups = V_HEAD_DIM / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
   constexpr int tokens = (kPageSize + warps - 1) / warps;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Four* source = static_cast<const Four*>(args.states[1]) + start / 4;
@@ -103,7 +103,7 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
 #pragma unroll
       for (int r = 0; r < rounds; r++)
         if (r * 32 + lane < groups)
-          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * DV)[r * 32 + lane] =
+          reinterpret_cast<u32*>(args.qdata[1] + (place * kPageSize + token) * V_HEAD_DIM)[r * 32 + lane] =
               codes_of(states[k][r], map);
   }
 }
