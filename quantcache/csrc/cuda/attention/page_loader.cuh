@@ -1,6 +1,6 @@
 // Copies of pages to a warp's ring of stages.
 
-#include "attention/args.cuh"
+#include "attention/masks.cuh"
 #include "common/memory.cuh"
 
 constexpr int kStepsPerPage = kPageSize / KEY_STEP;
@@ -93,4 +93,68 @@ struct PageWalk {
       settle();
     }
   }
+};
+
+// Pages of a warp whose masks have been looked at: all, or kWindowPages at a time where there are masks.
+struct PageWindow {
+  int first, count;  // pages, WARPS apart
+  int left;          // pages of the warp from `first` on
+  u32 seen, partly;  // see scan_masks
+
+  DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range) {
+    first = range.first, left = range.count;
+    look(args, rows);
+  }
+  // Goes on to the next pages; false if there are none.
+  DEVICE bool advance(const AttentionArgs& args, const QueryRows& rows) {
+    left -= count;
+    if (left <= 0) return false;
+    first += count * WARPS;
+    look(args, rows);
+    return true;
+  }
+  DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
+    count = HAS_MASK ? min(left, kWindowPages) : left;
+    scan_masks(args, rows, first, count, seen, partly);
+  }
+  DEVICE PageWalk walk() const {
+    PageWalk walk;
+    walk.start(seen, first, count);
+    return walk;
+  }
+};
+
+// A warp's STAGES stages in shared memory, loaded STAGES - 1 steps ahead of `stage`, which is attended to.
+struct PageRing {
+  u32 stages;
+  int stage, heads, head;
+  PageLoader loader;
+  PageWalk loading;
+
+  DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range, u32 memory) {
+    stages = memory;
+    stage = 0;
+    heads = args.batch * args.num_kv_heads, head = rows.head;
+    if (range.count) loader.open(args, range.first);
+  }
+  // Starts to load the window's first steps. No copy may be under way.
+  DEVICE void fill(const PageWindow& window) {
+    loading = window.walk();
+#pragma unroll
+    for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(ahead);
+  }
+  // One group of copies, empty where nothing is left to load.
+  DEVICE void load_next(int ahead) {
+    if (loading.left) {
+      loader.load(address(ahead), loading.page, loading.step, heads, head);
+      loading.advance();
+    }
+    commit_copies();
+  }
+  DEVICE u32 address(int ahead) const {
+    const int index = stage + ahead;
+    return stages + (index < STAGES ? index : index - STAGES) * kStageBytes;
+  }
+  DEVICE u32 current() const { return stages + stage * kStageBytes; }
+  DEVICE void advance() { stage = stage + 1 < STAGES ? stage + 1 : 0; }
 };

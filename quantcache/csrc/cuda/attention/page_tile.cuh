@@ -115,3 +115,31 @@ DEVICE void attend_step(const AttentionArgs& args, const QueryRows& rows, Online
       }
     }
 }
+
+// A warp's pages, while the ring loads what comes next.
+DEVICE void attend_pages(const AttentionArgs& args, const QueryRows& rows, OnlineSoftmax& softmax, u32 query,
+                         PageRing& ring, PageWindow& window) {
+  PageQuery scaled;
+  for (;;) {
+    PageWalk attending = window.walk();
+#pragma unroll 1
+    while (attending.left) {
+      wait_for_copies<STAGES - 2>();
+      __syncwarp();
+      ring.load_next(STAGES - 1);
+      const u32 stage = ring.current();
+      if (attending.step == 0) scale_query(args, scaled, query, stage + KEY_STEP * (HEAD_DIM + V_HEAD_DIM));
+      const int first_key = attending.page * kPageSize;
+      bool hides = (args.is_causal && first_key + kPageSize - 1 > rows.position) ||
+                   (args.window && first_key + args.window <= rows.kv_len - 1);
+      if (HAS_MASK) hides |= window.partly >> ((attending.page - window.first) / WARPS) & 1;
+      attend_step(args, rows, softmax, scaled, stage, first_key + attending.step * KEY_STEP, hides);
+      attending.advance();
+      ring.advance();
+    }
+    if (!HAS_MASK || !window.advance(args, rows)) return;
+    // The stages are free once every lane has read the last one.
+    __syncwarp();
+    ring.fill(window);
+  }
+}

@@ -27,6 +27,31 @@ struct OnlineSoftmax {
   float value_factor;                        // keeps weight * scale inside 16-bit floats; a power of two
 };
 
+// Nothing attended to yet, but for sinks: a sink is one more key without a value, counted by the first split's first warp.
+DEVICE void start_softmax(const AttentionArgs& args, const QueryRows& rows, const Thread& thread,
+                          OnlineSoftmax& softmax) {
+  softmax.value_factor = 1.0f;
+#pragma unroll
+  for (int i = 0; i < ROW_TILES; i++) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      softmax.row_max[i][j] = kLowest;
+      softmax.row_sum[i][j] = softmax.value_offset[i][j] = 0.0f;
+      const int row = 8 * i + 2 * thread.t + j;
+      if (args.sinks && rows.split == 0 && thread.warp == 0 && row < rows.num_rows) {
+        const float sink = args.sinks[rows.kv_head * args.group + head_of(rows, rows.first_row + row)] * kLog2e;
+        softmax.row_max[i][j] = fmaxf(sink, kLowest);
+        // Of the lanes that share a row the first counts it.
+        softmax.row_sum[i][j] = thread.g == 0 ? exp2_approx(sink - softmax.row_max[i][j]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kValueChunks; c++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) softmax.output[i][c][j] = 0.0f;
+  }
+}
+
 // Turns scores (log2 units, -inf where hidden) into weights, and scales what is kept to the new row_max.
 template <int kKeyTiles>
 DEVICE void softmax_step(OnlineSoftmax& softmax, float (&scores)[kKeyTiles][ROW_TILES][4]) {

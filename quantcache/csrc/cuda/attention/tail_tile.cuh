@@ -18,9 +18,8 @@ DEVICE void mma_exact(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     mma_bfloat(d, a, b0, b1);
 }
 
-// Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
 template <int kHeadDim>
-DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, int first_key) {
+DEVICE void prefetch_rows(const void* tail, i64 start, i64 step, int tail_len, int first_key) {
   constexpr int lines = (kHeadDim * kQuerySize + 127) / 128;
   for (int i = threadIdx.x & 31; i < 16 * lines; i += 32) {
     const int key = first_key + i / lines;
@@ -29,6 +28,16 @@ DEVICE void prefetch_tail(const void* tail, i64 start, i64 step, int tail_len, i
       asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
     }
   }
+}
+
+// Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
+DEVICE void prefetch_tail(const AttentionArgs& args, const QueryRows& rows, int place) {
+  const int tail_len = rows.kv_len - rows.num_pages * kPageSize;
+  prefetch_rows<HEAD_DIM>(args.key_tail, rows.batch * args.key_tail_stride[0] + rows.kv_head * args.key_tail_stride[1],
+                          args.key_tail_stride[2], tail_len, 16 * place);
+  prefetch_rows<V_HEAD_DIM>(args.value_tail,
+                            rows.batch * args.value_tail_stride[0] + rows.kv_head * args.value_tail_stride[1],
+                            args.value_tail_stride[2], tail_len, 16 * place);
 }
 
 // 16 keys of the tail and their values, as a lane uses them. Where registers allow, all are loaded before one is used:
@@ -174,4 +183,11 @@ DEVICE void write_new(const AttentionArgs& args, const QueryRows& rows, int whic
     static_cast<Four*>(tail)[(to + token * tail_stride[2] + channel) / 4] =
         static_cast<const Four*>(args.new_states[which])[(from + token * stride[2] + channel) / 4];
   }
+}
+
+// Row tiles of one head write the same bytes, each before it reads them.
+DEVICE void write_new_tokens(const AttentionArgs& args, const QueryRows& rows) {
+  const int num_old = args.tail_len - args.num_new;
+  write_new<HEAD_DIM>(args, rows, 0, args.key_tail, args.key_tail_stride, num_old);
+  write_new<V_HEAD_DIM>(args, rows, 1, args.value_tail, args.value_tail_stride, num_old);
 }
