@@ -3,15 +3,21 @@
 import os
 import re
 import stat
+import struct
 from pathlib import Path
 
 import pytest
 
 from quantcache.backends import artifacts
 from quantcache.backends.cpu.build import BuildError
-from quantcache.backends.cuda import nvrtc
+from quantcache.backends.cuda import nvrtc, plan
+from tests import emulated_cuda
 
 MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))
+ATTENTION_MACROS = (
+    *(("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2)),
+    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1)),
+)
 
 
 @pytest.fixture
@@ -91,6 +97,45 @@ def test_a_message_names_the_file_and_the_line(sources: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kernel", emulated_cuda.STRUCTURES)
+def test_the_sources_expect_as_many_bytes_as_the_host_packs(kernel: str) -> None:
+    """NVRTC checks the number against the structure, this the host against the number."""
+    source, structure, form = emulated_cuda.STRUCTURES[kernel]
+    stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+),", nvrtc.program_text(source))
+    assert stated is not None
+    alignment = struct.calcsize("q")
+    assert int(stated[1]) == -(-form.size // alignment) * alignment
+
+
+def test_the_kernels_merge_as_many_splits_as_are_planned() -> None:
+    assert f"constexpr int kMaxSplits = {plan.MAX_SPLITS};" in nvrtc.program_text("attention.cu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"HEAD_DIM": 72}, "HEAD_DIM in steps of an MMA"),
+        ({"V_HEAD_DIM": 272}, "V_HEAD_DIM in steps of an MMA"),
+        ({"DTYPE": 3}, "states are floats"),
+        ({"WARPS": 3}, "WARPS - 1 masks"),
+        ({"KEY_STEP": 48}, "fill a page"),
+        ({"STAGES": 1}, "while another is copied"),
+        ({"HAS_MASK": 2}, "a yes or a no"),
+    ],
+    ids=str,
+)
+def test_a_build_that_the_sources_do_not_allow_is_refused(
+    wrong: dict[str, int], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core")
+    if nvrtc.unavailable():
+        pytest.skip(str(nvrtc.unavailable()))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
+    macros = {**dict(MACROS), **dict(ATTENTION_MACROS), **wrong}
+    with pytest.raises(BuildError, match=reason):
+        nvrtc.cubin("attention.cu", tuple(macros.items()), "sm_90")
+
+
 def test_a_damaged_cubin_is_built_again(compiled: list[str]) -> None:
     nvrtc.cubin("pages.cu", MACROS, "sm_90")
     (path,) = artifacts.cache_folder().glob("*.cubin")
@@ -145,6 +190,5 @@ def test_the_sources_compile_for_every_architecture(
         pytest.skip(str(nvrtc.unavailable()))
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
     shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype))
-    shape = (("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2), ("HAS_MASK", 1), ("HAS_SOFTCAP", 1))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")
-    assert nvrtc.cubin("attention.cu", (*shared, *shape), arch).startswith(b"\x7fELF")
+    assert nvrtc.cubin("attention.cu", (*shared, *ATTENTION_MACROS), arch).startswith(b"\x7fELF")

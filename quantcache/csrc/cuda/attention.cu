@@ -1,18 +1,22 @@
-// Attention of up to a few dozen query rows per KV head over int8 pages and an exact tail.
+// attention: up to a few dozen query rows per KV head, over int8 pages and an exact tail. AttentionArgs says what is
+// read.
 //
 // Operands are swapped: S^T = K Q^T with the keys as the M of mma.m16n8k16, so that four query rows cost eight and not
 // sixteen. Bytes become 16-bit floats by one byte permute for two (1024 + code + 128), and that bias is taken out where
 // it is free: for keys in the accumulator's first value, for values by one subtraction of a pair.
 //
-// Keys of a page: K[t][d] = scale[d] * (code[t][d] - zero_point[d]). The scale goes into the query, once for a page; the
-// zero points make one number for a query row and page. Values: V[t][d] = scale[t] * (code[t][d] - zero_point[t]). The
-// scale goes into the probability; the zero points make one running sum for a query row.
+// Keys of a page: K[token][d] = scale[d] * (code[token][d] - zero_point[d]). The scale goes into the query, once for a
+// page; the zero points make one number for a query row and page. Values: V[token][d] = scale[token] * (code[token][d]
+// - zero_point[token]). The scale goes into the weight; the zero points make one running sum for a query row.
 //
 // A warp takes every WARPS-th page of the CTA's range through copies of its own and waits for nobody else. Warps are
 // merged at the end, splits by the last CTA to arrive.
 //
-// Macros: HEAD_DIM, V_HEAD_DIM (head_dims), DTYPE (of query and tail), ROW_TILES (tiles of 8 query rows), WARPS, KEY_STEP (keys a step), STAGES,
-// HAS_MASK (0 or 1), HAS_SOFTCAP (0 or 1).
+// Traffic: each page is read once for a row tile, 64 * (HEAD_DIM + V_HEAD_DIM) bytes of codes and 4 * (HEAD_DIM + 64)
+// of metadata; the tail once; queries and output once; with several splits kRows * (V_HEAD_DIM + 2) floats of each are
+// written and read. Bandwidth bound while rows are few.
+// Launch: (num_splits, num_kv_heads * row tiles, batch) CTAs of kThreads with the shared memory of plan.py's Shape; see
+// attention/build.cuh for the macros.
 
 #include "attention/merge.cuh"
 #include "attention/page_tile.cuh"

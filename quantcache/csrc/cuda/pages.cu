@@ -1,6 +1,5 @@
-// Quantising pages, restoring them and writing the tail. Bit for bit what reference.py says.
-//
-// Macros: HEAD_DIM, V_HEAD_DIM (head_dims), DTYPE (of the states).
+// The kernels that write pages and tails and read them back: store_pages, restore, append and advance, a file each in
+// pages/, which opens with its contract. Bit for bit what reference.py says.
 
 #include "pages/advance.cuh"
 #include "pages/append.cuh"

@@ -23,6 +23,7 @@ struct AttentionArgs {
   i64 new_stride[2][3];
   int num_new;
 };
+static_assert(sizeof(AttentionArgs) == 360, "as backends/cuda/attention.py packs it");
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side.
 struct QueryRows {

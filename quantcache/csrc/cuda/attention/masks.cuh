@@ -3,7 +3,9 @@
 #include "attention/args.cuh"
 #include "common/floats.cuh"
 
-constexpr int kWindowPages = 32;  // pages whose masks are looked at together
+constexpr int kWindowPages = 32;  // pages whose masks are looked at together, a bit of a word each
+static_assert(kPageSize == 64,
+              "scan_masks reads a page's masks as two keys of each lane, or eight keys of eight lanes");
 
 // Additive masks count as no lower than this, so that a row of nothing but the lowest is uniform.
 [[maybe_unused]] constexpr float kLowestMask = -6e29f;

@@ -3,7 +3,8 @@
 #include "attention/softmax.cuh"
 #include "common/memory.cuh"
 
-constexpr int kMaxSplits = 128;         // that can be merged
+constexpr int kMaxSplits = 128;  // that can be merged; plan.py chooses no more
+static_assert(kMaxSplits % 32 == 0, "a lane takes every 32nd");
 constexpr int kQuads = V_HEAD_DIM / 4;  // of output elements in a row
 
 // Where the parts of the splits of a CTA's rows begin, counted in parts of kRows rows.

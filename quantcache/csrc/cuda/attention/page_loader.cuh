@@ -4,18 +4,21 @@
 #include "common/memory.cuh"
 
 constexpr int kStepsPerPage = kPageSize / KEY_STEP;
-
+// A stage: codes of the keys, codes of the values, metadata of the keys (of a page's first step), metadata of the
+// values.
 constexpr int kStageBytes = KEY_STEP * (HEAD_DIM + V_HEAD_DIM) + 4 * HEAD_DIM + 4 * KEY_STEP;
+static_assert(kStageBytes % 16 == 0, "stages take copies of 16 bytes");
+static_assert(KEY_STEP / 4 <= 32, "a lane copies the metadata of four values");
 
-// Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of `chunks`: eight rows at one chunk in eight banks.
-template <int chunks>
+// Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of kChunks: eight rows at one chunk in eight banks.
+template <int kChunks>
 DEVICE u32 tile_offset(int row, int chunk) {
-  constexpr int shift = chunks % 8 == 0 ? 0 : chunks % 4 == 0 ? 1 : 2;
-  constexpr int bits = chunks % 8 == 0 ? 7 : chunks % 4 == 0 ? 3 : chunks % 2 == 0 ? 1 : 0;
-  return row * (16 * chunks) + ((chunk ^ ((row >> shift) & bits)) << 4);
+  constexpr int shift = kChunks % 8 == 0 ? 0 : kChunks % 4 == 0 ? 1 : 2;
+  constexpr int bits = kChunks % 8 == 0 ? 7 : kChunks % 4 == 0 ? 3 : kChunks % 2 == 0 ? 1 : 0;
+  return row * (16 * kChunks) + ((chunk ^ ((row >> shift) & bits)) << 4);
 }
 
-// Walks pages and copies them, KEY_STEP keys at a time, by one warp.
+// Finds pages, one after the other, and copies them to stages, KEY_STEP keys at a time, by one warp.
 struct PageLoader {
   const Segment* segments;
   Segment segment;

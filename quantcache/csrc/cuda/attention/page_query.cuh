@@ -16,6 +16,7 @@ struct PageQuery {
   float offset[ROW_TILES][2];  // and what is then subtracted
 };
 
+// `query` and `metadata` (of the page's keys) are addresses in shared memory.
 DEVICE void scale_query(const AttentionArgs& args, PageQuery& scaled, u32 query, u32 metadata) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll

@@ -5,13 +5,15 @@
 #include "attention/page_query.cuh"
 #include "attention/softmax.cuh"
 
-template <int chunks>
+// The 16 rows from `row` on (a lane says one) of the chunks `chunk` and, where there is one, `chunk` + 1 of a tile, as
+// the operand A.
+template <int kChunks>
 DEVICE void load_tile(u32 (&r)[4], u32 tile, int row, int half, int chunk, bool transposed) {
-  if (chunk + 1 < chunks) {
-    u32 address = tile + tile_offset<chunks>(row, chunk + half);
+  if (chunk + 1 < kChunks) {
+    u32 address = tile + tile_offset<kChunks>(row, chunk + half);
     transposed ? load_matrices_transposed(r, address) : load_matrices(r, address);
   } else {
-    u32 address = tile + tile_offset<chunks>(row, chunk);
+    u32 address = tile + tile_offset<kChunks>(row, chunk);
     transposed ? load_two_matrices_transposed(r, address) : load_two_matrices(r, address);
   }
 }

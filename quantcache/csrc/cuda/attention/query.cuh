@@ -8,6 +8,7 @@ constexpr int kQuerySize = DTYPE == kFloat32 ? 4 : 2;
 // Rows are an odd number of 16 elements apart: the eight rows that a warp reads at once then lie in different banks.
 constexpr int kQueryPitch = (HEAD_DIM + (kKeyChunks % 2 == 0 ? 16 : 0)) * kQuerySize;
 constexpr int kQueryBytes = kRows * kQueryPitch;
+static_assert(kQueryBytes % 16 == 0, "the ring behind it takes copies of 16 bytes");
 
 // Four consecutive elements as they are stored.
 #if DTYPE == 0

@@ -27,7 +27,8 @@ struct OnlineSoftmax {
   float value_factor;                        // keeps weight * scale inside 16-bit floats; a power of two
 };
 
-// Nothing attended to yet, but for sinks: a sink is one more key without a value, counted by the first split's first warp.
+// Nothing attended to yet, but for sinks: a sink is one more key without a value, counted by the first split's first
+// warp.
 DEVICE void start_softmax(const AttentionArgs& args, const QueryRows& rows, const Thread& thread,
                           OnlineSoftmax& softmax) {
   softmax.value_factor = 1.0f;

@@ -63,9 +63,3 @@ DEVICE float load_element(const void* base, int dtype, i64 index) {
   u32 bits = static_cast<const u16*>(base)[index];
   return dtype == kBFloat16 ? bfloat_low(bits) : half_low(bits);
 }
-DEVICE void store_element(void* base, int dtype, i64 index, float x) {
-  if (dtype == kFloat32)
-    static_cast<float*>(base)[index] = x;
-  else
-    static_cast<u16*>(base)[index] = static_cast<u16>(dtype == kBFloat16 ? pack_bfloat2(x, 0) : pack_half2(x, 0));
-}

@@ -1,5 +1,7 @@
-// What every kernel here needs of the machine: NVRTC gets no headers, so the few PTX instructions are spelt out.
-// Built once for each head_dim and kind of call, see backends/cuda/plan.py for the macros.
+// Types, and the macros that every program here is built with; NVRTC gets no headers. One build for each head_dim and
+// kind of call: backends/cuda/plan.py and pages.py define the macros.
+//   HEAD_DIM, V_HEAD_DIM  elements of a key and of a value
+//   DTYPE                 of queries, tails and outputs, a number of the enum below
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -17,6 +19,11 @@ constexpr float kLog2e = 1.44269504088896341f;
 // Element types of queries, tails, masks and outputs; the numbers are those of backends/cuda/launch.py.
 enum : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 
+static_assert(DTYPE == kFloat32 || DTYPE == kBFloat16 || DTYPE == kFloat16, "states are floats");
+static_assert(HEAD_DIM > 0 && HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "HEAD_DIM in steps of an MMA, up to 256");
+static_assert(V_HEAD_DIM > 0 && V_HEAD_DIM % 16 == 0 && V_HEAD_DIM <= 256, "V_HEAD_DIM in steps of an MMA, up to 256");
+static_assert(sizeof(i64) == 8 && sizeof(u32) == 4 && sizeof(u16) == 2 && sizeof(void*) == 8, "as the host packs");
+
 // Pages `first` to the first of the next entry, allocated at once; see Segment in store/segments.py. The last entry has
 // only `first`.
 struct Segment {
@@ -26,3 +33,4 @@ struct Segment {
   const u32* value_metadata;  // (pages, batch, num_kv_heads, 64)
   i64 first;
 };
+static_assert(sizeof(Segment) == 40, "five words of a row of SegmentTable in backends/cuda/pages.py");

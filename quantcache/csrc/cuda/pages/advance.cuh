@@ -1,10 +1,13 @@
-// advance: one step of a layer of fixed capacity.
+// advance: one step of a layer of fixed capacity, whose lengths are in device memory: pages that are due are closed,
+// what is left of the source becomes the tail, and new tokens follow. The source may be the tail itself.
+// Traffic: that of store_pages for the pages closed, and the rest of the source and the new tokens read and written
+// once.
+// Launch: (CTAs that share a head's pages, 1 if the source is the tail; CTAs that share the heads; 2: keys, values) of
+// kStoreThreads. A step that closes no page has little to do, and few CTAs do it soonest.
 
 #include "common/memory.cuh"
 #include "pages/store.cuh"
 
-// The state of one layer of fixed capacity, its lengths in device memory, taken one step on: pages that are due are
-// closed, what is left of the source becomes the tail, and new tokens follow. The source may be the tail itself.
 // Of a pair the first are the keys, HEAD_DIM wide, and the second the values, V_HEAD_DIM wide.
 struct AdvanceArgs {
   const void* source[2];      // the exact tokens behind the closed pages, (batch, num_kv_heads, any, width)
@@ -17,6 +20,7 @@ struct AdvanceArgs {
   i64 source_stride[2][3], states_stride[2][3];
   int num_kv_heads, num_heads, capacity, tail_capacity, residual_length, new_tokens;  // num_heads counts the batch
 };
+static_assert(sizeof(AdvanceArgs) == 216, "as backends/cuda packs it");
 
 // What is left of a head's source becomes its tail.
 template <int kHeadDim>
@@ -58,8 +62,6 @@ DEVICE void add_to_tails(const AdvanceArgs& args, int which, int first_head, int
   }
 }
 
-// Grid: CTAs that share the pages, 1 if the source is the tail; CTAs that share the heads; 2 (keys, values). A step that
-// closes no page has little to do, and few CTAs do it soonest.
 extern "C" __global__ void __launch_bounds__(kStoreThreads) advance(const __grid_constant__ AdvanceArgs args) {
   const int which = blockIdx.z;
   const int pages = args.source_lengths[0], tokens = args.source_lengths[1], all = args.source_lengths[2];

@@ -8,8 +8,8 @@ constexpr int kMaxSteps = 254, kMaxAbsSteps = 32512;
 constexpr u32 kNanPair = 0x7FC0;  // scale NaN, zero_point 0
 constexpr u32 kInfinityBits = 0x7F800000u;
 
-// Range of a warp's elements. Floats in the order of integers can be reduced in one instruction; a NaN made canonical is
-// the largest, so that the maximum shows it.
+// Range of a warp's elements. Floats in the order of integers can be reduced in one instruction; a NaN made canonical
+// is the largest, so that the maximum shows it.
 DEVICE Range warp_range(const Range& range) {
   auto ordered = [](float x) {
     const int bits = __float_as_int(x);

@@ -1,4 +1,6 @@
-// append: new tokens behind those of the tail.
+// append: new tokens behind those of the tail, as they are.
+// Traffic: each element is read and written once. Launch: (words of four elements / kThreads, 1, 2: keys, values) CTAs
+// of kThreads, for the wider of the two.
 
 #include "pages/elements.cuh"
 
@@ -9,8 +11,9 @@ struct AppendArgs {
   const int* lengths;  // pages and tail_len in device memory, or null for position
   int num_kv_heads, batch, tokens, position;
 };
+static_assert(sizeof(AppendArgs) == 152, "as backends/cuda/pages.py packs it");
 
-// New tokens behind `position` of the tail, words of four elements. Grid: words over threads, 1, 2 (keys, values).
+// A thread copies four elements.
 template <int kHeadDim>
 DEVICE void append_states(const AppendArgs& args, int which) {
   const i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;

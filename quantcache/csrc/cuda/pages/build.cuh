@@ -1,4 +1,4 @@
-// What the macros of a build say, and what follows from them.
+// What follows from the macros for the kernels of pages; backends/cuda/pages.py launches as many threads.
 
 #include "common/types.cuh"
 

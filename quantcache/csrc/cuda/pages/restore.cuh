@@ -1,4 +1,7 @@
-// restore: exact states from pages and a tail.
+// restore: states from pages and a tail, bit for bit as reference.restore_key_pages and restore_value_pages.
+// Traffic: a code is read once and written as an element, the metadata of a page once for each CTA; the tail is copied:
+// bandwidth bound. Launch: (pages from first_page on and one for the tail if there is one, heads) CTAs of kThreads;
+// keys or values.
 
 #include "pages/elements.cuh"
 
@@ -10,6 +13,7 @@ struct RestoreArgs {
   int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
   Segment only;  // the one segment, if there is one; there is no table then
 };
+static_assert(sizeof(RestoreArgs) == 120, "as backends/cuda/pages.py packs it");
 
 // Not fminf and fmaxf, which would lose a NaN.
 DEVICE float saturated(float x) {
@@ -73,7 +77,6 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
   }
 }
 
-// Grid: pages from first_page on and one for the tail if there is one, heads.
 template <int kHeadDim>
 DEVICE void restore_block(const RestoreArgs& args) {
   const int head = args.first_head + blockIdx.y, pages = args.num_pages - args.first_page;

@@ -1,4 +1,10 @@
-// store_pages: closed pages from exact states.
+// store_pages: closed pages from exact states, bit for bit as reference.quantize_key_pages and quantize_value_pages.
+//   states    (batch, num_kv_heads, pages * 64, width), any strides in multiples of 4 but the last, which is 1
+//   qdata     (pages, batch, num_kv_heads, 64, width), contiguous
+//   metadata  (pages, batch, num_kv_heads, HEAD_DIM) of keys, (..., 64) of values
+// Traffic: an element is read once and written as a byte, and 4 bytes of metadata a channel or token: bandwidth bound.
+// Launch: (pages, batch * num_kv_heads, 2: keys, values) CTAs of kStoreThreads. advance stores pages by the same
+// functions.
 
 #include "pages/affine.cuh"
 
@@ -11,6 +17,9 @@ struct StoreArgs {
   i64 stride[2][3];       // of the states: batch, head, token
   int num_kv_heads;
 };
+static_assert(sizeof(StoreArgs) == 104, "as backends/cuda/pages.py packs it");
+static_assert(kTokenGroups * (HEAD_DIM / 4) <= kStoreThreads && HEAD_DIM <= kStoreThreads, "a thread for each channel");
+static_assert(kStoreThreads % 32 == 0 && kStoreThreads <= 1024, "whole warps of one CTA");
 
 // One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
 // thread for each channel makes its map.
@@ -65,6 +74,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
 DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
   constexpr int groups = V_HEAD_DIM / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
   constexpr int tokens = (kPageSize + warps - 1) / warps;
+  static_assert(tokens <= 32, "a lane makes the map of a token");
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Four* source = static_cast<const Four*>(args.states[1]) + start / 4;
   Four states[tokens][rounds];
@@ -108,7 +118,6 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
   }
 }
 
-// Grid: pages, batch * num_kv_heads, 2 (keys, values).
 // Four CTAs a processor hide the latency of memory, where the registers of one allow it.
 constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 4 : 1;
 extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
