@@ -13,7 +13,7 @@ MAX_HEAD_DIM: Final = 256
 
 
 class Shape(NamedTuple):
-    """How the attention kernel is built for one kind of call; the macros of ``attention.cu``.
+    """How the attention kernel is built for one kind of call; the macros of ``attention/build.cuh``.
 
     Attributes:
         row_tiles: tiles of 8 query rows that a CTA holds.

@@ -1,4 +1,4 @@
-// The plain C interface of the CPU backend: what quantcache/backends/cpu.py packs and quantcache_* reads.
+// The plain C interface of the CPU backend: what quantcache/backends/cpu/__init__.py packs and quantcache_* reads.
 // Strides are in elements, the last axis of every tensor is contiguous, page_size is 64 and P counts pages.
 // Every field is 64 bits wide, so that the layout is the same for every compiler.
 #pragma once
@@ -9,7 +9,7 @@ constexpr int64_t kPageSize = 64;
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 
-// Consecutive pages in one allocation; the four tensors of pages.Segment, each contiguous.
+// Consecutive pages in one allocation; the four tensors of Segment in store/segments.py, each contiguous.
 struct SegmentArgs {
   const int8_t* key_qdata;         // (P, batch, num_kv_heads, 64, head_dim)
   const uint32_t* key_metadata;    // (P, batch, num_kv_heads, head_dim) pairs: bfloat16 scale | zero_point << 16

@@ -18,8 +18,8 @@ struct AttentionPlan {
   int64_t num_pages, kv_len;
   int64_t first_block, end_block;  // blocks of 64 tokens that some row may see; the tail starts a block
   int64_t num_splits;              // parts the blocks are divided in
-  int64_t partial_size;  // floats of a partial: peak, total, shift (padded_rows,), sums (padded_rows, v_width)
-  float* partials;       // (batch * num_kv_heads, num_splits, partial_size)
+  int64_t partial_size;            // floats of a Partial: row_max, row_sum, value_offset, output
+  float* partials;                 // (batch * num_kv_heads, num_splits, partial_size)
 };
 
 // Floats of scratch for one thread.
@@ -37,7 +37,7 @@ struct Kernels {
   // Part `split` of the blocks for KV head `head` of batch * num_kv_heads: fills its partial.
   void (*attend)(const AttentionPlan& plan, int64_t head, int64_t split, float* scratch);
   // All partials of `head`, in order, to its output rows.
-  void (*combine)(const AttentionPlan& plan, int64_t head, float* scratch);
+  void (*merge)(const AttentionPlan& plan, int64_t head, float* scratch);
   // One page of one head; scratch of 64 * (head_dim to kWidthStep) + 256 floats.
   void (*store_page)(const StoreArgs& args, int64_t page, int64_t head, float* scratch);
   // Up to 64 tokens of one head, block by block; scratch of 3 * (head_dim to kWidthStep) floats.

@@ -12,7 +12,7 @@ QC_INLINE float largest(Dtype dtype) {
   return dtype == kFloat16 ? 65504.0f : dtype == kBFloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f;
 }
 
-// Codes in scratch.row to states: (code - zero_point) * scale, kept finite unless the scale is NaN.
+// Codes to states: (code - zero_point) * scale, kept finite unless the scale is NaN.
 QC_INLINE Vec restored(Vec codes, Vec scale, Vec zero_point, float limit) {
   Vec states = (codes - zero_point) * scale;
   states = select(states > limit, splat(limit), states);
