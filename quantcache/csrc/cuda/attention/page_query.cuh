@@ -26,8 +26,8 @@ DEVICE void scale_query(const AttentionArgs& args, PageQuery& scaled, u32 query,
     u32 row = query + (8 * i + g) * kQueryPitch + 4 * t * kQuerySize;
 #pragma unroll
     for (int c = 0; c < kKeyChunks; c++) {
-      uint4 m = load_shared_16(metadata + (16 * c + 4 * t) * 4);
-      u32 words[4] = {m.x, m.y, m.z, m.w};
+      const uint4 four = load_shared_16(metadata + (16 * c + 4 * t) * 4);
+      const u32 words[4] = {four.x, four.y, four.z, four.w};
       float x[4];
       to_floats(load_query(row + 16 * c * kQuerySize), x);
 #pragma unroll

@@ -8,13 +8,13 @@
 // The 16 rows from `row` on (a lane says one) of the chunks `chunk` and, where there is one, `chunk` + 1 of a tile, as
 // the operand A.
 template <int kChunks>
-DEVICE void load_tile(u32 (&r)[4], u32 tile, int row, int half, int chunk, bool transposed) {
+DEVICE void load_tile(u32 (&result)[4], u32 tile, int row, int half, int chunk, bool transposed) {
   if (chunk + 1 < kChunks) {
     u32 address = tile + tile_offset<kChunks>(row, chunk + half);
-    transposed ? load_matrices_transposed(r, address) : load_matrices(r, address);
+    transposed ? load_matrices_transposed(result, address) : load_matrices(result, address);
   } else {
     u32 address = tile + tile_offset<kChunks>(row, chunk);
-    transposed ? load_two_matrices_transposed(r, address) : load_two_matrices(r, address);
+    transposed ? load_two_matrices_transposed(result, address) : load_two_matrices(result, address);
   }
 }
 
@@ -33,12 +33,12 @@ DEVICE void attend_step(const AttentionArgs& args, const QueryRows& rows, Online
       for (int j = 0; j < 4; j++) scores[a][i][j] = scaled.bias[i][j & 1];
 #pragma unroll
     for (int c = 0; c < kKeyChunks; c += 2) {
-      u32 r[4];
-      load_tile<kKeyChunks>(r, stage, 16 * a + tile_row, half, c, false);
+      u32 codes[4];
+      load_tile<kKeyChunks>(codes, stage, 16 * a + tile_row, half, c, false);
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         if (c + n >= kKeyChunks) continue;
-        u32 low = r[2 * n] ^ 0x80808080u, high = r[2 * n + 1] ^ 0x80808080u;
+        u32 low = codes[2 * n] ^ 0x80808080u, high = codes[2 * n + 1] ^ 0x80808080u;
         u32 keys[4] = {prmt(low, kMagic, 0x4140), prmt(high, kMagic, 0x4140), prmt(low, kMagic, 0x4342),
                        prmt(high, kMagic, 0x4342)};
 #pragma unroll
@@ -103,12 +103,12 @@ DEVICE void attend_step(const AttentionArgs& args, const QueryRows& rows, Online
   for (int c = 0; c < kValueChunks; c += 2)
 #pragma unroll
     for (int a = 0; a < kTiles; a++) {
-      u32 r[4];
-      load_tile<kValueChunks>(r, values, 16 * a + tile_row, half, c, true);
+      u32 codes[4];
+      load_tile<kValueChunks>(codes, values, 16 * a + tile_row, half, c, true);
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         if (c + n >= kValueChunks) continue;
-        u32 low = r[2 * n] ^ 0x80808080u, high = r[2 * n + 1] ^ 0x80808080u;
+        u32 low = codes[2 * n] ^ 0x80808080u, high = codes[2 * n + 1] ^ 0x80808080u;
         u32 tile[4] = {sub_half2(prmt(low, kMagic, 0x4240), kBias), sub_half2(prmt(low, kMagic, 0x4341), kBias),
                        sub_half2(prmt(high, kMagic, 0x4240), kBias), sub_half2(prmt(high, kMagic, 0x4341), kBias)};
 #pragma unroll

@@ -21,23 +21,27 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 // Transposes the 8 x 8 matrix of 16-bit elements that a warp holds, one pair a lane.
 DEVICE u32 transpose8x8(u32 x) {
-  u32 r;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
-  return r;
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(x));
+  return result;
 }
-DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+DEVICE void load_matrices(u32 (&result)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
                : "r"(address));
 }
-DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
+DEVICE void load_matrices_transposed(u32 (&result)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
                : "r"(address));
 }
-DEVICE void load_two_matrices(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+DEVICE void load_two_matrices(u32 (&result)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(result[0]), "=r"(result[1])
+               : "r"(address));
 }
-DEVICE void load_two_matrices_transposed(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+DEVICE void load_two_matrices_transposed(u32 (&result)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(result[0]), "=r"(result[1])
+               : "r"(address));
 }

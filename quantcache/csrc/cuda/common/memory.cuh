@@ -19,14 +19,16 @@ DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 DEVICE uint4 load_shared_16(u32 address) {
-  uint4 r;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
-  return r;
+  uint4 result;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+               : "r"(address));
+  return result;
 }
 DEVICE u32 load_shared_4(u32 address) {
-  u32 r;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));
-  return r;
+  u32 result;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(result) : "r"(address));
+  return result;
 }
 
 // Loads that are made where they are written, whatever registers that takes.

@@ -8,14 +8,14 @@ struct Range {
 };
 // Minimum and maximum that keep a NaN.
 DEVICE float lower(float a, float b) {
-  float r;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 DEVICE float higher(float a, float b) {
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 
 // Four consecutive elements as they are stored.
@@ -42,14 +42,14 @@ DEVICE void to_floats(const Four& v, float (&x)[4]) {
 #define PAIR "f16x2"
 #endif
 DEVICE u32 lower_pair(u32 a, u32 b) {
-  u32 r;
-  asm("min.NaN." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
+  u32 result;
+  asm("min.NaN." PAIR " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 DEVICE u32 higher_pair(u32 a, u32 b) {
-  u32 r;
-  asm("max.NaN." PAIR " %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
+  u32 result;
+  asm("max.NaN." PAIR " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 DEVICE Four lower(const Four& a, const Four& b) { return make_uint2(lower_pair(a.x, b.x), lower_pair(a.y, b.y)); }
 DEVICE Four higher(const Four& a, const Four& b) { return make_uint2(higher_pair(a.x, b.x), higher_pair(a.y, b.y)); }

@@ -21,6 +21,8 @@ static_assert(sizeof(StoreArgs) == 104, "as backends/cuda/pages.py packs it");
 static_assert(kTokenGroups * (HEAD_DIM / 4) <= kStoreThreads && HEAD_DIM <= kStoreThreads, "a thread for each channel");
 static_assert(kStoreThreads % 32 == 0 && kStoreThreads <= 1024, "whole warps of one CTA");
 
+// `place` counts pages and heads; `start` is where the page begins in the states.
+//
 // One page of one head. A thread holds four channels of every eighth token; the eight meet in shared memory, where a
 // thread for each channel makes its map.
 DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
@@ -39,11 +41,11 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     Four lowest = states[0], highest = states[0];
 #pragma unroll
     for (int i = 1; i < kTokensPerThread; i++) lowest = lower(lowest, states[i]), highest = higher(highest, states[i]);
-    float x[4];
-    to_floats(lowest, x);
-    low[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
-    to_floats(highest, x);
-    high[token_group][channels] = make_float4(x[0], x[1], x[2], x[3]);
+    float ends[4];  // of the range of each channel
+    to_floats(lowest, ends);
+    low[token_group][channels] = make_float4(ends[0], ends[1], ends[2], ends[3]);
+    to_floats(highest, ends);
+    high[token_group][channels] = make_float4(ends[0], ends[1], ends[2], ends[3]);
   }
   __syncthreads();
   if (const int d = threadIdx.x; d < HEAD_DIM) {
@@ -62,15 +64,18 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   }
   __syncthreads();
   if (!works) return;
-  const float4 n = inverse[channels], z = zero_point[channels], c = correction[channels];
-  const Affine map[4] = {{n.x, z.x, c.x}, {n.y, z.y, c.y}, {n.z, z.z, c.z}, {n.w, z.w, c.w}};
+  const float4 inverses = inverse[channels], zero_points = zero_point[channels], corrections = correction[channels];
+  const Affine map[4] = {{inverses.x, zero_points.x, corrections.x},
+                         {inverses.y, zero_points.y, corrections.y},
+                         {inverses.z, zero_points.z, corrections.z},
+                         {inverses.w, zero_points.w, corrections.w}};
   u32* target = reinterpret_cast<u32*>(args.qdata[0] + (place * kPageSize + token_group) * HEAD_DIM) + channels;
 #pragma unroll
   for (int i = 0; i < kTokensPerThread; i++) target[i * kTokenGroups * groups] = codes_of(states[i], map);
 }
 
 // One page of one head: a warp takes every warps-th token, a lane every 32nd group of four channels. The maps of a
-// warp's tokens are made side by side, a lane each.
+// warp's tokens are made side by side, a lane each. k is a token of the warp, r a round of 32 groups.
 DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
   constexpr int groups = V_HEAD_DIM / 4, rounds = (groups + 31) / 32, warps = kStoreThreads / 32;
   constexpr int tokens = (kPageSize + warps - 1) / warps;
@@ -92,11 +97,11 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
     Four lowest = states[k][0], highest = states[k][0];
 #pragma unroll
     for (int r = 1; r < rounds; r++) lowest = lower(lowest, states[k][r]), highest = higher(highest, states[k][r]);
-    float x[4], y[4];
-    to_floats(lowest, x);
-    to_floats(highest, y);
-    const Range range =
-        warp_range({lower(lower(x[0], x[1]), lower(x[2], x[3])), higher(higher(y[0], y[1]), higher(y[2], y[3]))});
+    float lows[4], highs[4];
+    to_floats(lowest, lows);
+    to_floats(highest, highs);
+    const Range range = warp_range({lower(lower(lows[0], lows[1]), lower(lows[2], lows[3])),
+                                    higher(higher(highs[0], highs[1]), higher(highs[2], highs[3]))});
     if (lane == k) own = range;
   }
   u32 metadata;
