@@ -27,7 +27,7 @@ def test_division_by_a_constant_is_that_of_ieee(divisor: int) -> None:
 @pytest.mark.parametrize("dtype", MANTISSA_BITS)
 @pytest.mark.parametrize("ulps", [-1, 0, 1], ids="inverse off by {} ulp".format)
 def test_sixteen_bit_states_round_as_their_exact_quotients(dtype: torch.dtype, ulps: int) -> None:
-    """``Affine.steps`` of pages/affine.cuh, with an inverse that is an ulp off, as rcp.approx may be (PTX ISA, "rcp")."""
+    """``Affine.steps`` of pages/affine.cuh, its inverse an ulp off, as rcp.approx may be (PTX ISA, "rcp")."""
     bits = MANTISSA_BITS[dtype]
     scale = torch.arange(128, 256).float()
     inverse = ((1 / scale).view(torch.int32) + ulps).view(torch.float32)
