@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS = $(shell find quantcache/csrc -type f)
 
 .PHONY: help demo test check bench docs format build clean
 
@@ -23,6 +24,7 @@ test: $(STAMP) ## run the tests (TEST_ARGS="-k crop")
 check: $(STAMP) ## lint, formatting, types, import rules, tables of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/python -m tools.pages --check
@@ -30,6 +32,7 @@ check: $(STAMP) ## lint, formatting, types, import rules, tables of the document
 format: $(STAMP) ## rewrite the code as check wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 BENCH_OUT = docs/benchmarks/peers-$(shell $(BIN)/python -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')").json
 

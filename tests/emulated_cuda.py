@@ -38,7 +38,7 @@ LETTERS = {"i64": "q", "int": "i", "float": "f"}
 """Of ``struct``, for the C types; a pointer is a P and a Segment four of them and a q."""
 
 STRUCTURES = {  # kernel: source, structure, how the host packs it
-    "attention": ("attention.cu", "Args", ATTENTION._ATTENTION_ARGS),
+    "attention": ("attention.cu", "AttentionArgs", ATTENTION._ATTENTION_ARGS),
     "append": ("pages.cu", "AppendArgs", PAGES._APPEND_ARGS),
     "store_pages": ("pages.cu", "StoreArgs", PAGES._STORE_ARGS),
     "restore": ("pages.cu", "RestoreArgs", PAGES._RESTORE_ARGS),
@@ -101,7 +101,7 @@ class Arguments:
     def __init__(self, kernel: str, macros: dict[str, int], grid: tuple[int, int, int], packed: bytes) -> None:
         self.given = taken_apart(kernel, packed)
         self.grid = grid
-        self.widths = macros["DK"], macros["DV"]
+        self.widths = macros["HEAD_DIM"], macros["V_HEAD_DIM"]
         self.dtype = ELEMENT_TYPES[macros["DTYPE"]]
 
     def states(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("divisor", [MAX_STEPS, MAX_ABS_STEPS])
 def test_division_by_a_constant_is_that_of_ieee(divisor: int) -> None:
-    """``divided`` of pages.cu: powers of two scale both sides alike, so one exponent stands for all."""
+    """``divided`` of pages/affine.cuh: powers of two scale both sides alike, so one exponent stands for all."""
     states = torch.arange(1 << 23, dtype=torch.int32).add_(0x3F800000).view(torch.float32)
     inverse, whole = torch.tensor(1.0) / divisor, torch.tensor(float(divisor))
     quotient = states * inverse
@@ -27,7 +27,7 @@ def test_division_by_a_constant_is_that_of_ieee(divisor: int) -> None:
 @pytest.mark.parametrize("dtype", MANTISSA_BITS)
 @pytest.mark.parametrize("ulps", [-1, 0, 1], ids="inverse off by {} ulp".format)
 def test_sixteen_bit_states_round_as_their_exact_quotients(dtype: torch.dtype, ulps: int) -> None:
-    """``Affine.steps`` of pages.cu, with an inverse that is an ulp off, as rcp.approx may be (PTX ISA, "rcp")."""
+    """``Affine.steps`` of pages/affine.cuh, its inverse an ulp off, as rcp.approx may be (PTX ISA, "rcp")."""
     bits = MANTISSA_BITS[dtype]
     scale = torch.arange(128, 256).float()
     inverse = ((1 / scale).view(torch.int32) + ulps).view(torch.float32)

@@ -1,16 +1,23 @@
 """Are cubins kept, found again, and built anew when they must be? And do the sources compile?"""
 
 import os
+import re
 import stat
+import struct
 from pathlib import Path
 
 import pytest
 
 from quantcache.backends import artifacts
 from quantcache.backends.cpu.build import BuildError
-from quantcache.backends.cuda import nvrtc
+from quantcache.backends.cuda import nvrtc, plan
+from tests import emulated_cuda
 
-MACROS = (("DK", 64), ("DV", 64), ("DTYPE", 1))
+MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))
+ATTENTION_MACROS = (
+    *(("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2)),
+    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1)),
+)
 
 
 @pytest.fixture
@@ -26,6 +33,13 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(nvrtc, "_compile", compile_)
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
     return asked
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of ``csrc/cuda``."""
+    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
+    return tmp_path
 
 
 def test_a_cubin_is_built_once(compiled: list[str]) -> None:
@@ -51,6 +65,75 @@ def test_whatever_it_depends_on_makes_another(
         monkeypatch.setattr(nvrtc, "version", lambda: "13.1")
     nvrtc.cubin(source, macros, arch)
     assert len(compiled) == 2
+
+
+PROGRAMS = ("attention.cu", "pages.cu")
+
+
+def test_every_source_is_part_of_a_program_once() -> None:
+    """And nothing else names it, so the digest of a program covers all that goes into it."""
+    found: set[str] = set()
+    for program in PROGRAMS:
+        text = nvrtc.program_text(program)
+        names = re.findall(r'^#line 1 "(.+)"$', text, re.MULTILINE)
+        assert len(names) == len(set(names))
+        assert "#include" not in text
+        found.update(names)
+    assert found == {path.relative_to(nvrtc.SOURCES).as_posix() for path in nvrtc.SOURCES.rglob("*.cu*")}
+
+
+def test_a_message_names_the_file_and_the_line(sources: Path) -> None:
+    (sources / "program.cu").write_text('#include "part.cuh"\n#include "part.cuh"\n\nint c = b;\n')
+    (sources / "part.cuh").write_text("const int a = 1;\nconst int b = a;\n")
+    assert nvrtc.program_text("program.cu").splitlines() == [
+        '#line 1 "program.cu"',
+        '#line 1 "part.cuh"',
+        "const int a = 1;",
+        "const int b = a;",
+        '#line 2 "program.cu"',
+        "",
+        "",
+        "int c = b;",
+    ]
+
+
+@pytest.mark.parametrize("kernel", emulated_cuda.STRUCTURES)
+def test_the_sources_expect_as_many_bytes_as_the_host_packs(kernel: str) -> None:
+    """NVRTC checks the number against the structure, this the host against the number."""
+    source, structure, form = emulated_cuda.STRUCTURES[kernel]
+    stated = re.search(rf"static_assert\(sizeof\({structure}\) == (\d+),", nvrtc.program_text(source))
+    assert stated is not None
+    alignment = struct.calcsize("q")
+    assert int(stated[1]) == -(-form.size // alignment) * alignment
+
+
+def test_the_kernels_merge_as_many_splits_as_are_planned() -> None:
+    assert f"constexpr int kMaxSplits = {plan.MAX_SPLITS};" in nvrtc.program_text("attention.cu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"HEAD_DIM": 72}, "HEAD_DIM in steps of an MMA"),
+        ({"V_HEAD_DIM": 272}, "V_HEAD_DIM in steps of an MMA"),
+        ({"DTYPE": 3}, "states are floats"),
+        ({"WARPS": 3}, "WARPS - 1 masks"),
+        ({"KEY_STEP": 48}, "fill a page"),
+        ({"STAGES": 1}, "while another is copied"),
+        ({"HAS_MASK": 2}, "a yes or a no"),
+    ],
+    ids=str,
+)
+def test_a_build_that_the_sources_do_not_allow_is_refused(
+    wrong: dict[str, int], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core")
+    if nvrtc.unavailable():
+        pytest.skip(str(nvrtc.unavailable()))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
+    macros = {**dict(MACROS), **dict(ATTENTION_MACROS), **wrong}
+    with pytest.raises(BuildError, match=reason):
+        nvrtc.cubin("attention.cu", tuple(macros.items()), "sm_90")
 
 
 def test_a_damaged_cubin_is_built_again(compiled: list[str]) -> None:
@@ -106,7 +189,6 @@ def test_the_sources_compile_for_every_architecture(
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
-    shared = (("DK", 192), ("DV", 128), ("DTYPE", dtype))
-    shape = (("NT", 1), ("WARPS", 8), ("KSTEP", 16), ("STAGES", 2), ("MASK", 1), ("SOFTCAP", 1))
+    shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")
-    assert nvrtc.cubin("attention.cu", (*shared, *shape), arch).startswith(b"\x7fELF")
+    assert nvrtc.cubin("attention.cu", (*shared, *ATTENTION_MACROS), arch).startswith(b"\x7fELF")

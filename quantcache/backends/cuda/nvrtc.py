@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,6 @@ from quantcache.backends import artifacts
 from quantcache.backends.cpu.build import BuildError
 
 SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cuda"
-
-HEADER: Final = "common.cuh"
 
 Macros = tuple[tuple[str, int], ...]
 
@@ -58,8 +57,27 @@ def digest_of(source: str, macros: Macros, arch: str) -> str:
 
 
 def program_text(source: str) -> str:
-    """What NVRTC is given: the common part and the source, one text."""
-    return "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in (HEADER, source))
+    """What NVRTC is given: the source with the files that it includes, each once, as one text.
+
+    A file names another as ``#include "softmax.cuh"``, from ``csrc/cuda`` on, on a line of its own. One text is all
+    that the digest has to cover, and NVRTC needs no folder. Its messages still name the file and the line.
+    """
+    lines: list[str] = []
+    included = set()
+
+    def add(name: str) -> None:
+        included.add(name)
+        lines.append(f'#line 1 "{name}"')
+        for number, line in enumerate((SOURCES / name).read_text(encoding="utf-8").splitlines(), start=1):
+            match = re.fullmatch(r'#include "([^"]+)"', line)
+            if match and match[1] not in included:
+                add(match[1])
+                lines.append(f'#line {number + 1} "{name}"')
+            else:
+                lines.append("" if match else line)
+
+    add(source)
+    return "\n".join(lines) + "\n"
 
 
 OPTIONS: Final[dict[str, Any]] = {"std": "c++17", "device_as_default_execution_space": True}

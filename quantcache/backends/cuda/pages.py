@@ -163,6 +163,6 @@ def pages_kernel(name: str, states: Tensor, head_dim: int, v_head_dim: int) -> K
 
 @functools.cache
 def _kernel_of_pages(name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int) -> Kernel:
-    macros = (("DK", head_dim), ("DV", v_head_dim), ("DTYPE", DTYPES[dtype]))
+    macros = (("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype]))
     threads = max(256, 2 * head_dim) if name in ("store_pages", "advance") else 256
     return load_kernel("pages.cu", macros, name, index, threads, 0)

@@ -13,7 +13,7 @@ MAX_HEAD_DIM: Final = 256
 
 
 class Shape(NamedTuple):
-    """How the attention kernel is built for one kind of call; the macros of ``attention.cu``.
+    """How the attention kernel is built for one kind of call; the macros of ``attention/build.cuh``.
 
     Attributes:
         row_tiles: tiles of 8 query rows that a CTA holds.
@@ -185,10 +185,10 @@ def _attention_kernel(
     has_softcap: bool,
 ) -> Kernel:
     macros = (
-        *(("DK", head_dim), ("DV", v_head_dim), ("DTYPE", DTYPES[dtype])),
-        *(("NT", shape.row_tiles), ("WARPS", shape.warps)),
-        *(("KSTEP", shape.key_step), ("STAGES", shape.stages)),
-        *(("MASK", int(has_mask)), ("SOFTCAP", int(has_softcap))),
+        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
+        *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
+        *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap))),
     )
     element_size = 4 if dtype == torch.float32 else 2
     shared_bytes = shape.shared_bytes(head_dim, v_head_dim, element_size, MAX_SPLITS + 1)

@@ -15,9 +15,13 @@
 namespace {
 
 struct Scratch {
-  float *query, *folded, *key_scale, *key_zero, *key_tile, *value_tile, *scores, *value_scale, *value_zero, *row;
+  float *query, *folded, *key_scale, *key_zero, *key_tile, *value_tile, *scores, *value_scale, *value_zero, *output_row;
   Scratch(const AttentionPlan& plan, float* p) {
-    auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
+    auto take = [&p](int64_t n) {
+      float* taken = p;
+      p += n;
+      return taken;
+    };
     query = take(plan.padded_rows * plan.width);
     folded = take(kRowTile * plan.width);
     key_scale = take(plan.width);
@@ -27,17 +31,19 @@ struct Scratch {
     scores = take(kPageSize * kRowTile);
     value_scale = take(kPageSize + kWidthStep);
     value_zero = take(kPageSize + kWidthStep);
-    row = p;
+    output_row = p;
   }
 };
 
+// The online softmax of one split of a KV head, for all rows: output (padded_rows, v_width) is not normalised, and
+// value_offset is what the values' zero points take away from each of its elements.
 struct Partial {
-  float *peak, *total, *shift, *sums;
+  float *row_max, *row_sum, *value_offset, *output;
   Partial(const AttentionPlan& plan, int64_t head, int64_t split) {
-    peak = plan.partials + (head * plan.num_splits + split) * plan.partial_size;
-    total = peak + plan.padded_rows;
-    shift = total + plan.padded_rows;
-    sums = shift + plan.padded_rows;
+    row_max = plan.partials + (head * plan.num_splits + split) * plan.partial_size;
+    row_sum = row_max + plan.padded_rows;
+    value_offset = row_sum + plan.padded_rows;
+    output = value_offset + plan.padded_rows;
   }
 };
 
@@ -88,31 +94,32 @@ static void fold_query(const float* query, const Scratch& scratch, int64_t width
   store4(bias, across_groups(sum_groups(sums[0], sums[1], sums[2], sums[3]), add));
 }
 
-// Scores (64, 4) to weights, in place, and the state of the 4 rows moved on; keep (4,) is what the old sums are worth.
+// A step of the online softmax: turns scores (64, 4) into weights, in place, and moves row_max, row_sum and
+// value_offset of the 4 rows on; rescale (4,) is what the output so far is to be multiplied by.
 template <bool kIsPage>
-static void soften(const Scratch& scratch, int64_t count, Partial state, int64_t row, float* keep) {
-  Vec highest = splat(-kInfinity);
-  for (int64_t i = 0; i < count * 4; i += kLanes) highest = larger(load(scratch.scores + i), highest);
-  Vec old_peak = repeat4(state.peak + row);
-  Vec peak = larger(across_groups(highest, larger), old_peak);
-  // Rows that have seen nothing keep the peak -inf; any finite base gives their tokens weights of zero.
-  Vec base = select(peak == splat(-kInfinity), Vec{}, peak);
-  Vec kept = exp_negative(old_peak - base);
-  Vec total{}, shift{};
+static void softmax_step(const Scratch& scratch, int64_t count, Partial state, int64_t row, float* rescale) {
+  Vec tile_max = splat(-kInfinity);
+  for (int64_t i = 0; i < count * 4; i += kLanes) tile_max = larger(load(scratch.scores + i), tile_max);
+  Vec old_max = repeat4(state.row_max + row);
+  Vec new_max = larger(across_groups(tile_max, larger), old_max);
+  // Rows that have seen nothing keep the row_max -inf; any finite base gives their tokens weights of zero.
+  Vec base = select(new_max == splat(-kInfinity), Vec{}, new_max);
+  Vec change = exp_negative(old_max - base);
+  Vec row_sum{}, value_offset{};
   for (int64_t i = 0; i < count * 4; i += kLanes) {
     Vec score = load(scratch.scores + i);
     Vec weight = exp_negative(score - base);
-    total += weight;
+    row_sum += weight;
     if (kIsPage) {
       weight = select(score == splat(-kInfinity), Vec{}, weight * spread4(scratch.value_scale + i / 4));
-      shift += weight * spread4(scratch.value_zero + i / 4);
+      value_offset += weight * spread4(scratch.value_zero + i / 4);
     }
     store(scratch.scores + i, weight);
   }
-  store4(state.peak + row, peak);
-  store4(state.total + row, repeat4(state.total + row) * kept + across_groups(total, add));
-  store4(state.shift + row, repeat4(state.shift + row) * kept + across_groups(shift, add));
-  store4(keep, kept);
+  store4(state.row_max + row, new_max);
+  store4(state.row_sum + row, repeat4(state.row_sum + row) * change + across_groups(row_sum, add));
+  store4(state.value_offset + row, repeat4(state.value_offset + row) * change + across_groups(value_offset, add));
+  store4(rescale, change);
 }
 
 template <int kRows, typename Code>
@@ -130,7 +137,7 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
   if (!is_seen) return;
 
   const float* query = scratch.query + row * plan.width;
-  alignas(16) float bias[4] = {}, keep[4];
+  alignas(16) float bias[4] = {}, rescale[4];
   if (kIsPage) {
     fold_query(query, scratch, plan.width, bias);
     query = scratch.folded;
@@ -146,9 +153,9 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
     }
   if (!is_whole) hide_out_of_reach(scratch.scores, block.first, count, reach);
   if (args.attn_mask) apply_mask(plan, head, row, block.first, block.count, scratch.scores);
-  soften<kIsPage>(scratch, count, state, row, keep);
-  add_values<kRows>(scratch.scores, keep, block.values, block.value_stride, block.count,
-                    state.sums + row * plan.v_width, plan.v_width, row ? nullptr : block.next_keys);
+  softmax_step<kIsPage>(scratch, count, state, row, rescale);
+  add_values<kRows>(scratch.scores, rescale, block.values, block.value_stride, block.count,
+                    state.output + row * plan.v_width, plan.v_width, row ? nullptr : block.next_keys);
 }
 
 template <typename Code>
@@ -156,10 +163,14 @@ static void attend_block(const AttentionPlan& plan, const Block<Code>& block, in
                          Partial state) {
   for (int64_t row = 0; row < plan.rows; row += kRowTile) {
     int64_t rows = plan.rows - row;
-    if (rows >= 4) attend_rows<4>(plan, block, head, row, scratch, state);
-    else if (rows == 3) attend_rows<3>(plan, block, head, row, scratch, state);
-    else if (rows == 2) attend_rows<2>(plan, block, head, row, scratch, state);
-    else attend_rows<1>(plan, block, head, row, scratch, state);
+    if (rows >= 4)
+      attend_rows<4>(plan, block, head, row, scratch, state);
+    else if (rows == 3)
+      attend_rows<3>(plan, block, head, row, scratch, state);
+    else if (rows == 2)
+      attend_rows<2>(plan, block, head, row, scratch, state);
+    else
+      attend_rows<1>(plan, block, head, row, scratch, state);
   }
 }
 

@@ -50,13 +50,16 @@ static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, i
   unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
   Block<int8_t> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
                       padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
-                      plan.width, plan.v_width, first, kPageSize,
-                      values, page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
+                      plan.width,
+                      plan.v_width,
+                      first,
+                      kPageSize,
+                      values,
+                      page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
   attend_block(plan, block, head, scratch, state);
 }
 
-static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch,
-                        Partial state) {
+static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch, Partial state) {
   const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.dtype);
   int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
@@ -80,10 +83,10 @@ static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float
   Scratch scratch(plan, memory);
   Partial state(plan, head, split);
   for (int64_t row = 0; row < plan.padded_rows; ++row) {
-    state.peak[row] = -kInfinity;
-    state.total[row] = state.shift[row] = 0;
+    state.row_max[row] = -kInfinity;
+    state.row_sum[row] = state.value_offset[row] = 0;
   }
-  __builtin_memset(state.sums, 0, plan.padded_rows * plan.v_width * sizeof(float));
+  __builtin_memset(state.output, 0, plan.padded_rows * plan.v_width * sizeof(float));
   read_query(plan, head, scratch.query);
 
   int64_t num_blocks = plan.end_block - plan.first_block;
@@ -98,30 +101,31 @@ static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float
   for (; block < end; ++block) attend_tail(plan, block * kPageSize, head, scratch, state);
 }
 
-static void combine(const AttentionPlan& plan, int64_t head, float* memory) {
+// The partials of all splits, in order, and the sink to the output rows.
+static void merge(const AttentionPlan& plan, int64_t head, float* memory) {
   const AttentionArgs& args = *plan.args;
-  float* output = Scratch(plan, memory).row;
+  float* output = Scratch(plan, memory).output_row;
   Dtype dtype = static_cast<Dtype>(args.dtype);
   int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
   for (int64_t row = 0; row < plan.rows; ++row) {
     int64_t q_head = first_q_head + row / plan.num_queries, query = plan.first_query + row % plan.num_queries;
-    float peak = args.sinks ? args.sinks[q_head] : -kInfinity;
+    float row_max = args.sinks ? args.sinks[q_head] : -kInfinity;
     for (int64_t split = 0; split < plan.num_splits; ++split) {
-      float other = Partial(plan, head, split).peak[row];
-      peak = other > peak ? other : peak;
+      float other = Partial(plan, head, split).row_max[row];
+      row_max = other > row_max ? other : row_max;
     }
-    float base = peak == -kInfinity ? 0.0f : peak;
-    float total = args.sinks ? __builtin_expf(args.sinks[q_head] - base) : 0.0f;
+    float base = row_max == -kInfinity ? 0.0f : row_max;
+    float row_sum = args.sinks ? __builtin_expf(args.sinks[q_head] - base) : 0.0f;
     __builtin_memset(output, 0, plan.v_width * sizeof(float));
     for (int64_t split = 0; split < plan.num_splits; ++split) {
       Partial part(plan, head, split);
-      float share = __builtin_expf(part.peak[row] - base);
-      total += share * part.total[row];
-      const float* sums = part.sums + row * plan.v_width;
+      float share = __builtin_expf(part.row_max[row] - base);
+      row_sum += share * part.row_sum[row];
+      const float* part_output = part.output + row * plan.v_width;
       for (int64_t d = 0; d < plan.v_width; d += kLanes)
-        store(output + d, load(output + d) + (load(sums + d) - part.shift[row]) * share);
+        store(output + d, load(output + d) + (load(part_output + d) - part.value_offset[row]) * share);
     }
-    Vec divisor = splat(total == 0 ? 1.0f : total);
+    Vec divisor = splat(row_sum == 0 ? 1.0f : row_sum);
     for (int64_t d = 0; d < plan.v_width; d += kLanes) store(output + d, load(output + d) / divisor);
     int64_t place = (batch * args.query_len + query) * args.num_q_heads + q_head;
     write_any_row(dtype, output, args.v_head_dim,

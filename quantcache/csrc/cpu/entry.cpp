@@ -1,4 +1,4 @@
-// The functions that quantcache/backends/cpu.py calls, and the choice of the instruction set.
+// The functions that quantcache/backends/cpu/__init__.py calls, and the choice of the instruction set.
 // Every one returns 0, or 1 when there is no memory for its scratch; arguments are checked by the caller.
 
 #include <atomic>
@@ -90,7 +90,7 @@ constexpr int64_t kMinThreadBlocks = 32;
 // Tasks for each thread: enough to even out a core that something else slows down.
 constexpr int64_t kTasksPerThread = 8;
 
-// Query floats of one KV head in a pass; with its sums they stay in a core's second cache.
+// Query floats of one KV head in a pass; with their output they stay in a core's second cache.
 constexpr int64_t kPassFloats = int64_t{1} << 16;
 
 struct AttentionJob {
@@ -106,7 +106,7 @@ void attention_task(void* context, int64_t task, int64_t worker) {
   float* scratch = job.scratch + worker * job.scratch_stride;
   isa().kernels->attend(job.plan, head, split, scratch);
   // Whoever finishes the last part adds up all of them, in order: the result does not depend on who was last.
-  if (job.left[head].fetch_sub(1, std::memory_order_acq_rel) == 1) isa().kernels->combine(job.plan, head, scratch);
+  if (job.left[head].fetch_sub(1, std::memory_order_acq_rel) == 1) isa().kernels->merge(job.plan, head, scratch);
 }
 
 AttentionPlan plan_attention(const AttentionArgs& args, int64_t first_query, int64_t num_queries) {
@@ -202,8 +202,8 @@ QC_EXPORT int quantcache_attention(const AttentionArgs* args) {
 
 // Keys or values of ops.store_pages.
 QC_EXPORT int quantcache_store(const StoreArgs* args) {
-  BlockJob<StoreArgs> job{args, args->batch * args->num_kv_heads,
-                          kPageSize * aligned(args->head_dim) + 4 * kPageSize, nullptr};
+  BlockJob<StoreArgs> job{args, args->batch * args->num_kv_heads, kPageSize * aligned(args->head_dim) + 4 * kPageSize,
+                          nullptr};
   int64_t tasks = args->num_pages * job.heads;
   int64_t threads = args->num_threads < tasks / 2 ? args->num_threads : tasks > 1 ? tasks / 2 : 1;
   Workspace workspace(threads * job.scratch_stride + kAlignFloats);

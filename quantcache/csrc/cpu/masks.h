@@ -56,8 +56,8 @@ static void apply_mask(const AttentionPlan& plan, int64_t head, int64_t row, int
   for (int64_t i = 0; i < kRowTile && row + i < plan.rows; ++i) {
     int64_t q_head = first_q_head + (row + i) / plan.num_queries;
     int64_t query = plan.first_query + (row + i) % plan.num_queries;
-    int64_t start = batch * args.mask_stride[0] + q_head * args.mask_stride[1] + query * args.mask_stride[2] +
-                    first * stride;
+    int64_t start =
+        batch * args.mask_stride[0] + q_head * args.mask_stride[1] + query * args.mask_stride[2] + first * stride;
     if (dtype == kBool) {
       const uint8_t* mask = static_cast<const uint8_t*>(args.attn_mask) + start;
       if (start == previous || all_true(mask, stride, count)) {

@@ -8,36 +8,36 @@ constexpr int64_t kWidthStep = 16;  // rows of scratch are padded to the widest 
 
 struct AttentionPlan {
   const AttentionArgs* args;
-  int64_t group;         // query heads per KV head
+  int64_t group;                     // query heads per KV head
   int64_t first_query, num_queries;  // the queries of this pass
-  int64_t rows;          // group * num_queries: row r is head r / num_queries of the group,
-                         // query first_query + r % num_queries
-  int64_t padded_rows;   // to kRowTile
-  int64_t width;         // head_dim, to kWidthStep
-  int64_t v_width;       // v_head_dim, to kWidthStep
+  int64_t rows;                      // group * num_queries: row r is head r / num_queries of the group,
+                                     // query first_query + r % num_queries
+  int64_t padded_rows;               // to kRowTile
+  int64_t width;                     // head_dim, to kWidthStep
+  int64_t v_width;                   // v_head_dim, to kWidthStep
   int64_t num_pages, kv_len;
   int64_t first_block, end_block;  // blocks of 64 tokens that some row may see; the tail starts a block
-  int64_t num_splits;    // parts the blocks are divided in
-  int64_t partial_size;  // floats of a partial: peak, total, shift (padded_rows,), sums (padded_rows, v_width)
-  float* partials;       // (batch * num_kv_heads, num_splits, partial_size)
+  int64_t num_splits;              // parts the blocks are divided in
+  int64_t partial_size;            // floats of a Partial: row_max, row_sum, value_offset, output
+  float* partials;                 // (batch * num_kv_heads, num_splits, partial_size)
 };
 
 // Floats of scratch for one thread.
 static inline int64_t scratch_size(const AttentionPlan& plan) {
   int64_t wider = plan.width > plan.v_width ? plan.width : plan.v_width;
-  return plan.padded_rows * plan.width        // query
-         + (kRowTile + 2) * plan.width        // folded query, key scale, key zero point
+  return plan.padded_rows * plan.width                        // query
+         + (kRowTile + 2) * plan.width                        // folded query, key scale, key zero point
          + kPageSize * plan.width + kPageSize * plan.v_width  // tail tile, or two pages of padded codes
-         + kPageSize * kRowTile               // scores, then weights
-         + 2 * (kPageSize + kWidthStep)       // value scale, value zero point
-         + wider;                             // an output row
+         + kPageSize * kRowTile                               // scores, then weights
+         + 2 * (kPageSize + kWidthStep)                       // value scale, value zero point
+         + wider;                                             // an output row
 }
 
 struct Kernels {
   // Part `split` of the blocks for KV head `head` of batch * num_kv_heads: fills its partial.
   void (*attend)(const AttentionPlan& plan, int64_t head, int64_t split, float* scratch);
   // All partials of `head`, in order, to its output rows.
-  void (*combine)(const AttentionPlan& plan, int64_t head, float* scratch);
+  void (*merge)(const AttentionPlan& plan, int64_t head, float* scratch);
   // One page of one head; scratch of 64 * (head_dim to kWidthStep) + 256 floats.
   void (*store_page)(const StoreArgs& args, int64_t page, int64_t head, float* scratch);
   // Up to 64 tokens of one head, block by block; scratch of 3 * (head_dim to kWidthStep) floats.

@@ -1,4 +1,4 @@
-// The two products of attention for a tile of 4 query rows: scores = query . keys and sums += weights . values.
+// The two products of attention for a tile of 4 query rows: scores = query . keys and output += weights . values.
 // Scores and weights lie as (token, row). A loaded vector of codes is converted once and used by all rows. int8 dot
 // products (VNNI) would need the query cut into three int8 parts to keep float32 accuracy, bfloat16 ones (vdpbf16ps)
 // into three bfloat16 parts: 21 and 11 products an instruction against 16 of the plain FMA, and VNNI then needs
@@ -83,15 +83,15 @@ static void score_tokens(const float* query, int64_t width, const Code* keys, in
   }
 }
 
-// sums (kRows, kColumns vectors of a row of v_width) = keep * sums + weights . values.
+// output (kRows, kColumns vectors of a row of v_width) = rescale * output + weights . values.
 template <int kRows, int kColumns, typename Code>
-QC_INLINE void add_columns(const float* weights, const float* keep, const Code* values, int64_t stride, int64_t count,
-                           float* sums, int64_t v_width, const int8_t* ahead) {
+QC_INLINE void add_columns(const float* weights, const float* rescale, const Code* values, int64_t stride,
+                           int64_t count, float* output, int64_t v_width, const int8_t* ahead) {
   Vec total[kRows][kColumns];
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) total[row][c] = load(sums + row * v_width + c * kLanes) * keep[row];
+    for (int c = 0; c < kColumns; ++c) total[row][c] = load(output + row * v_width + c * kLanes) * rescale[row];
   for (int64_t token = 0; token < count; ++token) {
     fetch_ahead(ahead, token * kColumns * kLanes, kColumns * kLanes);
     Vec codes[kColumns];
@@ -107,21 +107,21 @@ QC_INLINE void add_columns(const float* weights, const float* keep, const Code* 
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) store(sums + row * v_width + c * kLanes, total[row][c]);
+    for (int c = 0; c < kColumns; ++c) store(output + row * v_width + c * kLanes, total[row][c]);
 }
 
-// sums (kRows, v_width) = keep (kRows,) * sums + weights (count, 4) . values (count, stride).
+// output (kRows, v_width) = rescale (kRows,) * output + weights (count, 4) . values (count, stride).
 // ahead: count * v_width codes that come next, or null.
 template <int kRows, typename Code>
-static void add_values(const float* weights, const float* keep, const Code* values, int64_t stride, int64_t count,
-                       float* sums, int64_t v_width, const int8_t* ahead) {
+static void add_values(const float* weights, const float* rescale, const Code* values, int64_t stride, int64_t count,
+                       float* output, int64_t v_width, const int8_t* ahead) {
   constexpr int kColumns = kLanes == 16 ? 4 : 2;  // what 32 or 16 registers hold for 4 rows
   int64_t d = 0;
   for (; d + kColumns * kLanes <= v_width; d += kColumns * kLanes)
-    add_columns<kRows, kColumns>(weights, keep, values + d, stride, count, sums + d, v_width,
+    add_columns<kRows, kColumns>(weights, rescale, values + d, stride, count, output + d, v_width,
                                  ahead ? ahead + d * count : nullptr);
   for (; d < v_width; d += kLanes)
-    add_columns<kRows, 1>(weights, keep, values + d, stride, count, sums + d, v_width, nullptr);
+    add_columns<kRows, 1>(weights, rescale, values + d, stride, count, output + d, v_width, nullptr);
 }
 
 }  // namespace

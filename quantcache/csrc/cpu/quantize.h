@@ -11,7 +11,7 @@ namespace {
 // scheme.py explains the numbers.
 constexpr int kQMin = -128;
 constexpr float kMaxSteps = 254, kMaxAbsSteps = 32512, kMinScale = 0x1p-120f;
-constexpr int64_t kTokensAhead = 16;  // what hides the latency of memory
+constexpr int64_t kTokensAhead = 16;   // what hides the latency of memory
 constexpr uint32_t kNanPair = 0x7FC0;  // scale NaN, zero_point 0
 
 QC_INLINE Vec nearest_step(Vec states, Vec scale) {
@@ -49,7 +49,11 @@ struct Quantizer {
   Vec scale, zero_point, inverse, half, quarter;
   VecI is_finite;
   Quantizer(Vec scale, Vec zero_point, VecI is_finite)
-      : scale(scale), zero_point(zero_point), inverse(1.0f / scale), half(0.5f * scale), quarter(0.25f * scale),
+      : scale(scale),
+        zero_point(zero_point),
+        inverse(1.0f / scale),
+        half(0.5f * scale),
+        quarter(0.25f * scale),
         is_finite(is_finite) {}
 };
 

@@ -12,7 +12,7 @@ QC_INLINE float largest(Dtype dtype) {
   return dtype == kFloat16 ? 65504.0f : dtype == kBFloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f;
 }
 
-// Codes in scratch.row to states: (code - zero_point) * scale, kept finite unless the scale is NaN.
+// Codes to states: (code - zero_point) * scale, kept finite unless the scale is NaN.
 QC_INLINE Vec restored(Vec codes, Vec scale, Vec zero_point, float limit) {
   Vec states = (codes - zero_point) * scale;
   states = select(states > limit, splat(limit), states);
@@ -47,8 +47,10 @@ static void restore_page(const RestoreArgs& args, const int8_t* qdata, const uin
 template <Dtype dtype>
 static void restore_typed(const RestoreArgs& args, const int8_t* qdata, const uint32_t* metadata, char* target,
                           float* scratch) {
-  if (args.is_key) restore_page<dtype, true>(args, qdata, metadata, target, scratch);
-  else restore_page<dtype, false>(args, qdata, metadata, target, scratch);
+  if (args.is_key)
+    restore_page<dtype, true>(args, qdata, metadata, target, scratch);
+  else
+    restore_page<dtype, false>(args, qdata, metadata, target, scratch);
 }
 
 static void restore_block(const RestoreArgs& args, int64_t block, int64_t head, float* scratch) {
@@ -78,8 +80,8 @@ static void restore_block(const RestoreArgs& args, int64_t block, int64_t head, 
   }
   int64_t index = page * args.batch * args.num_kv_heads + head;
   const int8_t* qdata = (args.is_key ? found->key_qdata : found->value_qdata) + index * kPageSize * args.head_dim;
-  const uint32_t* metadata = args.is_key ? found->key_metadata + index * args.head_dim
-                                         : found->value_metadata + index * kPageSize;
+  const uint32_t* metadata =
+      args.is_key ? found->key_metadata + index * args.head_dim : found->value_metadata + index * kPageSize;
   if (dtype == kFloat32) return restore_typed<kFloat32>(args, qdata, metadata, target, scratch);
   if (dtype == kBFloat16) return restore_typed<kBFloat16>(args, qdata, metadata, target, scratch);
   restore_typed<kFloat16>(args, qdata, metadata, target, scratch);

@@ -1,0 +1,163 @@
+// Copies of pages to a warp's ring of stages.
+
+#include "attention/masks.cuh"
+#include "common/memory.cuh"
+
+constexpr int kStepsPerPage = kPageSize / KEY_STEP;
+// A stage: codes of the keys, codes of the values, metadata of the keys (of a page's first step), metadata of the
+// values.
+constexpr int kStageBytes = KEY_STEP * (HEAD_DIM + V_HEAD_DIM) + 4 * HEAD_DIM + 4 * KEY_STEP;
+static_assert(kStageBytes % 16 == 0, "stages take copies of 16 bytes");
+static_assert(KEY_STEP / 4 <= 32, "a lane copies the metadata of four values");
+
+// Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of kChunks: eight rows at one chunk in eight banks.
+template <int kChunks>
+DEVICE u32 tile_offset(int row, int chunk) {
+  constexpr int shift = kChunks % 8 == 0 ? 0 : kChunks % 4 == 0 ? 1 : 2;
+  constexpr int bits = kChunks % 8 == 0 ? 7 : kChunks % 4 == 0 ? 3 : kChunks % 2 == 0 ? 1 : 0;
+  return row * (16 * kChunks) + ((chunk ^ ((row >> shift) & bits)) << 4);
+}
+
+// Finds pages, one after the other, and copies them to stages, KEY_STEP keys at a time, by one warp.
+struct PageLoader {
+  const Segment* segments;
+  Segment segment;
+  i64 end;  // first page behind the segment
+  int index;
+
+  DEVICE void open(const AttentionArgs& args, int page) {
+    segments = args.segments;
+    if (args.num_segments == 1) {
+      segment = args.only;
+      end = 0x7FFFFFFF;
+      return;
+    }
+    const int lane = threadIdx.x & 31;
+    int count = 0;  // segments that start at or before the page
+#pragma unroll 1
+    for (int first = 0; first < args.num_segments; first += 32)
+      count += __popc(__ballot_sync(~0u, first + lane < args.num_segments && segments[first + lane].first <= page));
+    use(max(count - 1, 0));
+  }
+  DEVICE void use(int i) {
+    index = i;
+    segment = segments[i];
+    end = segments[i + 1].first;
+  }
+  DEVICE void load(u32 stage, int page, int step, int heads, int head) {
+    while (page >= end) use(index + 1);
+    const i64 place = (page - segment.first) * heads + head;
+    const int lane = threadIdx.x & 31;
+    const i8* keys = segment.key_qdata + (place * kPageSize + step * KEY_STEP) * HEAD_DIM;
+    const i8* values = segment.value_qdata + (place * kPageSize + step * KEY_STEP) * V_HEAD_DIM;
+#pragma unroll
+    for (int first = 0; first < KEY_STEP * kKeyChunks; first += 32) {
+      int i = first + lane;
+      if (KEY_STEP * kKeyChunks % 32 == 0 || i < KEY_STEP * kKeyChunks)
+        copy_async(stage + tile_offset<kKeyChunks>(i / kKeyChunks, i % kKeyChunks), keys + 16 * i);
+    }
+    stage += KEY_STEP * HEAD_DIM;
+#pragma unroll
+    for (int first = 0; first < KEY_STEP * kValueChunks; first += 32) {
+      int i = first + lane;
+      if (KEY_STEP * kValueChunks % 32 == 0 || i < KEY_STEP * kValueChunks)
+        copy_async(stage + tile_offset<kValueChunks>(i / kValueChunks, i % kValueChunks), values + 16 * i);
+    }
+    stage += KEY_STEP * V_HEAD_DIM;
+    if (step == 0)
+      for (int i = lane; i < HEAD_DIM / 4; i += 32)
+        copy_async(stage + 16 * i, segment.key_metadata + place * HEAD_DIM + 4 * i);
+    stage += 4 * HEAD_DIM;
+    if (lane < KEY_STEP / 4)
+      copy_async(stage + 16 * lane, segment.value_metadata + place * kPageSize + step * KEY_STEP + 4 * lane);
+  }
+};
+
+// The pages `page`, `page` + WARPS, ... of which there are `count`, copied STAGES - 1 steps ahead.
+struct PageWalk {
+  u32 seen;
+  int page, step, left;
+  DEVICE void start(u32 pages, int first, int count) {
+    seen = pages, page = first, step = 0, left = (HAS_MASK ? __popc(pages) : count) * kStepsPerPage;
+    if (HAS_MASK && left) settle();
+  }
+  DEVICE void settle() {
+    int skipped = __ffs(seen) - 1;
+    page += skipped * WARPS;
+    seen >>= skipped;
+  }
+  DEVICE void advance() {
+    left--;
+    if (++step < kStepsPerPage) return;
+    step = 0;
+    page += WARPS;
+    if (HAS_MASK && left) {
+      seen >>= 1;
+      settle();
+    }
+  }
+};
+
+// Pages of a warp whose masks have been looked at: all, or kWindowPages at a time where there are masks.
+struct PageWindow {
+  int first, count;  // pages, WARPS apart
+  int left;          // pages of the warp from `first` on
+  u32 seen, partly;  // see scan_masks
+
+  DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range) {
+    first = range.first, left = range.count;
+    look(args, rows);
+  }
+  // Goes on to the next pages; false if there are none.
+  DEVICE bool advance(const AttentionArgs& args, const QueryRows& rows) {
+    left -= count;
+    if (left <= 0) return false;
+    first += count * WARPS;
+    look(args, rows);
+    return true;
+  }
+  DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
+    count = HAS_MASK ? min(left, kWindowPages) : left;
+    scan_masks(args, rows, first, count, seen, partly);
+  }
+  DEVICE PageWalk walk() const {
+    PageWalk walk;
+    walk.start(seen, first, count);
+    return walk;
+  }
+};
+
+// A warp's STAGES stages in shared memory, loaded STAGES - 1 steps ahead of `stage`, which is attended to.
+struct PageRing {
+  u32 stages;
+  int stage, heads, head;
+  PageLoader loader;
+  PageWalk loading;
+
+  DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range, u32 memory) {
+    stages = memory;
+    stage = 0;
+    heads = args.batch * args.num_kv_heads, head = rows.head;
+    if (range.count) loader.open(args, range.first);
+  }
+  // Starts to load the window's first steps. No copy may be under way.
+  DEVICE void fill(const PageWindow& window) {
+    loading = window.walk();
+#pragma unroll
+    for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(ahead);
+  }
+  // One group of copies, empty where nothing is left to load.
+  DEVICE void load_next(int ahead) {
+    if (loading.left) {
+      loader.load(address(ahead), loading.page, loading.step, heads, head);
+      loading.advance();
+    }
+    commit_copies();
+  }
+  DEVICE u32 address(int ahead) const {
+    const int index = stage + ahead;
+    return stages + (index < STAGES ? index : index - STAGES) * kStageBytes;
+  }
+  DEVICE u32 current() const { return stages + stage * kStageBytes; }
+  DEVICE void advance() { stage = stage + 1 < STAGES ? stage + 1 : 0; }
+};

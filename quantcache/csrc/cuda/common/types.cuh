@@ -1,0 +1,36 @@
+// Types, and the macros that every program here is built with; NVRTC gets no headers. One build for each head_dim and
+// kind of call: backends/cuda/plan.py and pages.py define the macros.
+//   HEAD_DIM, V_HEAD_DIM  elements of a key and of a value
+//   DTYPE                 of queries, tails and outputs, a number of the enum below
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+typedef unsigned short u16;
+typedef short i16;
+typedef signed char i8;
+typedef unsigned char u8;
+
+#define DEVICE __device__ __forceinline__
+
+constexpr int kPageSize = 64;
+constexpr float kLog2e = 1.44269504088896341f;
+
+// Element types of queries, tails, masks and outputs; the numbers are those of backends/cuda/launch.py.
+enum : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
+
+static_assert(DTYPE == kFloat32 || DTYPE == kBFloat16 || DTYPE == kFloat16, "states are floats");
+static_assert(HEAD_DIM > 0 && HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "HEAD_DIM in steps of an MMA, up to 256");
+static_assert(V_HEAD_DIM > 0 && V_HEAD_DIM % 16 == 0 && V_HEAD_DIM <= 256, "V_HEAD_DIM in steps of an MMA, up to 256");
+static_assert(sizeof(i64) == 8 && sizeof(u32) == 4 && sizeof(u16) == 2 && sizeof(void*) == 8, "as the host packs");
+
+// Pages `first` to the first of the next entry, allocated at once; see Segment in store/segments.py. The last entry has
+// only `first`.
+struct Segment {
+  const i8* key_qdata;        // (pages, batch, num_kv_heads, 64, HEAD_DIM)
+  const u32* key_metadata;    // (pages, batch, num_kv_heads, HEAD_DIM), scale | zero_point << 16
+  const i8* value_qdata;      // (pages, batch, num_kv_heads, 64, V_HEAD_DIM)
+  const u32* value_metadata;  // (pages, batch, num_kv_heads, 64)
+  i64 first;
+};
+static_assert(sizeof(Segment) == 40, "five words of a row of SegmentTable in backends/cuda/pages.py");
