@@ -173,14 +173,15 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         num_pages = self.pages.num_pages
         if wants_gradient and (num_pages or self._cut_gradients):
             self.read_log.cut_gradients("restored" if num_pages else "exact")
+        with_gradient = None
+        if wants_gradient:  # before they are stored: what fails then has stored nothing
+            keys, values = reads.restore_both(self.pages.view())
+            with_gradient = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         view = self.pages.append(key_states, value_states)
         if num_pages == 0 and not (wants_gradient and self._cut_gradients):
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
-        if wants_gradient:
-            keys, values = reads.restore_both(view)
-            return _with_newest(keys, key_states), _with_newest(values, value_states)
-        return self._states(view)
+        return with_gradient or self._states(view)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
@@ -277,8 +278,3 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         if view.segments or view.capacity:
             return Int8Tensor.pair(view, self.read_log)
         return view.key_tail, view.value_tail
-
-
-def _with_newest(states: Tensor, newest: Tensor) -> Tensor:
-    """``states`` whose last tokens are ``newest`` itself, gradient and all."""
-    return torch.cat([states[:, :, : states.shape[2] - newest.shape[2]], newest], dim=2)

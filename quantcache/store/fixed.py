@@ -141,22 +141,26 @@ class StaticInt8Pages(Pages):
         check_room(self.capacity, new_tokens, self.seq_len)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
+        if new_tokens == 1:
+            due = int(self._tail_len >= PAGE_SIZE + self.residual_length)
+            pages, tail_len = self._pages + due, self._tail_len - due * PAGE_SIZE + 1
+            view = self._view(pages, *self._tail_buffers(), tail_len)
+            self._advance(key_states, value_states)
+            self._count(pages, tail_len, view.closed)
+            return view
         self.close_due_pages()
         buffers, pages, tail_len = self.buffers, self._pages, self._tail_len
-        if new_tokens == 1:
-            self._advance(key_states, value_states)
-            self._count(pages, tail_len + 1)
-            return self._view(pages, *self._tail_buffers(), tail_len + 1)
         if tail_len:
             key_states, value_states = (
                 torch.cat([tail[:, :, :tail_len], states], dim=2)
                 for tail, states in ((buffers.key_tail, key_states), (buffers.value_tail, value_states))
             )
         source = key_states, value_states, _with_new(buffers.lengths, new_tokens)
+        view = self._view(pages, key_states, value_states, tail_len + new_tokens)
         self._advance(*no_tokens(key_states, value_states), source)
         closed = max(0, (tail_len + new_tokens - self.residual_length) // PAGE_SIZE)
         self._count(pages + closed, tail_len + new_tokens - closed * PAGE_SIZE)
-        return self._view(pages, key_states, value_states, tail_len + new_tokens)
+        return view
 
     def append_recorded(self, key_states: Tensor, value_states: Tensor) -> list[Tensor]:
         """``append`` for a step that is being recorded: nothing is asked of the device, and no room is checked.
@@ -245,10 +249,10 @@ class StaticInt8Pages(Pages):
         else:
             writes.advance(key_states, value_states, self.memory, self.layout, source)
 
-    def _count(self, pages: int, tail_len: int) -> None:
-        """Note the lengths that the device has."""
+    def _count(self, pages: int, tail_len: int, closed: ClosedPages | None = None) -> None:
+        """Note the lengths that the device has, and the pages for the views, where they are at hand."""
         if pages != self._pages:
-            self._closed = None
+            self._closed = closed
         self._pages, self._tail_len = pages, tail_len
         self.is_stale = self.was_recorded = False
 

@@ -259,7 +259,7 @@ class Int8Pages(Pages):
             return
         reopened = pages_between(self._readable_segments(), pages, pages + 1)
         if self._row_table is not None:
-            reopened = tuple(selected(reopened, self._row_table.rows[:, pages : pages + 1]))
+            reopened = tuple(selected(reopened, self._row_table.narrow(pages, pages + 1).rows))
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
         buffers = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
@@ -295,7 +295,7 @@ class Int8Pages(Pages):
         on_device = rows.to(self.device)
         buffers = self._buffers[0][on_device], self._buffers[1][on_device]
         table = self._row_table or RowTable.identity(self.batch_size, self._num_pages)
-        chosen = RowTable(table.rows[rows])
+        chosen = RowTable.of(table.rows[rows])
         segments = pages_between(self._readable_segments(), 0, self._num_pages)
         if chosen.is_identity(segments):
             self._row_table = None
@@ -373,7 +373,7 @@ class Int8Pages(Pages):
     def _narrow_table(self, start: int, stop: int) -> None:
         """Forget the rows of pages that are gone."""
         if self._row_table is not None:
-            self._row_table = RowTable(self._row_table.rows[:, start:stop])
+            self._row_table = self._row_table.narrow(start, stop)
 
     def _room(self) -> int:
         """Pages that the last segment has room for, if it has a row for each sequence."""

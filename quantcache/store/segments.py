@@ -133,15 +133,33 @@ class RowTable(NamedTuple):
     one share its bytes.
 
     Attributes:
-        rows: int32 (batch, pages).
+        table: int32 (batch, any).
+        start: of its columns, the first that counts.
+        stop: the first behind those that count.
     """
 
-    rows: Tensor
+    table: Tensor
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "RowTable":
+        """With the rows of every page, int32 (batch, pages)."""
+        return cls(rows, 0, rows.shape[1])
 
     @classmethod
     def identity(cls, batch: int, pages: int) -> "RowTable":
         """Every sequence reads its own row."""
-        return cls(torch.arange(batch, dtype=torch.int32)[:, None].expand(batch, pages))
+        return cls.of(torch.arange(batch, dtype=torch.int32)[:, None].expand(batch, pages))
+
+    @property
+    def rows(self) -> Tensor:
+        """int32 (batch, pages)."""
+        return self.table[:, self.start : self.stop]
+
+    def narrow(self, start: int, stop: int) -> "RowTable":
+        """Of the pages ``start`` to ``stop`` alone; nothing here can fail."""
+        return RowTable(self.table, self.start + start, self.start + stop)
 
     def is_identity(self, segments: Iterable[Segment]) -> bool:
         """Whether every sequence reads its own row of segments with as many rows as there are sequences."""
@@ -160,5 +178,5 @@ class RowTable(NamedTuple):
 
     def extended(self, pages: int) -> "RowTable":
         """With ``pages`` more, which have a row for each sequence."""
-        batch = len(self.rows)
-        return RowTable(torch.cat([self.rows, RowTable.identity(batch, pages).rows], dim=1))
+        batch = len(self.table)
+        return RowTable.of(torch.cat([self.rows, RowTable.identity(batch, pages).rows], dim=1))

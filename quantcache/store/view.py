@@ -83,14 +83,17 @@ class PagesView:
     @property
     def key_tail(self) -> Tensor:
         """Exact keys behind the closed pages, (batch, num_kv_heads, tail_len, head_dim)."""
-        self.write_pending()
-        return self.buffers[0].narrow(2, 0, self.tail_len)
+        return self._tail(0)
 
     @property
     def value_tail(self) -> Tensor:
         """Exact values behind the closed pages, (batch, num_kv_heads, tail_len, v_head_dim)."""
+        return self._tail(1)
+
+    def _tail(self, which: int) -> Tensor:
         self.write_pending()
-        return self.buffers[1].narrow(2, 0, self.tail_len)
+        buffer = self.buffers[which]
+        return buffer if buffer.shape[2] == self.tail_len else buffer.narrow(2, 0, self.tail_len)
 
     def state_shape(self, is_key: bool) -> tuple[int, int, int, int]:
         """(batch, num_kv_heads, tokens, head_dim) of the keys, or of the values, as readers see them."""
