@@ -224,7 +224,8 @@ def attention(args: Arguments) -> None:
 def _leave_partial_results(args: Arguments) -> None:
     """Partial results are garbage for whoever comes next; counters begin and end at zero."""
     given, (splits, tiles, batch) = args.given, args.grid
-    (workspace,) = (w for w in ATTENTION._workspaces.values() if w.data_ptr() == given.counters)
+    known = [*ATTENTION._workspaces.values(), *SCRATCHES]
+    (workspace,) = (w for w in known if w.data_ptr() == given.counters)
     tiles *= batch
     assert tiles <= ATTENTION.NUM_COUNTERS
     assert not memory(given.counters, torch.int32, (tiles,)).any()
@@ -252,6 +253,15 @@ def advance(args: Arguments) -> None:
         tail[:, :, rest : rest + stored] = new[:, :, :stored]
     lengths = torch.tensor([pages + closing, rest + stored, in_all + given.new_tokens], dtype=torch.int32)
     memory(given.lengths, torch.int32, (3,)).copy_(lengths)
+
+
+SCRATCHES: list[Tensor] = []
+"""Made for recorded calls."""
+
+
+def make_scratch(device: torch.device, v_head_dim: int) -> Tensor:
+    SCRATCHES.append(ATTENTION.make_scratch(device, v_head_dim))
+    return SCRATCHES[-1]
 
 
 KERNELS: dict[str, Callable[[Arguments], None]] = {
@@ -298,6 +308,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(ATTENTION, "_workspaces", {})
+    monkeypatch.setattr(dispatch.BACKENDS["cuda"], "make_scratch", make_scratch)
     monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")
     monkeypatch.setattr(Int8Pages, "_append_backend", property(lambda pages: pages.backend[0]))
     return launched

@@ -243,7 +243,7 @@ class StaticInt8Pages(Pages):
         self, key_states: Tensor, value_states: Tensor, source: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> None:
         """``writes.advance`` of this layer."""
-        if writes.is_plain(key_states):
+        if writes.is_plain(key_states) and not key_states.is_meta:
             backend = dispatch.BACKENDS[self.backend[0]]
             backend.advance(source, key_states, value_states, self.buffers, self.residual_length)
         else:

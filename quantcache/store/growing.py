@@ -211,16 +211,17 @@ class Int8Pages(Pages):
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
             buffers = _copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
-        row_table = self._row_table and self._row_table.extended(closing)
+        row_table, held = self._row_table and self._row_table.extended(closing), self._segments
+        if new_segments and not skipped and not self._room():
+            held = self._without_room()
         # Nothing above changed what is stored, and nothing below can fail.
         if skipped:
             self._first_page += self._num_pages + skipped
             self._segments, self._num_pages, self._host, row_table = new_segments, 0, None, None
         elif new_segments:
-            if not self._room() and self._num_pages < sum(segment.capacity for segment in self._segments):
-                # Room that no page can take goes, so that others can follow; host copies would still count it.
-                self._segments, self._host = list(pages_between(self._segments, 0, self._num_pages)), None
-            self._segments = self._segments + new_segments
+            if held is not self._segments:
+                self._host = None  # its copies have the room
+            self._segments = held + new_segments
         self._buffers, self._row_table = buffers, row_table
         self._num_pages += closing - skipped
         self._tail_len = total - closing * PAGE_SIZE
@@ -380,6 +381,14 @@ class Int8Pages(Pages):
         if not self._segments or self._segments[-1].rows != self.batch_size:
             return 0
         return sum(segment.capacity for segment in self._segments) - self._num_pages
+
+    def _without_room(self) -> list[Segment]:
+        """The segments without room that no page can take, so that others can follow them."""
+        room = sum(segment.capacity for segment in self._segments) - self._num_pages
+        if not room:
+            return self._segments
+        *others, last = self._segments
+        return [*others, last.narrow(0, last.capacity - room).cloned()]
 
     def _segment_capacity(self, missing: int) -> int:
         """Pages of a new segment."""

@@ -55,7 +55,7 @@ class Segment(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, used or not."""
-        return sum(part.untyped_storage().nbytes() for part in self)
+        return sum(part.nbytes for part in self)
 
     def narrow(self, start: int, stop: int | None) -> "Segment":
         """The pages ``start`` to ``stop`` (None: the end), sharing memory; the segment itself if that is all of it."""
