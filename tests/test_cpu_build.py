@@ -13,7 +13,7 @@ import torch
 from quantcache.backends import cpu, dispatch
 from quantcache.backends.artifacts import CACHE_VARIABLE
 from quantcache.backends.cpu import build
-from quantcache.quantization.errors import FallbackWarning
+from quantcache.quantization.errors import BuildError, FallbackWarning
 from quantcache.store import ops
 from tests.attention_cases import Case
 from tests.attention_cases import build as build_case
@@ -128,10 +128,10 @@ def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytes
 def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(build.COMPILER_VARIABLE, raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(build.BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is there"):
+    with pytest.raises(BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is there"):
         build.find_compiler()
     monkeypatch.setenv(build.COMPILER_VARIABLE, "nosuch++ -O1")
-    with pytest.raises(build.BuildError, match="nosuch"):
+    with pytest.raises(BuildError, match="nosuch"):
         build.find_compiler()
 
 

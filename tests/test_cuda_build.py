@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantcache.backends import artifacts
-from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.cuda import nvrtc
+from quantcache.quantization.errors import BuildError
 
 MACROS = (("DK", 64), ("DV", 64), ("DTYPE", 1))
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cpu import build
-from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.torch import append_tail
+from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from quantcache.backends import artifacts
+from quantcache.quantization.errors import BuildError
 
 COMPILER_VARIABLE: Final = "CXX"
 
@@ -50,10 +51,6 @@ BUILD_SECONDS: Final = 300
 """When a compiler that does not come back is given up."""
 
 logger = logging.getLogger("quantcache")
-
-
-class BuildError(RuntimeError):
-    """The kernels cannot be built or used here; the message is the reason."""
 
 
 def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
