@@ -12,7 +12,7 @@ from quantcache.files.load import CacheFiles
 from quantcache.layers import conversion, routing
 from quantcache.layers.base import Int8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
-from quantcache.layers.operations import LayerOperations
+from quantcache.layers.native import LayerOperations
 from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 from quantcache.store.report import CacheReport, FallbackPolicy, LayerReport
