@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save as library_save
 
 from quantcache import CacheFileError, QuantizedInt8Cache
-from quantcache.files import container, load
+from quantcache.files import container, save
 from quantcache.layers import factory
 from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, lfm, llama, prompt, read_prompt
 
@@ -45,7 +45,7 @@ HEADER = (
 
 def test_the_layout_is_the_documented_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is put together here from the documentation alone, out of the numbers that go in."""
-    monkeypatch.setattr(load, "__version__", "9.9")
+    monkeypatch.setattr(save, "__version__", "9.9")
     tokens = torch.arange(97.0)
     key = torch.stack([tokens, 2 * tokens], dim=-1)[None, None]
     value = tokens.fmod(2)[None, None, :, None]

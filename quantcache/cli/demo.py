@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cache import layer_nbytes
 from quantcache.cli.terminal import RichStreamer, choose_device, open_model
 from quantcache.evaluation.comparison import Comparison, compare_teacher_forced, first_difference
 from quantcache.evaluation.models import ModelError
 from quantcache.evaluation.racing import Race, race
+from quantcache.layers.native import layer_nbytes
 
 __all__ = ["ModelError", "choose_device", "run"]
 

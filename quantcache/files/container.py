@@ -36,13 +36,19 @@ from quantcache.quantization.errors import CacheFileError
 Progress = Callable[[int, int], Any]
 """Called with bytes done and bytes in all."""
 
+PathLike = str | os.PathLike[str]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
 
 def write(
     path: Path,
     entries: Mapping[str, Entry],
     description: Mapping[str, Any],
     pieces: Callable[[str], Iterable[Tensor]],
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = no_progress,
 ) -> None:
     """Write a file in one step: another process sees the old file, or all of the new one.
 

@@ -1,4 +1,4 @@
-"""What a cache does to all its layers, int8 ones and transformers' own."""
+"""What a cache asks of any of its layers, int8 or transformers' own, whose classes differ in what they can do."""
 
 from typing import Any
 
@@ -12,113 +12,103 @@ from transformers.cache_utils import (
 )
 
 from quantcache.layers.base import Int8Layer
+from quantcache.store.report import LayerReport
 
 
-class LayerOperations:
-    """Rollback, batch operations, reset and offloading of a cache with a list of ``layers``.
+def reset(layer: Any) -> None:
+    """Forget everything and give the memory back."""
+    layer.reset()
+    if isinstance(layer, DynamicLayer):  # which older transformers fill with zeros, at their old length
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+    if isinstance(layer, DynamicIndexedLayer):
+        layer.indexer_keys, layer.is_indexer_initialized = None, False
 
-    Attributes:
-        layers: int8 layers and transformers' own.
-        only_non_sliding: whether offloading leaves sliding-window layers where they are.
-    """
 
-    layers: list[Any]
-    only_non_sliding: bool
+def crop(layers: list[Any], tokens_to_remove: int) -> None:
+    """``QuantizedInt8Cache.crop``, of every layer or of none."""
+    for layer_idx, layer in enumerate(layers):
+        if isinstance(layer, Int8Layer):
+            layer.check_crop(tokens_to_remove)
+        elif tokens_to_remove and (reason := _why_not_back(layer, -tokens_to_remove)):
+            raise ValueError(
+                f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, {reason}, "
+                f"got {tokens_to_remove}."
+            )
+    for layer in layers:
+        if tokens_to_remove or getattr(layer, "record_past", hasattr(layer, "crop")):
+            layer.crop(tokens_to_remove)
 
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].prefetch()
 
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Keep the pages of a layer in host memory alone until they are read again."""
-        if self._is_offloaded(layer_idx, only_non_sliding):
-            self.layers[layer_idx].offload()
+def select_rows(layers: list[Any], indices: Tensor) -> None:
+    """``QuantizedInt8Cache.batch_select_indices``, of every layer or of none."""
+    _check_rows(layers, "batch_select_indices")
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        else:
+            layer.batch_select_indices(indices)
 
-    def reset(self) -> None:
-        """Forget everything; the cache is then as it was made, and the memory given back."""
-        for layer in self.layers:
-            layer.reset()
-            if isinstance(layer, DynamicLayer):  # which older transformers fill with zeros, at their old length
-                layer.keys = layer.values = None
-                layer.is_initialized = False
-            if isinstance(layer, DynamicIndexedLayer):
-                layer.indexer_keys, layer.is_indexer_initialized = None, False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of every layer; see ``Int8Layer.crop``.
+def repeat_rows(layers: list[Any], repeats: int) -> None:
+    """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
+    _check_rows(layers, "batch_repeat_interleave")
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        else:
+            layer.batch_repeat_interleave(repeats)
 
-        Args:
-            tokens_to_remove: minus the number of tokens. With 0 layers that record their past let go of it.
 
-        Raises:
-            ValueError: a positive number, more tokens than a layer holds, or a layer that cannot go back; every layer
-                is then as it was.
-        """
-        tokens_to_remove = int(tokens_to_remove)  # older transformers hand over a tensor
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, Int8Layer):
-                layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove and (reason := _why_not_back(layer, -tokens_to_remove)):
-                raise ValueError(
-                    f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, {reason}, "
-                    f"got {tokens_to_remove}."
-                )
-        for layer in self.layers:
-            if tokens_to_remove or getattr(layer, "record_past", hasattr(layer, "crop")):
-                layer.crop(tokens_to_remove)
+def is_offloaded(layer: Any, only_non_sliding: bool) -> bool:
+    """Whether offloading moves such a layer."""
+    # Linear attention reads its states before anything is updated, where nobody would bring them back.
+    if not hasattr(layer, "offload") or isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    return not (only_non_sliding and getattr(layer, "is_sliding", False))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order.
 
-        Raises:
-            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
-        """
-        self._check_rows("batch_select_indices")
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-                layer.reorder_cache(rows)  # type: ignore[arg-type]
-            else:
-                layer.batch_select_indices(indices)
+def prefetch_next(layers: list[Any], layer_idx: int, only_non_sliding: bool) -> None:
+    """Have the layer, and begin with the next int8 one, or after the last with the first."""
+    layer = layers[layer_idx]
+    if not isinstance(layer, Int8Layer) and is_offloaded(layer, only_non_sliding):
+        layer.prefetch()  # it knows no streams: in order with its update
+    for following in (*layers[layer_idx + 1 :], *layers[:layer_idx]):
+        if isinstance(following, Int8Layer) and is_offloaded(following, only_non_sliding):
+            following.prefetch()
+            return
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side.
 
-        Raises:
-            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
-        """
-        self._check_rows("batch_repeat_interleave")
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
-                layer.reorder_cache(rows)  # type: ignore[arg-type]
-            else:
-                layer.batch_repeat_interleave(repeats)
+def layer_nbytes(layer: Any) -> int:
+    """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
+    if isinstance(layer, Int8Layer):
+        return layer.nbytes
+    storages = {}
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
 
-    def _check_rows(self, method: str) -> None:
-        for layer_idx, layer in enumerate(self.layers):
-            if not isinstance(layer, LinearAttentionCacheLayerMixin) and not hasattr(layer, method):
-                raise ValueError(
-                    f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, "
-                    "keeps its batch. Use QuantizedInt8Cache without max_cache_len."
-                )
 
-    def _is_offloaded(self, layer_idx: int, only_non_sliding: bool) -> bool:
-        layer = self.layers[layer_idx]
-        # Linear attention reads its states before anything is updated, where nobody would bring them back.
-        if not hasattr(layer, "offload") or isinstance(layer, LinearAttentionCacheLayerMixin):
-            return False
-        return not (only_non_sliding and getattr(layer, "is_sliding", False))
+def layer_report(layer: Any, layer_idx: int) -> LayerReport:
+    """The layer's row of the cache's report."""
+    if isinstance(layer, Int8Layer):
+        return layer.report(layer_idx)
+    seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
+    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)
 
-    def _prefetch_next(self, layer_idx: int) -> None:
-        """Have the layer, and begin with the next int8 one, or after the last with the first."""
-        if not isinstance(self.layers[layer_idx], Int8Layer):
-            self.prefetch(layer_idx, self.only_non_sliding)  # it knows no streams: in order with its update
-        for following in (*range(layer_idx + 1, len(self.layers)), *range(layer_idx)):
-            if isinstance(self.layers[following], Int8Layer) and self._is_offloaded(following, self.only_non_sliding):
-                self.prefetch(following, self.only_non_sliding)
-                return
+
+def _check_rows(layers: list[Any], method: str) -> None:
+    for layer_idx, layer in enumerate(layers):
+        if not isinstance(layer, LinearAttentionCacheLayerMixin) and not hasattr(layer, method):
+            raise ValueError(
+                f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, "
+                "keeps its batch. Use QuantizedInt8Cache without max_cache_len."
+            )
 
 
 def _why_not_back(layer: Any, tokens: int) -> str | None:
