@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import conversion, native, routing
+from quantcache.layers._host import attention_implementation, given_to_generate
 from quantcache.layers.base import Int8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
 from quantcache.layers.native import layer_nbytes, layer_report
@@ -39,6 +40,15 @@ def _needs_config(name: str) -> Callable[..., Any]:
         return getattr(Cache, name)(self, *args, **kwargs)
 
     return method
+
+
+def _refuse_one_for_two(cache: "QuantizedInt8Cache") -> None:
+    """What an encoder-decoder model needs is not one cache."""
+    if cache._is_encoder_decoder:
+        raise ValueError(
+            "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
+            "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+        )
 
 
 class QuantizedInt8Cache(DynamicCache):
@@ -100,7 +110,9 @@ class QuantizedInt8Cache(DynamicCache):
                 f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
                 "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
+        # Eager attention is to restore the states, so that nothing is left to warn of.
+        policy = FallbackPolicy(strict, warned=attention_implementation(config) == "eager")
+        make = LayerFactory(residual_length, policy, max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -481,29 +493,10 @@ class QuantizedInt8Cache(DynamicCache):
         """
         return cls.load(Path(directory) / load.FILE_NAME, **options)
 
-    @property
-    def _is_user_defined(self) -> bool:
-        """Whether ``generate`` was given this cache; it says so by setting it."""
-        return bool(vars(self).get("_is_user_defined", False))
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        if self._is_encoder_decoder:
-            raise ValueError(
-                "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
-                "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
-            )
-        vars(self)["_is_user_defined"] = value
-
+    _is_user_defined = given_to_generate(_refuse_one_for_two)
     get_conv_state = _needs_config("get_conv_state")
     update_conv_state = _needs_config("update_conv_state")
     get_recurrent_state = _needs_config("get_recurrent_state")
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
-
-
-def _reads_dense(config: PreTrainedConfig | None) -> bool:
-    """Whether the model's attention is eager, which is to restore the states, so that nothing is left to warn of."""
-    decoder = None if config is None else config.get_text_config(decoder=True)
-    return getattr(decoder, "_attn_implementation", None) == "eager"

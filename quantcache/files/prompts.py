@@ -1,12 +1,10 @@
 """The check that ``generate`` goes on with the prompt that a loaded cache holds."""
 
-import functools
-import threading
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import GenerationMixin
+
+from quantcache.layers import _host
 
 
 class KnownPrompt(Protocol):
@@ -54,34 +52,16 @@ def check_prompt(cache: KnownPrompt, input_ids: Tensor) -> None:
         )
 
 
-_lock = threading.Lock()
-_wrapped: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-
-
 def watch_generate() -> None:
     """Have ``generate`` check the prompt of caches that know theirs; loading such a cache does it."""
-    global _wrapped
-    with _lock:
-        original = GenerationMixin.generate
-        if _wrapped is not None and original is _wrapped[1]:
-            return
-
-        @functools.wraps(original)
-        def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            cache: Any = kwargs.get("past_key_values")
-            ids = kwargs.get("input_ids", inputs)
-            if hasattr(cache, "check_prompt") and isinstance(ids, Tensor):
-                cache.check_prompt(ids)
-            return original(self, inputs, *args, **kwargs)
-
-        GenerationMixin.generate = generate  # type: ignore[method-assign]
-        _wrapped = original, generate
+    _host.watch_generate(_check_given)
 
 
 def unwatch_generate() -> None:
     """Put the original ``generate`` back; one that someone wrapped again since stays."""
-    global _wrapped
-    with _lock:
-        if _wrapped is not None and GenerationMixin.generate is _wrapped[1]:
-            GenerationMixin.generate = _wrapped[0]  # type: ignore[method-assign]
-        _wrapped = None
+    _host.unwatch_generate()
+
+
+def _check_given(cache: Any, input_ids: Any) -> None:
+    if hasattr(cache, "check_prompt") and isinstance(input_ids, Tensor):
+        cache.check_prompt(input_ids)
