@@ -179,6 +179,14 @@ def test_a_forged_header_is_refused_with_the_reason(path: Path, name: str) -> No
         QuantizedInt8Cache.load(path)
 
 
+def test_a_header_that_the_safetensors_library_does_not_take_is_refused_where_it_maps(path: Path) -> None:
+    filled_cache(230).save(path)
+    rewrite(path, lambda table, told: table["__metadata__"].update(other=1))
+    assert QuantizedInt8Cache.load(path).get_seq_length() == 230
+    with pytest.raises(CacheFileError, match="the safetensors library must take it, got "):
+        QuantizedInt8Cache.load(path, mmap=True)
+
+
 NATIVE_FORGERIES = {
     "window": (
         gemma,

@@ -1,4 +1,4 @@
-"""Builds the CPU kernels with the system's C++ compiler, once, and finds them again.
+"""Builds the CPU kernels with the system's C++ compiler, which ninja runs, once, and finds them again.
 
 The shared library lies in the user's cache directory under a name made of everything it depends on, so a changed source
 or compiler makes a new one and nothing has to be invalidated.
