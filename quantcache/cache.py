@@ -418,7 +418,7 @@ class QuantizedInt8Cache(DynamicCache):
             NotImplementedError: several processes and a layer with more than keys and values.
             OSError: the file cannot be written; of several processes each says so.
         """
-        save.save(self, path, model, input_ids, digest_weights=digest_weights, on_progress=on_progress)
+        save.save(self, path, model, input_ids, digest_weights, on_progress)
 
     @classmethod
     def load(
@@ -460,18 +460,7 @@ class QuantizedInt8Cache(DynamicCache):
             ValueError: arguments that exclude each other or ask for what the file cannot give.
             OSError: the file cannot be read.
         """
-        return load.load(
-            cls,
-            path,
-            model,
-            config=config,
-            device=device,
-            max_tokens=max_tokens,
-            mmap=mmap,
-            verify=verify,
-            strict=strict,
-            on_progress=on_progress,
-        )
+        return load.load(cls, path, model, config, device, max_tokens, mmap, verify, strict, on_progress)
 
     def save_pretrained(self, save_directory: PathLike, **options: Any) -> None:
         """``save`` into ``prompt_cache.safetensors`` of a folder, which is made if need be.

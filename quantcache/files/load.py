@@ -28,7 +28,6 @@ def load(
     cls: type[Made],
     path: PathLike,
     model: PreTrainedModel | None,
-    *,
     config: PreTrainedConfig | None,
     device: torch.device | str | None,
     max_tokens: int | None,

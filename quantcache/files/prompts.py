@@ -8,21 +8,11 @@ from quantcache.layers import _host
 
 
 class KnownPrompt(Protocol):
-    """What files know of a cache: the part of ``QuantizedInt8Cache`` that they read and fill.
+    """What files know of a cache: the part of ``QuantizedInt8Cache`` that they read and fill."""
 
-    Attributes:
-        input_ids: int64 (batch, tokens) on the CPU, the tokens that a file brought, or None.
-    """
-
+    layers: Any
+    layer_class_to_replicate: Any
     input_ids: Tensor | None
-
-    @property
-    def layers(self) -> list[Any]:
-        """Of the decoder, in order."""
-
-    @property
-    def layer_class_to_replicate(self) -> Any:
-        """Makes a layer of a cache without a config; None with one."""
 
     def get_seq_length(self) -> int:
         """Tokens in it."""

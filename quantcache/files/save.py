@@ -41,7 +41,6 @@ def save(
     path: PathLike,
     model: PreTrainedModel | None,
     input_ids: Tensor | None,
-    *,
     digest_weights: bool,
     on_progress: Progress,
 ) -> None:
