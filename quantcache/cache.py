@@ -1,19 +1,26 @@
-"""``QuantizedInt8Cache``: the cache a user hands to ``generate``."""
+"""``QuantizedInt8Cache``: the cache a user hands to ``generate``.
+
+It is long since all that a user calls is documented in this one class; what a method does stands in the rooms below.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from quantcache.files.load import CacheFiles
-from quantcache.layers import conversion, routing
+from quantcache.files import load, prompts, save
+from quantcache.files.container import PathLike, Progress, no_progress
+from quantcache.layers import conversion, native, routing
+from quantcache.layers._host import attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
-from quantcache.layers.operations import LayerOperations
-from quantcache.layers.report import CacheReport, LayerReport
+from quantcache.layers.native import layer_nbytes, layer_report
+from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 from quantcache.store.read_log import FallbackPolicy
@@ -36,7 +43,16 @@ def _needs_config(name: str) -> Callable[..., Any]:
     return method
 
 
-class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
+def _refuse_one_for_two(cache: "QuantizedInt8Cache") -> None:
+    """What an encoder-decoder model needs is not one cache."""
+    if cache._is_encoder_decoder:
+        raise ValueError(
+            "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
+            "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+        )
+
+
+class QuantizedInt8Cache(DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
         model.generate(**inputs, past_key_values=QuantizedInt8Cache())
@@ -50,7 +66,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
     Args:
         config: the model's config. Full-attention layers and windows of more than 1024 tokens are then int8, and small
             windows, linear-attention and other special layers transformers' own. Without it every layer is int8, is
-            made on first use and keeps all tokens, which suits any decoder whose layers are all routing.
+            made on first use and keeps all tokens, which suits any decoder whose layers are all attention.
         residual_length: newer tokens that must exist before a page is quantised. A rollback of up to that many tokens,
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
@@ -61,10 +77,17 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
             Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
         offload_only_non_sliding: leave sliding-window layers where they are.
 
+    Attributes:
+        input_ids: int64 (batch, tokens) on the CPU, the tokens that a file brought, or None. While it is set,
+            ``generate`` refuses a prompt that does not begin with it; set it to None to leave that check out.
+
     Raises:
         TypeError: ``config`` is not a config, ``residual_length`` not an int.
         ValueError: a negative ``residual_length``; a config whose model transformers cannot cache.
     """
+
+    layers: list[Any]
+    input_ids: Tensor | None = None
 
     def __init__(
         self,
@@ -88,7 +111,9 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
                 f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
                 "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
             )
-        make = LayerFactory(residual_length, FallbackPolicy(strict, warned=_reads_dense(config)), max_cache_len)
+        # Eager attention is to restore the states, so that nothing is left to warn of.
+        policy = FallbackPolicy(strict, warned=attention_implementation(config) == "eager")
+        make = LayerFactory(residual_length, policy, max_cache_len)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -114,7 +139,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
-        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-routing.
+        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
 
         Args:
             config: as for the constructor, as are the other arguments.
@@ -250,7 +275,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
 
     def report(self) -> CacheReport:
         """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table."""
-        return CacheReport([_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)])
+        return CacheReport([layer_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)])
 
     def __repr__(self) -> str:
         int8 = [layer for layer in self.layers if isinstance(layer, BaseInt8Layer)]
@@ -285,55 +310,183 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
             check_states(key_states, value_states)  # before layers are made for it
             self.layers += [self._make() for _ in range(known, layer_idx + 1)]
         if self.offloading:
-            self._prefetch_next(layer_idx)
+            native.prefetch_next(self.layers, layer_idx, self.only_non_sliding)
         states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         if self.offloading:
             self.offload(layer_idx, self.only_non_sliding)
         return states
 
-    @property
-    def _is_user_defined(self) -> bool:
-        """Whether ``generate`` was given this cache; it says so by setting it."""
-        return bool(vars(self).get("_is_user_defined", False))
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
+        if native.is_offloaded(self.layers[layer_idx], only_non_sliding):
+            self.layers[layer_idx].prefetch()
 
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        if self._is_encoder_decoder:
-            raise ValueError(
-                "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
-                "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
-            )
-        vars(self)["_is_user_defined"] = value
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Keep the pages of a layer in host memory alone until they are read again."""
+        if native.is_offloaded(self.layers[layer_idx], only_non_sliding):
+            self.layers[layer_idx].offload()
 
+    def reset(self) -> None:
+        """Forget everything; the cache is then as it was made, and the memory given back."""
+        for layer in self.layers:
+            native.reset(layer)
+        self.input_ids = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of every layer; see ``BaseInt8Layer.crop``.
+
+        Args:
+            tokens_to_remove: minus the number of tokens. With 0 layers that record their past let go of it.
+
+        Raises:
+            ValueError: a positive number, more tokens than a layer holds, or a layer that cannot go back; every layer
+                is then as it was.
+        """
+        native.crop(self.layers, int(tokens_to_remove))  # older transformers hand over a tensor
+        if self.input_ids is not None and tokens_to_remove:
+            self.input_ids = self.input_ids[:, : self.get_seq_length()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences ``beam_idx`` (batch,) of the batch in every layer, in that order."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select_ids(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order.
+
+        Raises:
+            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
+        """
+        native.select_rows(self.layers, indices)
+        self._select_ids(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence of the batch ``repeats`` times in every layer, copies side by side.
+
+        Raises:
+            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
+        """
+        native.repeat_rows(self.layers, repeats)
+        if self.input_ids is not None:
+            self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
+
+    def _select_ids(self, indices: Tensor) -> None:
+        if self.input_ids is not None:
+            self.input_ids = self.input_ids[torch.as_tensor(indices).to("cpu")]
+
+    def check_prompt(self, input_ids: Tensor) -> None:
+        """Refuse a prompt that does not begin with the stored tokens; ``generate`` calls it by itself.
+
+        Args:
+            input_ids: int64 (batch, seq_len), the whole prompt, stored tokens included.
+
+        Raises:
+            ValueError: it does not begin with them, or holds nothing beyond what is cached.
+        """
+        prompts.check_prompt(self, input_ids)
+
+    def save(
+        self,
+        path: PathLike,
+        model: PreTrainedModel | None = None,
+        input_ids: Tensor | None = None,
+        *,
+        digest_weights: bool = False,
+        on_progress: Progress = no_progress,
+    ) -> None:
+        """Write the cache to one safetensors file: int8 bytes and metadata as they are, exact tails, native layers.
+
+        The file appears in one step; what ``path`` was before stays until then. Of a cache on a GPU no more than 32 MiB
+        are on the CPU at a time, of one on the CPU nothing is copied but a tail.
+
+        Where tensor parallelism spreads the KV heads over processes, every rank calls it and rank 0 writes the file
+        that one process would write.
+
+        Args:
+            path: of the file; its folder must exist.
+            model: whose cache it is. Its fingerprint goes into the file, and ``load`` compares it. Needed among
+                several processes.
+            input_ids: int64 (batch, at least seq_len), the tokens that were fed; the first ``seq_len`` are stored, so
+                what ``generate`` returned can be passed as it is. None: those the cache was loaded with, if it still
+                holds no others.
+            digest_weights: put a digest of all weights into the fingerprint, which tells fine-tuned models apart.
+            on_progress: told bytes written and bytes in all.
+
+        Raises:
+            TypeError: ``input_ids`` are no integers.
+            ValueError: an empty cache, ``input_ids`` that cannot be its tokens, a layer that no file holds, or ranks
+                that do not hold parts of one cache.
+            NotImplementedError: several processes and a layer with more than keys and values.
+            OSError: the file cannot be written; of several processes each says so.
+        """
+        save.save(self, path, model, input_ids, digest_weights, on_progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: PathLike,
+        model: PreTrainedModel | None = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        device: torch.device | str | None = None,
+        max_tokens: int | None = None,
+        mmap: bool = False,
+        verify: bool | None = None,
+        strict: bool = False,
+        on_progress: Progress = no_progress,
+    ) -> "QuantizedInt8Cache":
+        """A cache with the bytes of a file that ``save`` wrote.
+
+        All that the header says is held against the size of the file, the layout and the model before memory is taken
+        for a tensor. Where tensor parallelism spreads the KV heads of ``model`` over processes, each takes its own,
+        however many processes saved them.
+
+        Args:
+            path: of the file.
+            model: the model that will continue. Its fingerprint must be that of the file, if the file has one.
+            config: in place of ``model``: its config; dtype and weights are then not compared.
+            device: where to put the bytes. None: where ``model`` has each layer, the CPU without a model.
+            max_tokens: load only the first so many tokens. One that ends within a page reopens it, as ``crop`` does.
+            mmap: leave the bytes in the file until they are read; the file must then not be changed in place.
+            verify: compare the checksums of the bytes; None for "unless ``mmap``", since it reads all of them.
+            strict: as for the constructor.
+            on_progress: told bytes read and bytes in all.
+
+        Returns:
+            The cache; its ``input_ids`` are the stored tokens, and ``generate`` refuses a prompt that does not begin
+            with them.
+
+        Raises:
+            CacheFileError: no prompt cache, a damaged or forged one, a newer layout, or another model's.
+            ValueError: arguments that exclude each other or ask for what the file cannot give.
+            OSError: the file cannot be read.
+        """
+        return load.load(cls, path, model, config, device, max_tokens, mmap, verify, strict, on_progress)
+
+    def save_pretrained(self, save_directory: PathLike, **options: Any) -> None:
+        """``save`` into ``prompt_cache.safetensors`` of a folder, which is made if need be.
+
+        Args:
+            save_directory: the folder.
+            options: ``model``, ``input_ids`` and the other arguments of ``save``.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.save(Path(save_directory) / load.FILE_NAME, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory: PathLike, **options: Any) -> "QuantizedInt8Cache":
+        """``load`` from ``prompt_cache.safetensors`` of a folder.
+
+        Args:
+            directory: the folder.
+            options: ``model`` and the other arguments of ``load``.
+        """
+        return cls.load(Path(directory) / load.FILE_NAME, **options)
+
+    _is_user_defined = given_to_generate(_refuse_one_for_two)
     get_conv_state = _needs_config("get_conv_state")
     update_conv_state = _needs_config("update_conv_state")
     get_recurrent_state = _needs_config("get_recurrent_state")
     update_recurrent_state = _needs_config("update_recurrent_state")
     has_previous_state = _needs_config("has_previous_state")
     update_indexer = _needs_config("update_indexer")
-
-
-def _reads_dense(config: PreTrainedConfig | None) -> bool:
-    """Whether the model's attention is eager, which is to restore the states, so that nothing is left to warn of."""
-    decoder = None if config is None else config.get_text_config(decoder=True)
-    return getattr(decoder, "_attn_implementation", None) == "eager"
-
-
-def layer_nbytes(layer: Any) -> int:
-    """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
-    if isinstance(layer, BaseInt8Layer):
-        return layer.nbytes
-    storages = {}
-    for value in vars(layer).values():
-        for tensor in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(tensor, Tensor):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def _report(layer: Any, layer_idx: int) -> LayerReport:
-    if isinstance(layer, BaseInt8Layer):
-        return layer.report(layer_idx)
-    seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
-    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
-    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from quantcache.backends import cpu, dispatch
 from quantcache.backends.artifacts import CACHE_VARIABLE
 from quantcache.backends.cpu import build
-from quantcache.quantization.errors import FallbackWarning
+from quantcache.quantization.errors import BuildError, FallbackWarning
 from quantcache.store import reads
 from tests.attention_cases import Case
 from tests.attention_cases import build as build_case
@@ -128,11 +129,55 @@ def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytes
 def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(build.COMPILER_VARIABLE, raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(build.BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is there"):
+    with pytest.raises(BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is there"):
         build.find_compiler()
     monkeypatch.setenv(build.COMPILER_VARIABLE, "nosuch++ -O1")
-    with pytest.raises(build.BuildError, match="nosuch"):
+    with pytest.raises(BuildError, match="nosuch"):
         build.find_compiler()
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list[str]:
+    """A compiler that does what ``script`` says for the AVX2 kernels and nothing for the others."""
+    program = folder / "a compiler$"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *kernels_avx2.cpp*) {script};; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+    return [str(program)]
+
+
+def test_a_failed_build_names_the_command_and_what_it_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = stand_in(tmp_path, monkeypatch, "echo 'error: this' >&2; exit 3")
+    with pytest.raises(
+        BuildError, match=r"^the C\+\+ compiler failed: '.*a compiler\$' .*kernels_avx2\.cpp .*\nerror: this\n$"
+    ):
+        build.build(compiler, "library")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_that_takes_too_long_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    compiler = stand_in(tmp_path, monkeypatch, f"sleep 600 & echo $$ $! > '{started}'; wait")
+    monkeypatch.setattr(build, "BUILD_SECONDS", 2)
+    with pytest.raises(BuildError, match=r"the C\+\+ compiler took more than 2 s"):
+        build.build(compiler, "library")
+    for number in map(int, started.read_text().split()):
+        deadline = time.monotonic() + 10
+        while is_running(number):
+            assert time.monotonic() < deadline, f"process {number} is still there"
+            time.sleep(0.01)
+    assert not (tmp_path / "cache").exists()
+
+
+def is_running(number: int) -> bool:
+    """Whether there is such a process; one that nobody has asked for its end counts as ended."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+def test_without_ninja_the_reason_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(BuildError, match=r"ninja, which runs the C\+\+ compiler, is not there.*pip install ninja$"):
+        build.build(stand_in(tmp_path, monkeypatch, "exit 1"), "library")
 
 
 def test_an_instruction_set_that_does_not_exist_is_refused() -> None:

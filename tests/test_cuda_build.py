@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from quantcache.backends import artifacts
-from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.cuda import nvrtc, plan
+from quantcache.quantization.errors import BuildError
 from tests import emulated_cuda
 
 MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save as library_save
 
 from quantcache import CacheFileError, QuantizedInt8Cache
-from quantcache.files import container, load
+from quantcache.files import container, save
 from quantcache.layers import factory
 from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, lfm, llama, prompt, read_prompt
 
@@ -45,7 +45,7 @@ HEADER = (
 
 def test_the_layout_is_the_documented_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is put together here from the documentation alone, out of the numbers that go in."""
-    monkeypatch.setattr(load, "__version__", "9.9")
+    monkeypatch.setattr(save, "__version__", "9.9")
     tokens = torch.arange(97.0)
     key = torch.stack([tokens, 2 * tokens], dim=-1)[None, None]
     value = tokens.fmod(2)[None, None, :, None]
@@ -177,6 +177,14 @@ def test_a_forged_header_is_refused_with_the_reason(path: Path, name: str) -> No
     rewrite(path, change)
     with pytest.raises(CacheFileError, match=f"^prompt cache {re.escape(str(path))}: .*{re.escape(message)}"):
         QuantizedInt8Cache.load(path)
+
+
+def test_a_header_that_the_safetensors_library_does_not_take_is_refused_where_it_maps(path: Path) -> None:
+    filled_cache(230).save(path)
+    rewrite(path, lambda table, told: table["__metadata__"].update(other=1))
+    assert QuantizedInt8Cache.load(path).get_seq_length() == 230
+    with pytest.raises(CacheFileError, match="the safetensors library must take it, got "):
+        QuantizedInt8Cache.load(path, mmap=True)
 
 
 NATIVE_FORGERIES = {

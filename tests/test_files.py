@@ -349,6 +349,18 @@ def test_readers_see_an_old_file_or_a_new_one(path: Path) -> None:
         writer.join()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets nobody replace an open file")
+def test_a_file_is_mapped_as_it_was_opened(path: Path) -> None:
+    cache = filled_cache(200)
+    cache.save(path)
+    with container.Container(path) as file:
+        filled_cache(300, heads=1).save(path)
+        found = {name.removeprefix("layers."): file.mapped(name) for name in file.entries}
+    expected = stored_tensors(cache)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
 def test_the_file_has_the_permissions_of_any_new_file(path: Path) -> None:
     filled_cache(100).save(path)

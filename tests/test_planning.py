@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cache import layer_nbytes
+from quantcache.layers.native import layer_nbytes
 from quantcache.planning import GIB, Geometry, GeometryError, find_geometry, plan, preset_names, sources
 from quantcache.planning.sizes import exact_nbytes, int8_nbytes
 

@@ -86,8 +86,8 @@ def demo(
 
 
 def _table(exact: "Talk", int8: "Talk", prompt_len: int, comparison: "Comparison", race: "Race") -> Table:
-    from quantcache.cache import layer_nbytes
     from quantcache.evaluation.comparison import first_difference
+    from quantcache.layers.native import layer_nbytes
 
     table = Table("", "default cache", "int8 cache", "int8 / default")
     nbytes = [sum(map(layer_nbytes, talk.cache.layers)) for talk in (exact, int8)]

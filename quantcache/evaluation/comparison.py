@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from quantcache.layers._host import quantized_states
 from quantcache.layers.base import BaseInt8Layer
 
 
@@ -178,13 +179,8 @@ def held_states(layer: Any) -> tuple[Tensor, Tensor] | None:
     """Dense keys and values that a layer of any cache holds, None for a layer without."""
     if isinstance(layer, BaseInt8Layer):
         return None if layer.pages is None else layer.pages.restore()
-    if getattr(layer, "_quantized_keys", None) is not None:
-        found = []
-        for name in ("keys", "values"):
-            held, newest = getattr(layer, f"_quantized_{name}"), getattr(layer, name)
-            restored = layer._dequantize(held)
-            found.append(torch.cat([restored, newest], dim=-2) if newest.numel() else restored)
-        return found[0], found[1]
+    if (restored := quantized_states(layer)) is not None:
+        return restored
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     return (keys, values) if isinstance(keys, Tensor) and isinstance(values, Tensor) else None
 

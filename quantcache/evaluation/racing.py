@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cache import layer_nbytes
+from quantcache.layers.native import layer_nbytes
 
 PROMPT_CHUNK: Final = 512
 """Tokens of each call that builds the context."""

@@ -1,7 +1,6 @@
-"""Saving and loading: ``QuantizedInt8Cache.save``, ``load`` and their folder forms."""
+"""``QuantizedInt8Cache.load``: a file held against its layout and the model, and then read."""
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -10,195 +9,77 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache import __version__
-from quantcache.files import container, fingerprint, gathering, host_states, schema
-from quantcache.files.container import Container, Progress
-from quantcache.files.header import DTYPES, arrange
+from quantcache.files import fingerprint, gathering, host_states, schema
+from quantcache.files.container import Container, PathLike, Progress
+from quantcache.files.header import DTYPES
 from quantcache.files.prompts import KnownPrompt, watch_generate
-from quantcache.files.save import contents_of
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import GrowingInt8Layer
-from quantcache.layers.parallel import device_of_layer, ranks_of, world_size
+from quantcache.layers.parallel import device_of_layer, ranks_of
 from quantcache.layers.sliding import Int8SlidingLayer
-from quantcache.quantization.scheme import PAGE_SIZE
 
 FILE_NAME: Final = "prompt_cache.safetensors"
 """What ``save_pretrained`` writes into its folder."""
 
-Made = TypeVar("Made", bound="CacheFiles")
-PathLike = str | os.PathLike[str]
+Made = TypeVar("Made", bound=KnownPrompt)
 Stored = list[schema.StoredPages | None]
 
 
-def _no_progress(done: int, total: int) -> None:
-    pass
+def load(
+    cls: type[Made],
+    path: PathLike,
+    model: PreTrainedModel | None,
+    config: PreTrainedConfig | None,
+    device: torch.device | str | None,
+    max_tokens: int | None,
+    mmap: bool,
+    verify: bool | None,
+    strict: bool,
+    on_progress: Progress,
+) -> Made:
+    """See ``QuantizedInt8Cache.load``."""
+    where = None if device is None else torch.device(device)
+    ranks = ranks_of(model)
+    _check_arguments(model, config, where, max_tokens, mmap)
+    verify = not mmap if verify is None else verify
+    with Container(Path(path)) as file:
+        description = schema.check_description(file)
+        _check_model(file, description["model"], model, config)
+        cache = _empty_cache(cls, file, description, config if model is None else model.config, strict)
+        stored = _check_layers(file, description, cache)
+        seq_len = _check_length(file, stored)
+        gathering.check_shares(file.entries, ranks)
+        _check_prefix(description, seq_len, max_tokens)
+        total = sum(entry.nbytes for entry in file.entries.values())
+        done = 0
 
+        def read(name: str, rows: int | None = None) -> Tensor:
+            nonlocal done
+            done += file.entries[name].nbytes
+            tensor = file.mapped(name, rows) if mmap else file.read(name, rows, verify)
+            on_progress(done, total)
+            return gathering.local_heads(name, tensor, ranks)
 
-class CacheFiles(KnownPrompt):
-    """The part of ``QuantizedInt8Cache`` that deals with files."""
-
-    def save(
-        self,
-        path: PathLike,
-        model: PreTrainedModel | None = None,
-        input_ids: Tensor | None = None,
-        *,
-        digest_weights: bool = False,
-        on_progress: Progress = _no_progress,
-    ) -> None:
-        """Write the cache to one safetensors file: int8 bytes and metadata as they are, exact tails, native layers.
-
-        The file appears in one step; what ``path`` was before stays until then. Of a cache on a GPU no more than 32 MiB
-        are on the CPU at a time, of one on the CPU nothing is copied but a tail.
-
-        Where tensor parallelism spreads the KV heads over processes, every rank calls it and rank 0 writes the file
-        that one process would write.
-
-        Args:
-            path: of the file; its folder must exist.
-            model: whose cache it is. Its fingerprint goes into the file, and ``load`` compares it. Needed among
-                several processes.
-            input_ids: int64 (batch, at least seq_len), the tokens that were fed; the first ``seq_len`` are stored, so
-                what ``generate`` returned can be passed as it is. None: those the cache was loaded with, if it still
-                holds no others.
-            digest_weights: put a digest of all weights into the fingerprint, which tells fine-tuned models apart.
-            on_progress: told bytes written and bytes in all.
-
-        Raises:
-            TypeError: ``input_ids`` are no integers.
-            ValueError: an empty cache, ``input_ids`` that cannot be its tokens, a layer that no file holds, or ranks
-                that do not hold parts of one cache.
-            NotImplementedError: several processes and a layer with more than keys and values.
-            OSError: the file cannot be written; of several processes each says so.
-        """
-        ranks = ranks_of(model)
-        if model is None and world_size() > 1:
-            raise ValueError(
-                "QuantizedInt8Cache.save: among several processes the model must be given, since it says which heads "
-                f"this one holds, got model=None in one of {world_size()}. Pass model=..., on every rank."
-            )
-        contents = contents_of(self, input_ids, model)
-        description = {
-            "layout": schema.LAYOUT,
-            "quantcache": __version__,
-            "page_size": PAGE_SIZE,
-            "residual_length": contents.residual_length,
-            "from_config": self.layer_class_to_replicate is None,
-            "model": None if model is None else fingerprint.of_model(model, digest_weights),
-            "layers": contents.layers,
-        }
-        entries = arrange(contents.specs)
-
-        def write(pieces: Callable[[str], Any]) -> None:
-            container.write(Path(path), entries, description, pieces, on_progress)
-
-        if ranks is None:
-            write(lambda name: contents.pieces[name]())
-        else:
-            gathering.write_together(ranks, list(entries), contents.pieces, write)
-
-    @classmethod
-    def load(
-        cls: type[Made],
-        path: PathLike,
-        model: PreTrainedModel | None = None,
-        *,
-        config: PreTrainedConfig | None = None,
-        device: torch.device | str | None = None,
-        max_tokens: int | None = None,
-        mmap: bool = False,
-        verify: bool | None = None,
-        strict: bool = False,
-        on_progress: Progress = _no_progress,
-    ) -> Made:
-        """A cache with the bytes of a file that ``save`` wrote.
-
-        All that the header says is held against the size of the file, the layout and the model before memory is taken
-        for a tensor. Where tensor parallelism spreads the KV heads of ``model`` over processes, each takes its own,
-        however many processes saved them.
-
-        Args:
-            path: of the file.
-            model: the model that will continue. Its fingerprint must be that of the file, if the file has one.
-            config: in place of ``model``: its config; dtype and weights are then not compared.
-            device: where to put the bytes. None: where ``model`` has each layer, the CPU without a model.
-            max_tokens: load only the first so many tokens. One that ends within a page reopens it, as ``crop`` does.
-            mmap: leave the bytes in the file until they are read; the file must then not be changed in place.
-            verify: compare the checksums of the bytes; None for "unless ``mmap``", since it reads all of them.
-            strict: as for the constructor.
-            on_progress: told bytes read and bytes in all.
-
-        Returns:
-            The cache; its ``input_ids`` are the stored tokens, and ``generate`` refuses a prompt that does not begin
-            with them.
-
-        Raises:
-            CacheFileError: no prompt cache, a damaged or forged one, a newer layout, or another model's.
-            ValueError: arguments that exclude each other or ask for what the file cannot give.
-            OSError: the file cannot be read.
-        """
-        where = None if device is None else torch.device(device)
-        ranks = ranks_of(model)
-        _check_arguments(model, config, where, max_tokens, mmap)
-        verify = not mmap if verify is None else verify
-        with Container(Path(path)) as file:
-            description = schema.check_description(file)
-            _check_model(file, description["model"], model, config)
-            cache = _empty_cache(cls, file, description, config if model is None else model.config, strict)
-            stored = _check_layers(file, description, cache)
-            seq_len = _check_length(file, stored)
-            gathering.check_shares(file.entries, ranks)
-            _check_prefix(description, seq_len, max_tokens)
-            total = sum(entry.nbytes for entry in file.entries.values())
-            done = 0
-
-            def read(name: str, rows: int | None = None) -> Tensor:
-                nonlocal done
-                done += file.entries[name].nbytes
-                tensor = file.mapped(name, rows) if mmap else file.read(name, rows, verify)
-                on_progress(done, total)
-                return gathering.local_heads(name, tensor, ranks)
-
-            for layer_idx, (layer, held) in enumerate(zip(cache.layers, stored, strict=True)):
-                place = device_of_layer(model, layer_idx) if where is None else where
-                if isinstance(layer, GrowingInt8Layer):
-                    if held is not None:
-                        closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
-                        layer.lazy_initialization(key_tail, value_tail)
-                        assert layer.pages is not None
-                        layer.pages.fill(closed, key_tail, value_tail, held.first_page)
-                        if max_tokens is not None:
-                            layer.pages.crop(max(layer.pages.seq_len - max_tokens, 0))
-                    continue
-                prefix = schema.part_name(layer_idx, "")
-                names = [name for name in file.entries if name.startswith(prefix)]
-                # Layers of transformers write their states in place, so a mapped one is copied; they are small.
-                tensors = {name.removeprefix(prefix): read(name).to(place, copy=mmap) for name in names}
-                host_states.restore_state(layer, tensors, seq_len)
-            if schema.INPUT_IDS in file.entries:
-                cache.input_ids = read(schema.INPUT_IDS)[:, :max_tokens].clone()
-                watch_generate()
-        return cache
-
-    def save_pretrained(self, save_directory: PathLike, **options: Any) -> None:
-        """``save`` into ``prompt_cache.safetensors`` of a folder, which is made if need be.
-
-        Args:
-            save_directory: the folder.
-            options: ``model``, ``input_ids`` and the other arguments of ``save``.
-        """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        self.save(Path(save_directory) / FILE_NAME, **options)
-
-    @classmethod
-    def from_pretrained(cls: type[Made], directory: PathLike, **options: Any) -> Made:
-        """``load`` from ``prompt_cache.safetensors`` of a folder.
-
-        Args:
-            directory: the folder.
-            options: ``model`` and the other arguments of ``load``.
-        """
-        return cls.load(Path(directory) / FILE_NAME, **options)
+        for layer_idx, (layer, held) in enumerate(zip(cache.layers, stored, strict=True)):
+            place = device_of_layer(model, layer_idx) if where is None else where
+            if isinstance(layer, GrowingInt8Layer):
+                if held is not None:
+                    closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
+                    layer.lazy_initialization(key_tail, value_tail)
+                    assert layer.pages is not None
+                    layer.pages.fill(closed, key_tail, value_tail, held.first_page)
+                    if max_tokens is not None:
+                        layer.pages.crop(max(layer.pages.seq_len - max_tokens, 0))
+                continue
+            prefix = schema.part_name(layer_idx, "")
+            names = [name for name in file.entries if name.startswith(prefix)]
+            # Layers of transformers write their states in place, so a mapped one is copied; they are small.
+            tensors = {name.removeprefix(prefix): read(name).to(place, copy=mmap) for name in names}
+            host_states.restore_state(layer, tensors, seq_len)
+        if schema.INPUT_IDS in file.entries:
+            cache.input_ids = read(schema.INPUT_IDS)[:, :max_tokens].clone()
+            watch_generate()
+    return cache
 
 
 def _check_arguments(

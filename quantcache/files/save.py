@@ -1,18 +1,23 @@
-"""What ``QuantizedInt8Cache.save`` writes: the tensors of every layer, by name, and what is said of them."""
+"""``QuantizedInt8Cache.save``: the tensors of every layer, by name, and what is said of them."""
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantcache.files import gathering, host_states, schema
+from quantcache import __version__
+from quantcache.files import container, fingerprint, gathering, host_states, schema
+from quantcache.files.container import PathLike, Progress
+from quantcache.files.header import arrange
 from quantcache.files.prompts import KnownPrompt
 from quantcache.layers.base import BaseInt8Layer
-from quantcache.layers.parallel import Ranks, kv_heads_of, ranks_of
+from quantcache.layers.parallel import Ranks, kv_heads_of, ranks_of, world_size
 from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.scheme import PAGE_SIZE
 
 
 class Contents(NamedTuple):
@@ -31,8 +36,44 @@ class Contents(NamedTuple):
     residual_length: int
 
 
+def save(
+    cache: KnownPrompt,
+    path: PathLike,
+    model: PreTrainedModel | None,
+    input_ids: Tensor | None,
+    digest_weights: bool,
+    on_progress: Progress,
+) -> None:
+    """See ``QuantizedInt8Cache.save``."""
+    ranks = ranks_of(model)
+    if model is None and world_size() > 1:
+        raise ValueError(
+            "QuantizedInt8Cache.save: among several processes the model must be given, since it says which heads "
+            f"this one holds, got model=None in one of {world_size()}. Pass model=..., on every rank."
+        )
+    contents = contents_of(cache, input_ids, model)
+    description = {
+        "layout": schema.LAYOUT,
+        "quantcache": __version__,
+        "page_size": PAGE_SIZE,
+        "residual_length": contents.residual_length,
+        "from_config": cache.layer_class_to_replicate is None,
+        "model": None if model is None else fingerprint.of_model(model, digest_weights),
+        "layers": contents.layers,
+    }
+    entries = arrange(contents.specs)
+
+    def write(pieces: Callable[[str], Any]) -> None:
+        container.write(Path(path), entries, description, pieces, on_progress)
+
+    if ranks is None:
+        write(lambda name: contents.pieces[name]())
+    else:
+        gathering.write_together(ranks, list(entries), contents.pieces, write)
+
+
 def contents_of(cache: KnownPrompt, input_ids: Tensor | None, model: PreTrainedModel | None) -> Contents:
-    """What the file of ``cache`` holds; see ``CacheFiles.save`` for the arguments and errors.
+    """What the file of ``cache`` holds; see ``QuantizedInt8Cache.save`` for the arguments and errors.
 
     Where several processes share the model, every one must call it, and either all return or all raise.
     """
@@ -53,9 +94,8 @@ def contents_of(cache: KnownPrompt, input_ids: Tensor | None, model: PreTrainedM
 def _contents(cache: KnownPrompt, input_ids: Tensor | None, ranks: Ranks | None) -> Contents:
     batch, seq_len = _size_of(cache)
     ids = _ids_to_save(cache, input_ids, batch, seq_len)
-    made = Contents(
-        {}, {}, [], next(layer.residual_length for layer in cache.layers if isinstance(layer, BaseInt8Layer))
-    )
+    int8 = [layer for layer in cache.layers if isinstance(layer, BaseInt8Layer)]
+    made = Contents({}, {}, [], int8[0].residual_length)
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, BaseInt8Layer):
             made.layers.append(_described(layer))

@@ -233,6 +233,12 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
             self.pages.repeat_interleave(repeats)
             self._accepted = ()
 
+    def offload(self) -> None:
+        """Keep the closed pages in host memory alone, where a layer can; here they stay."""
+
+    def prefetch(self) -> None:
+        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
+
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = self.storage if self.get_seq_length() else "empty"

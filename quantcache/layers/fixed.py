@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import dispatch
+from quantcache.layers import _host
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
@@ -122,7 +123,7 @@ class StaticInt8Layer(BaseInt8Layer):
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
         if self.pages is not None and self._common is not None and not torch.compiler.is_compiling():
             for tensor in (self.pages.memory, self._common.scratch):
-                torch._dynamo.mark_static_address(tensor)
+                _host.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens and return the keys and values that their queries attend to; see ``BaseInt8Layer.update``.

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from quantcache.layers import _host
+
 _KEY_PROJECTIONS: Final = frozenset({"k_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn"})
 """Modules from whose output keys are cut, by the last part of their names in the plans of transformers."""
 
@@ -46,10 +48,9 @@ class Ranks:
 
 def ranks_of(model: PreTrainedModel | None) -> Ranks | None:
     """The processes that share ``model``; None for a model in one process, or without a model."""
-    if model is None or (getattr(model, "_tp_size", None) or 1) < 2:
+    mesh = _host.tensor_parallel_mesh(model)
+    if model is None or mesh is None:
         return None
-    mesh: Any = model._device_mesh
-    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -94,10 +95,7 @@ def device_of_layer(model: PreTrainedModel | None, layer_idx: int) -> torch.devi
         for part in module.modules():
             if next(part.parameters(recurse=False), None) is None:
                 continue
-            brought_to = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-            if brought_to is not None:
-                return torch.device("cuda", brought_to) if isinstance(brought_to, int) else torch.device(brought_to)
-            return next(part.parameters(recurse=False)).device
+            return _host.brought_to(part) or next(part.parameters(recurse=False)).device
     device: torch.device = model.device
     return device
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from quantcache.layers import _host
 from quantcache.quantization.options import PLAIN, AttentionOptions
 from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, read_recorded, shared_view
 
@@ -41,7 +42,7 @@ def install() -> None:
 
     with _lock:
         for name in ROUTED:
-            current = AttentionInterface._global_mapping.get(name)
+            current = _host.attention_function(name)
             if current is None or (name in _wrapped and current is _wrapped[name][1]):
                 continue
             routed = _routed(name, current)
@@ -58,7 +59,7 @@ def uninstall() -> None:
 
     with _lock:
         for name, (original, routed) in _wrapped.items():
-            if AttentionInterface._global_mapping.get(name) is routed:
+            if _host.attention_function(name) is routed:
                 AttentionInterface.register(name, original)
         _wrapped.clear()
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quantcache.layers import _host
 from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store.growing import Int8Pages
@@ -32,7 +33,7 @@ class Int8SlidingLayer(GrowingInt8Layer):
     ) -> None:
         super().__init__(residual_length, policy)
         self.sliding_window = sliding_window
-        self._sliding_window_tensor = torch.tensor(sliding_window)  # the host's iteration over a cache reads it
+        _host.note_window(self, sliding_window)
         self._records_past = False
 
     def __repr__(self) -> str:

@@ -11,3 +11,7 @@ class FallbackError(RuntimeError):
 
 class CacheFileError(ValueError):
     """A file is no prompt cache, is damaged or of another model; the message says which, and nothing was loaded."""
+
+
+class BuildError(RuntimeError):
+    """Kernels cannot be built or used here; the message is the reason."""

@@ -15,7 +15,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, S
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, checked_indices, no_tokens
-from quantcache.store.segments import ClosedPages, RowTable, Segment, pages_between, selected
+from quantcache.store.segments import ClosedPages, RowTable, Segment, pages_between
 from quantcache.store.view import PagesView
 
 __all__ = ["Int8Pages", "PagesView", "Segment"]
@@ -98,7 +98,7 @@ class Int8Pages(Pages):
         """See ``Pages.stored``; nothing moves."""
         closed = pages_between(self._readable_segments(), 0, self._num_pages)
         if self._row_table is not None:
-            closed = tuple(selected(closed, self._row_table.rows))
+            closed = tuple(self._row_table.select(closed))
         return PagesView(ClosedPages(closed), self.key_tail, self.value_tail)
 
     def _readable_segments(self) -> list[Segment]:
@@ -260,7 +260,7 @@ class Int8Pages(Pages):
             return
         reopened = pages_between(self._readable_segments(), pages, pages + 1)
         if self._row_table is not None:
-            reopened = tuple(selected(reopened, self._row_table.narrow(pages, pages + 1).rows))
+            reopened = tuple(self._row_table.narrow(pages, pages + 1).select(reopened))
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
         buffers = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
@@ -296,14 +296,14 @@ class Int8Pages(Pages):
         on_device = rows.to(self.device)
         buffers = self._buffers[0][on_device], self._buffers[1][on_device]
         table = self._row_table or RowTable.identity(self.batch_size, self._num_pages)
-        chosen = RowTable.of(table.rows[rows])
+        chosen = RowTable(table.rows[rows.numpy()])
         segments = pages_between(self._readable_segments(), 0, self._num_pages)
         if chosen.is_identity(segments):
             self._row_table = None
         elif chosen.share_read(segments) >= LEAST_SHARE_READ:
             self._row_table = chosen
         else:
-            self._take(selected(segments, chosen.rows))
+            self._take(chosen.select(segments))
         self._buffers, self._closed = buffers, None
 
     def _take(self, segments: list[Segment]) -> None:
@@ -364,9 +364,9 @@ class Int8Pages(Pages):
         table = None
         if self._row_table is not None:
             if dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE:
-                table = self._row_table.rows.to(self.device)
+                table = self._row_table.on(self.device)
             else:
-                self._take(selected(segments, self._row_table.rows))
+                self._take(self._row_table.select(segments))
                 segments = tuple(self._segments)
         self._closed = ClosedPages(segments, table)
         return self._closed

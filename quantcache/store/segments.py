@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from quantcache.quantization import reference
 from quantcache.quantization.scheme import PAGE_SIZE
+
+Rows = npt.NDArray[np.int32]
 
 
 class Segment(NamedTuple):
@@ -67,12 +71,13 @@ class Segment(NamedTuple):
         """The same pages in memory of their own."""
         return Segment(*(part.clone() for part in self))
 
-    def select(self, row_table: Tensor) -> "Segment":
-        """The pages as the sequences of ``row_table`` (batch, capacity) read them, in memory of their own."""
-        on_device = row_table.to(self.key_qdata.device)
-        if row_table.device.type == "cpu" and bool((row_table == row_table[:, :1]).all()):
-            return Segment(*(part.index_select(1, on_device[:, 0]) for part in self))  # which reads rows side by side
-        return Segment(*(reference.select_rows(part, on_device) for part in self))
+    def select(self, rows: Rows) -> "Segment":
+        """The pages as the sequences of ``rows`` (batch, capacity) read them, in memory of their own."""
+        if (rows == rows[:, :1]).all():  # as after one reordering, and rows lie side by side
+            order = torch.tensor(rows[:, 0], device=self.key_qdata.device)
+            return Segment(*(part.index_select(1, order) for part in self))
+        table = torch.tensor(rows, device=self.key_qdata.device)
+        return Segment(*(reference.select_rows(part, table) for part in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +104,7 @@ class ClosedPages:
         """The same for who reads no row table: what is shared is copied."""
         if self.row_table is None:
             return self
-        return ClosedPages(tuple(selected(self.segments, self.row_table)))
+        return ClosedPages(tuple(RowTable(self.row_table.cpu().numpy()).select(self.segments)))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of the pages alone: the memo holds their addresses."""
@@ -117,15 +122,6 @@ def pages_between(segments: Iterable[Segment], start: int, stop: int) -> tuple[S
     return tuple(narrowed)
 
 
-def selected(segments: Iterable[Segment], row_table: Tensor) -> list[Segment]:
-    """Segments without slack as ``row_table`` reads them, each in memory of its own."""
-    made, first = [], 0
-    for segment in segments:
-        made.append(segment.select(row_table[:, first : first + segment.capacity]))
-        first += segment.capacity
-    return made
-
-
 class RowTable(NamedTuple):
     """Which stored row each sequence of the batch reads a page from, on the host; immutable.
 
@@ -133,50 +129,48 @@ class RowTable(NamedTuple):
     one share its bytes.
 
     Attributes:
-        table: int32 (batch, any).
-        start: of its columns, the first that counts.
-        stop: the first behind those that count.
+        rows: int32 (batch, pages).
     """
 
-    table: Tensor
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, rows: Tensor) -> "RowTable":
-        """With the rows of every page, int32 (batch, pages)."""
-        return cls(rows, 0, rows.shape[1])
+    rows: Rows
 
     @classmethod
     def identity(cls, batch: int, pages: int) -> "RowTable":
         """Every sequence reads its own row."""
-        return cls.of(torch.arange(batch, dtype=torch.int32)[:, None].expand(batch, pages))
+        return cls(np.broadcast_to(np.arange(batch, dtype=np.int32)[:, None], (batch, pages)))
 
-    @property
-    def rows(self) -> Tensor:
-        """int32 (batch, pages)."""
-        return self.table[:, self.start : self.stop]
+    def on(self, device: torch.device) -> Tensor:
+        """As a tensor on ``device``."""
+        return torch.tensor(self.rows, device=device)
 
-    def narrow(self, start: int, stop: int) -> "RowTable":
-        """Of the pages ``start`` to ``stop`` alone; nothing here can fail."""
-        return RowTable(self.table, self.start + start, self.start + stop)
+    def select(self, segments: Iterable[Segment]) -> list[Segment]:
+        """Segments without slack as the sequences read them, each in memory of its own."""
+        made, first = [], 0
+        for segment in segments:
+            made.append(segment.select(self.rows[:, first : first + segment.capacity]))
+            first += segment.capacity
+        return made
 
     def is_identity(self, segments: Iterable[Segment]) -> bool:
         """Whether every sequence reads its own row of segments with as many rows as there are sequences."""
-        batch, pages = self.rows.shape
+        batch = len(self.rows)
         same = all(segment.rows == batch for segment in segments)
-        return same and torch.equal(self.rows, RowTable.identity(batch, pages).rows)
+        return same and bool((self.rows == np.arange(batch)[:, None]).all())
 
     def share_read(self, segments: Iterable[Segment]) -> float:
         """The share of the stored rows of all pages that some sequence reads, from 0 to 1."""
         stored = used = first = 0
         for segment in segments:
-            part = self.rows[:, first : first + segment.capacity].long()
-            seen = torch.zeros(segment.rows, part.shape[1], dtype=torch.bool).scatter_(0, part, True)
-            used, stored, first = used + int(seen.sum()), stored + seen.numel(), first + segment.capacity
+            part = self.rows[:, first : first + segment.capacity]
+            seen = np.zeros((segment.rows, part.shape[1]), dtype=bool)
+            seen[part, np.arange(part.shape[1])] = True
+            used, stored, first = used + int(seen.sum()), stored + seen.size, first + segment.capacity
         return used / stored if stored else 1.0
+
+    def narrow(self, start: int, stop: int) -> "RowTable":
+        """Of the pages ``start`` to ``stop`` alone."""
+        return RowTable(self.rows[:, start:stop])
 
     def extended(self, pages: int) -> "RowTable":
         """With ``pages`` more, which have a row for each sequence."""
-        batch = len(self.table)
-        return RowTable.of(torch.cat([self.rows, RowTable.identity(batch, pages).rows], dim=1))
+        return RowTable(np.concatenate([self.rows, RowTable.identity(len(self.rows), pages).rows], axis=1))

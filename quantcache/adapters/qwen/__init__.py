@@ -8,7 +8,6 @@ Importing this package registers the config, model and tokenizer with transforme
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto import tokenization_auto
 
 from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
@@ -21,6 +20,7 @@ from quantcache.adapters.qwen.prompts import (
     make_context,
 )
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
+from quantcache.layers._host import register_tokenizer
 
 __all__ = [
     "MemoryReport",
@@ -40,5 +40,4 @@ parallel.register()
 AutoConfig.register("qwen", QWenConfig, exist_ok=True)
 AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
-# AutoTokenizer.register would still run the checkpoint's own tokenizer under trust_remote_code=True; this does not.
-tokenization_auto.REGISTERED_TOKENIZER_CLASSES["QWenTokenizer"] = QWenTokenizer
+register_tokenizer(QWenTokenizer)

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantcache.layers._host import register_quantizer
 
 METHOD: Final = "quantcache_gptq"
 """Name under which transformers knows the quantizer of this file; saved configs say "gptq"."""
@@ -204,5 +205,4 @@ class GPTQFallbackQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make the quantizer known to transformers; done when the package is imported, harmless when repeated."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQFallbackConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = GPTQFallbackQuantizer
+    register_quantizer(METHOD, GPTQFallbackConfig, GPTQFallbackQuantizer)

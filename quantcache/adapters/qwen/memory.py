@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from quantcache.cache import layer_nbytes
+from quantcache.layers.native import layer_nbytes
 
 
 @dataclass(frozen=True)

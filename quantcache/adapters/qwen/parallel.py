@@ -5,6 +5,8 @@ from typing import Any, Final
 import torch
 from transformers.distributed import tensor_parallel
 
+from quantcache.layers._host import register_parallel_style
+
 PACKED_QKV: Final = "qwen_packed_qkv"
 """Name of the style in ``base_model_tp_plan``."""
 
@@ -35,4 +37,4 @@ def register() -> None:
                 sharded = distribute_tensor(held, mesh, [_StridedShard(dim=0, split_factor=_PARTS)], src_data_rank=None)
                 module._parameters[param] = torch.nn.Parameter(sharded, requires_grad=held.requires_grad)
 
-    tensor_parallel.ALL_PARALLEL_STYLES.register(PACKED_QKV, PackedQkvParallel())  # type: ignore[attr-defined, arg-type]
+    register_parallel_style(PACKED_QKV, PackedQkvParallel())

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cpu import build
-from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.host import (
     READS_LENGTHS,
     WRITES_ON_READ,
@@ -25,6 +24,7 @@ from quantcache.backends.host import (
     write_pending,
 )
 from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
+from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 

@@ -1,4 +1,4 @@
-"""Builds the CPU kernels with the system's C++ compiler, once, and finds them again.
+"""Builds the CPU kernels with the system's C++ compiler, which ninja runs, once, and finds them again.
 
 The shared library lies in the user's cache directory under a name made of everything it depends on, so a changed source
 or compiler makes a new one and nothing has to be invalidated.
@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from quantcache.backends import artifacts
+from quantcache.quantization.errors import BuildError
 
 COMPILER_VARIABLE: Final = "CXX"
 
@@ -52,10 +54,6 @@ BUILD_SECONDS: Final = 300
 logger = logging.getLogger("quantcache")
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be built or used here; the message is the reason."""
-
-
 def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
     """The kernels, built if they are not in the cache.
 
@@ -81,7 +79,8 @@ def find_compiler() -> list[str]:
         command = shlex.split(chosen)
         if shutil.which(command[0]) is None:
             raise BuildError(f"{COMPILER_VARIABLE} names a C++ compiler that is not there: {chosen!r}")
-        return command
+        # A path from here is none from where ninja runs it.
+        return [os.path.abspath(command[0]) if os.path.dirname(command[0]) else command[0], *command[1:]]
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
@@ -150,37 +149,54 @@ def compile_commands(
 
 
 def _compile(compiler: Sequence[str], library: Path, extra_flags: Sequence[str]) -> None:
+    """Make ``library`` by one run of ninja in its folder."""
     commands = compile_commands(compiler, library.parent, extra_flags)
-    link = [
-        *compiler,
-        *(str(target) for target, _ in commands),
-        "-o",
-        str(library),
-        *extra_flags,
-        *LINK_FLAGS,
-    ]
-    # The compilers run side by side; ninja would add nothing to five files.
-    running = [_start(command) for _, command in commands]
-    for process, (_, command) in zip(running, commands, strict=True):
-        _finish(process, command)
-    _finish(_start(link), link)
+    objects = [target.name for target, _ in commands]
+    link = [*compiler, *objects, "-o", library.name, *extra_flags, *LINK_FLAGS]
+    lines = ["rule run", "  command = $line"]
+    for target, command in [*commands, (library, link)]:
+        lines += [f"build {target.name}: run {' '.join(objects) if target is library else ''}"]
+        lines += ["  line = " + shlex.join(command).replace("$", "$$")]
+    (library.parent / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    _run_ninja(library.parent)
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+def _run_ninja(folder: Path) -> None:
+    """Build what ``build.ninja`` in ``folder`` says; whatever happens, nothing is left running.
+
+    Raises:
+        BuildError: there is no ninja, a command fails, or all of them together take too long.
+    """
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    except OSError as error:
-        raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
+        from ninja import BIN_DIR
 
-
-def _finish(process: subprocess.Popen[str], command: Sequence[str]) -> None:
+        process = subprocess.Popen(
+            [os.path.join(BIN_DIR, "ninja"), "--quiet"],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except (ImportError, OSError) as error:
+        raise BuildError(f"ninja, which runs the C++ compiler, is not there: {error}. pip install ninja") from error
     try:
         output, _ = process.communicate(timeout=BUILD_SECONDS)
     except subprocess.TimeoutExpired as error:
-        process.kill()
-        raise BuildError(f"the C++ compiler took more than {BUILD_SECONDS} s: {shlex.join(command)}") from error
+        raise BuildError(f"the C++ compiler took more than {BUILD_SECONDS} s") from error
+    finally:
+        # Each command has a process group of its own, which ninja ends when it is told to end.
+        process.terminate()
+        process.communicate()
     if process.returncode:
-        raise BuildError(f"the C++ compiler failed: {shlex.join(command)}\n{output[-2000:]}")
+        raise BuildError(f"the C++ compiler failed: {_first_failure(output)}")
+
+
+def _first_failure(output: str) -> str:
+    """The first command that failed and the end of what it printed, out of what ninja printed."""
+    sections = re.split(r"^(?:FAILED: |ninja: build stopped).*\n", output, flags=re.MULTILINE)
+    command, _, printed = "".join(sections[1:2] or sections).partition("\n")
+    return f"{command}\n{printed[-2000:]}"
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

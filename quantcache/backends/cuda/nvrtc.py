@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantcache.backends import artifacts
-from quantcache.backends.cpu.build import BuildError
+from quantcache.quantization.errors import BuildError
 
 SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cuda"
 

@@ -5,8 +5,8 @@ from typing import Final, NamedTuple
 
 import torch
 
-from quantcache.backends.cpu.build import BuildError
 from quantcache.backends.cuda.launch import DTYPES, Kernel, gpu, load_kernel
+from quantcache.quantization.errors import BuildError
 
 HEAD_DIM_STEP: Final = 16
 MAX_HEAD_DIM: Final = 256

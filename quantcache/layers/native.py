@@ -1,0 +1,133 @@
+"""What a cache asks of any of its layers, int8 or transformers' own, whose classes differ in what they can do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.report import LayerReport
+
+
+def reset(layer: Any) -> None:
+    """Forget everything and give the memory back."""
+    layer.reset()
+    if isinstance(layer, DynamicLayer):  # which older transformers fill with zeros, at their old length
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+    if isinstance(layer, DynamicIndexedLayer):
+        layer.indexer_keys, layer.is_indexer_initialized = None, False
+
+
+def crop(layers: list[Any], tokens_to_remove: int) -> None:
+    """``QuantizedInt8Cache.crop``, of every layer or of none."""
+    for layer_idx, layer in enumerate(layers):
+        if isinstance(layer, BaseInt8Layer):
+            layer.check_crop(tokens_to_remove)
+        elif tokens_to_remove and (reason := _why_not_back(layer, -tokens_to_remove)):
+            raise ValueError(
+                f"QuantizedInt8Cache.crop: layer {layer_idx}, a {type(layer).__name__}, {reason}, "
+                f"got {tokens_to_remove}."
+            )
+    for layer in layers:
+        if tokens_to_remove or getattr(layer, "record_past", hasattr(layer, "crop")):
+            layer.crop(tokens_to_remove)
+
+
+def select_rows(layers: list[Any], indices: Tensor) -> None:
+    """``QuantizedInt8Cache.batch_select_indices``, of every layer or of none."""
+    _check_rows(layers, "batch_select_indices")
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        else:
+            layer.batch_select_indices(indices)
+
+
+def repeat_rows(layers: list[Any], repeats: int) -> None:
+    """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
+    _check_rows(layers, "batch_repeat_interleave")
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        else:
+            layer.batch_repeat_interleave(repeats)
+
+
+def is_offloaded(layer: Any, only_non_sliding: bool) -> bool:
+    """Whether offloading moves such a layer."""
+    # Linear attention reads its states before anything is updated, where nobody would bring them back.
+    if not hasattr(layer, "offload") or isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    return not (only_non_sliding and getattr(layer, "is_sliding", False))
+
+
+def prefetch_next(layers: list[Any], layer_idx: int, only_non_sliding: bool) -> None:
+    """Have the layer, and begin with the next int8 one, or after the last with the first."""
+    layer = layers[layer_idx]
+    if not isinstance(layer, BaseInt8Layer) and is_offloaded(layer, only_non_sliding):
+        layer.prefetch()  # it knows no streams: in order with its update
+    for following in (*layers[layer_idx + 1 :], *layers[:layer_idx]):
+        if isinstance(following, BaseInt8Layer) and is_offloaded(following, only_non_sliding):
+            following.prefetch()
+            return
+
+
+def layer_nbytes(layer: Any) -> int:
+    """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
+    if isinstance(layer, BaseInt8Layer):
+        return layer.nbytes
+    storages = {}
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(tensor, Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def layer_report(layer: Any, layer_idx: int) -> LayerReport:
+    """The layer's row of the cache's report."""
+    if isinstance(layer, BaseInt8Layer):
+        return layer.report(layer_idx)
+    seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
+    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)
+
+
+def _check_rows(layers: list[Any], method: str) -> None:
+    for layer_idx, layer in enumerate(layers):
+        if not isinstance(layer, LinearAttentionCacheLayerMixin) and not hasattr(layer, method):
+            raise ValueError(
+                f"QuantizedInt8Cache.{method}: layer {layer_idx}, a {type(layer).__name__} of fixed capacity, "
+                "keeps its batch. Use QuantizedInt8Cache without max_cache_len."
+            )
+
+
+def _why_not_back(layer: Any, tokens: int) -> str | None:
+    """Why a layer of transformers cannot forget its newest ``tokens``, or None."""
+    if not hasattr(layer, "crop"):
+        return "has a fixed capacity and cannot forget tokens; use a cache without max_cache_len"
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            return "keeps a recurrent state that cannot forget tokens; go back to a copy.deepcopy of the cache"
+        if not layer.record_past and any(layer.is_conv_states_initialized.values()):
+            return "kept no past; call activate_past_recording() before the update that may be taken back"
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
+        needed = min(layer.get_seq_length() - tokens, layer.sliding_window - 1)
+        if not 0 <= needed <= layer.keys.shape[2] - tokens:
+            return "does not hold the window before them; call activate_past_recording() before the update"
+    return None
+
+
+def _batch_of(layer: LinearAttentionCacheLayerMixin) -> int:
+    """Sequences in a linear-attention layer, whose own ``reorder_cache`` takes any of them in any number."""
+    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return next((state.shape[0] for state in states if state is not None), 0)
