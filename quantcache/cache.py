@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from quantcache._host import CACHE_NAME
 from quantcache.files.load import CacheFiles
 from quantcache.layers import conversion, routing
 from quantcache.layers.base import Int8Layer, check_states
@@ -38,7 +39,9 @@ def _needs_config(name: str) -> Callable[..., Any]:
 class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
-        model.generate(**inputs, past_key_values=QuantizedInt8Cache())
+        model.generate(**inputs, cache=QuantizedInt8Cache())
+
+    Before transformers 5.24 the argument is ``past_key_values``.
 
     Keys are quantised per channel over pages of 64 tokens, values per token; the newest tokens stay exact. The prompt
     attends at full precision, and a context of less than 64 + ``residual_length`` tokens is never quantised.
@@ -113,7 +116,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
-        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-routing.
+        """What an encoder-decoder model takes as its cache: one for self- and one for cross-attention.
 
         Args:
             config: as for the constructor, as are the other arguments.
@@ -141,7 +144,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
 
             cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
-            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+            model.generate(**inputs, cache=cache, max_new_tokens=512)
 
         Args:
             model: what will generate.
@@ -300,7 +303,7 @@ class QuantizedInt8Cache(CacheFiles, LayerOperations, DynamicCache):
         if self._is_encoder_decoder:
             raise ValueError(
                 "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
-                "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+                f"caches, got one. Use {CACHE_NAME}=QuantizedInt8Cache.for_encoder_decoder(model.config)."
             )
         vars(self)["_is_user_defined"] = value
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache
+from quantcache._host import cache_argument
 from quantcache.cli import bench, talking
 from quantcache.cli.main import app
 from quantcache.cli.planning import GPUS, parse_gpu
@@ -92,6 +93,7 @@ def test_generate_keeps_a_cache_and_goes_on_from_it(folder: Path, tmp_path: Path
     assert code == 0
     assert f"saved: {file}" in notes
     assert "read by" in notes
+    assert "deprecated" not in notes
     stored = QuantizedInt8Cache.load(file).input_ids
     assert stored is not None
     assert stored.shape == (1, 160 + 30)
@@ -101,7 +103,7 @@ def test_generate_keeps_a_cache_and_goes_on_from_it(folder: Path, tmp_path: Path
     loaded, whole = QuantizedInt8Cache.load(both).input_ids, LlamaForCausalLM.from_pretrained(folder).eval()
     prompt = loaded[:, :-20]
     expected = whole.generate(
-        prompt, max_new_tokens=20, do_sample=False, past_key_values=QuantizedInt8Cache(whole.config)
+        prompt, max_new_tokens=20, do_sample=False, **cache_argument(QuantizedInt8Cache(whole.config))
     )
     assert torch.equal(expected, loaded)
     assert second

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from quantcache import QuantizedInt8Cache
+from quantcache._host import cache_argument
 from quantcache.backends import cuda, dispatch
 from quantcache.backends.cuda.plan import Shape
 from quantcache.layers.base import Int8Layer
@@ -168,7 +169,7 @@ def generated(model: torch.nn.Module, how: dict[str, Any]) -> tuple[Tensor, Quan
     else:
         mask[1, :40] = 0
     output = model.generate(  # type: ignore[operator]
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=140, do_sample=False, pad_token_id=0, **how
+        ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=140, do_sample=False, pad_token_id=0, **how
     )
     return output, cache
 

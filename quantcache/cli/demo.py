@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache._host import cache_argument
 from quantcache.cache import layer_nbytes
 from quantcache.cli.terminal import RichStreamer, choose_device, open_model
 from quantcache.evaluation.comparison import Comparison, compare_teacher_forced, first_difference
@@ -109,7 +110,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
 
 def _warm_up(model: PreTrainedModel, inputs: Tensor) -> None:
     """Load and build what a first forward pass loads and builds, so that neither run pays for it."""
-    _generate(model, inputs, max_new_tokens=2, past_key_values=QuantizedInt8Cache(model.config))
+    _generate(model, inputs, max_new_tokens=2, **cache_argument(QuantizedInt8Cache(model.config)))
 
 
 def _answer(
@@ -121,7 +122,7 @@ def _answer(
     console: Console,
 ) -> Run:
     streamer = RichStreamer(tokenizer, console)
-    output = _generate(model, inputs, max_new_tokens=max_new_tokens, past_key_values=cache, streamer=streamer)
+    output = _generate(model, inputs, max_new_tokens=max_new_tokens, streamer=streamer, **cache_argument(cache))
     return Run(
         token_ids=output[0, inputs.shape[1] :].tolist(),
         seq_len=cache.get_seq_length(),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantcache import __version__
+from quantcache._host import untested
 from quantcache.backends import dispatch
 from quantcache.backends.artifacts import cache_folder
 
@@ -65,6 +66,8 @@ def run() -> None:
         f"quantcache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()} on {platform.platform()}"
     )
+    for sentence in untested():
+        console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
     console.print(f"built kernels and downloads: {cache_folder()}", soft_wrap=True)
     table = Table("device", "backend", "why")
     for finding in examine():

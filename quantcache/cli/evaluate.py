@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from quantcache._host import cache_argument
 from quantcache.cli.bench import machine
 from quantcache.cli.terminal import open_model
 from quantcache.evaluation import baselines
@@ -173,7 +174,7 @@ def _greedy(
             output = generate(
                 row,
                 attention_mask=torch.ones_like(row),
-                past_key_values=candidate.make_cache(),
+                **cache_argument(candidate.make_cache()),
                 max_new_tokens=length,
                 min_new_tokens=length,
                 do_sample=False,

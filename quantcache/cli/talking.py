@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import QuantizedInt8Cache
+from quantcache._host import cache_argument, feed
 from quantcache.cli.terminal import RichStreamer, human_bytes, open_model
 
 _MARK: Final = "QUANTCACHE-REPLY"
@@ -92,7 +93,7 @@ class Talk:
     def read(self, ids: Tensor) -> None:
         """Take tokens (1, n) behind those in the cache, without an answer."""
         with torch.no_grad():
-            self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            feed(self.model, ids.to(self.model.device), self.cache, logits_to_keep=1)
         self.ids = torch.cat([self.ids[:, : self.cache.get_seq_length() - ids.shape[1]], ids], dim=1)
 
     def answer(self, ids: Tensor) -> str:
@@ -118,7 +119,7 @@ class Talk:
         said = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
             streamer=RichStreamer(self.tokenizer, self.console),
             pad_token_id=pad,
             **self.sampling.options(),

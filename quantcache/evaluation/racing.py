@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache._host import feed
 from quantcache.cache import layer_nbytes
+from quantcache.cli.terminal import synchronize
 
 PROMPT_CHUNK: Final = 512
 """Tokens of each call that builds the context."""
@@ -53,13 +55,13 @@ def race(model: PreTrainedModel, ids: Tensor, steps: int) -> Race:
     caches = {"default": DynamicCache(config=model.config), "int8": QuantizedInt8Cache(model.config)}
     for chunk in ids.split(PROMPT_CHUNK, dim=1):
         for cache in caches.values():
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            feed(model, chunk, cache, logits_to_keep=1)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(steps):
         for name, cache in caches.items():
             synchronize(model.device)
             start = time.perf_counter()
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            feed(model, ids[:, -1:], cache)
             synchronize(model.device)
             seconds[name].append(time.perf_counter() - start)
     int8 = caches["int8"]
@@ -73,9 +75,3 @@ def race(model: PreTrainedModel, ids: Tensor, steps: int) -> Race:
         int8_nbytes=int8.nbytes,
         backend=int8.report().backend,
     )
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
+from quantcache._host import caches_in
+
 
 class KnownPrompt(Cache):
     """The part of ``QuantizedInt8Cache`` that knows its tokens.
@@ -97,9 +99,10 @@ def watch_generate() -> None:
 
         @functools.wraps(original)
         def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", inputs)
-            if isinstance(cache, KnownPrompt) and isinstance(ids, Tensor):
-                cache.check_prompt(ids)
+            ids = kwargs.get("input_ids", inputs)
+            for cache in caches_in(kwargs):
+                if isinstance(cache, KnownPrompt) and isinstance(ids, Tensor):
+                    cache.check_prompt(ids)
             return original(self, inputs, *args, **kwargs)
 
         GenerationMixin.generate = generate  # type: ignore[method-assign]

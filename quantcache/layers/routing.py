@@ -43,7 +43,7 @@ def install() -> None:
 
     with _lock:
         for name in ROUTED:
-            current = AttentionInterface._global_mapping.get(name)
+            current: Any = AttentionInterface._global_mapping.get(name)
             if current is None or (name in _wrapped and current is _wrapped[name][1]):
                 continue
             routed = _routed(name, current)
