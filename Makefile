@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS = $(shell find quantcache/csrc -type f)
 
-.PHONY: help demo test check bench docs format build clean
+.PHONY: help demo test test-oldest test-newest check bench docs format build clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,31 @@ demo: $(STAMP) ## answer a prompt with the default cache and with the int8 cache
 
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop")
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# What shows a host that is not as assumed: its contract, generate, the matrix in its short form, Qwen v1, prompt caches,
+# routing; four minutes at most.
+HOST_TESTS := tests/test_host.py tests/test_layer_contract.py tests/test_generate.py tests/test_matrix.py \
+	tests/test_qwen_model.py tests/test_qwen_chat.py tests/test_files.py tests/test_attention.py
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+NEWEST := .venv-newest
+
+# Where a name is in both files of versions, the older one counts.
+$(OLDEST_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE "^($$(sed -n 's/==.*//p' constraints-oldest.txt | paste -sd '|'))==" constraints.txt \
+		| cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --editable '.[test]'
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP) ## run what a host can break on the oldest torch and transformers that are supported
+	$(OLDEST)/bin/python -m pytest -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
+
+test-newest: ## the same on the newest versions of everything that pip finds now, whatever constraints.txt says
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	@$(NEWEST)/bin/python -m pip list | grep -E "^(torch|transformers) "
+	$(NEWEST)/bin/python -m pytest -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
 
 check: $(STAMP) ## lint, formatting, types, import rules, tables of the documentation
 	$(BIN)/ruff check .
@@ -48,4 +73,4 @@ build: $(STAMP) ## make the wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -33,9 +33,7 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
     cache = QuantizedInt8Cache(model.config)
-    output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=options.max_new_tokens, do_sample=False, **drafts
-    )
+    output = model.generate(**inputs, cache=cache, max_new_tokens=options.max_new_tokens, do_sample=False, **drafts)
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(f"\n{cache}, read by {cache.report().backend}")
 

@@ -31,7 +31,7 @@ def main() -> None:
         places = order[start : start + options.batch_size]
         batch = tokenizer([prompts[place] for place in places], padding=True, return_tensors="pt").to(model.device)
         cache = QuantizedInt8Cache(model.config)
-        output = model.generate(**batch, past_key_values=cache, max_new_tokens=options.max_new_tokens, do_sample=False)
+        output = model.generate(**batch, cache=cache, max_new_tokens=options.max_new_tokens, do_sample=False)
         found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for place, answer in zip(places, found, strict=True):
             answers[place] = answer

@@ -7,6 +7,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import memory_report
 
 
@@ -24,8 +25,9 @@ def main() -> None:
         print(f"> {question}\n{response}\n")
 
     inputs = tokenizer(" ".join(options.questions), return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True)
-    print(memory_report(model, output.past_key_values))
+    cache = QuantizedInt8Cache(model.config)
+    model.generate(**inputs, cache=cache, max_new_tokens=20)
+    print(memory_report(model, cache))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
     else:
         cache = QuantizedInt8Cache(model.config)
         with torch.no_grad():
-            model(document, past_key_values=cache, logits_to_keep=1)
+            model(document, cache=cache, logits_to_keep=1)
         cache.save(file, model=model, input_ids=document)
     seconds = time.perf_counter() - start
     print(f"{cache.get_seq_length():,} tokens in {seconds:.1f} s, {cache.nbytes:,} bytes in int8")
@@ -57,7 +57,7 @@ def main() -> None:
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=copy.deepcopy(cache),
+            cache=copy.deepcopy(cache),
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
         )

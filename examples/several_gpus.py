@@ -38,7 +38,7 @@ def main() -> None:
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     # Nothing here depends on where the model is: the cache follows the keys and values that it is given.
     cache = QuantizedInt8Cache(model.config)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=options.new_tokens, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=options.new_tokens, do_sample=False)
     if options.save:
         cache.save(options.save, model, output)
 

@@ -1,7 +1,7 @@
 """quantcache: the KV cache of Hugging Face models in int8.
 
     from quantcache import QuantizedInt8Cache
-    model.generate(**inputs, past_key_values=QuantizedInt8Cache())
+    model.generate(**inputs, cache=QuantizedInt8Cache())  # past_key_values= before transformers 5.24
 
 Importing this package patches, compiles and prints nothing, and loads nothing until a name is used.
 """

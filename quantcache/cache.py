@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import conversion, native, routing
-from quantcache.layers._host import attention_implementation, given_to_generate
+from quantcache.layers._host import CACHE_NAME, attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
 from quantcache.layers.native import layer_nbytes, layer_report
@@ -48,14 +48,16 @@ def _refuse_one_for_two(cache: "QuantizedInt8Cache") -> None:
     if cache._is_encoder_decoder:
         raise ValueError(
             "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
-            "caches, got one. Use past_key_values=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+            f"caches, got one. Use {CACHE_NAME}=QuantizedInt8Cache.for_encoder_decoder(model.config)."
         )
 
 
 class QuantizedInt8Cache(DynamicCache):
     """A KV cache that stores int8 and reads int8, inside the ordinary ``generate()``.
 
-        model.generate(**inputs, past_key_values=QuantizedInt8Cache())
+        model.generate(**inputs, cache=QuantizedInt8Cache())
+
+    Before transformers 5.24 the argument is ``past_key_values``.
 
     Keys are quantised per channel over pages of 64 tokens, values per token; the newest tokens stay exact. The prompt
     attends at full precision, and a context of less than 64 + ``residual_length`` tokens is never quantised.
@@ -139,7 +141,7 @@ class QuantizedInt8Cache(DynamicCache):
         offloading: bool = False,
         quantize_cross_attention: bool = True,
     ) -> EncoderDecoderCache:
-        """What an encoder-decoder model takes as ``past_key_values``: a cache for self- and one for cross-attention.
+        """What an encoder-decoder model takes as its cache: one for self- and one for cross-attention.
 
         Args:
             config: as for the constructor, as are the other arguments.
@@ -167,7 +169,7 @@ class QuantizedInt8Cache(DynamicCache):
         """A cache of the fixed capacity that one call of ``generate()`` needs, which then compiles the decoding step.
 
             cache = QuantizedInt8Cache.for_generate(model, inputs, max_new_tokens=512)
-            model.generate(**inputs, past_key_values=cache, max_new_tokens=512)
+            model.generate(**inputs, cache=cache, max_new_tokens=512)
 
         Args:
             model: what will generate.

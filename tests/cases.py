@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import Int8Layer
 from tests.architectures import SIZES, Architecture
@@ -86,7 +87,7 @@ class Case:
         """Logits of a forward pass over ``ids`` behind what ``cache`` holds."""
         options: dict[str, Any] = {"use_cache": False}
         if cache is not None:
-            options = {"past_key_values": cache, "use_cache": True}
+            options = {**cache_argument(cache), "use_cache": True}
         if "VL" in self.architecture.name:  # which otherwise goes on from the positions of its last call
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(past, past + ids.shape[1], device=self.device)
@@ -100,7 +101,7 @@ class Case:
             ids = ids.clone()
             ids[:, 0] = self.config.decoder_start_token_id  # else it is put in front
         options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True} | options
-        return GenerationMixin.generate(self.model, **self.named(ids, mask), past_key_values=cache, **options)
+        return GenerationMixin.generate(self.model, **self.named(ids, mask), **cache_argument(cache), **options)
 
 
 class WithExactCache(Case):

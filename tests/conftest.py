@@ -1,5 +1,6 @@
 """Hypothesis settings, devices, and the guarantee that every test starts with an unpatched transformers."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -26,6 +27,23 @@ def unpatched() -> Iterator[None]:
     yield
     routing.uninstall()
     prompts.unwatch_generate()
+
+
+class _Deprecations(logging.Handler):
+    """transformers logs what it would warn of where a model is traced; that is an error here like any warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "past_key_values" in record.getMessage() and "deprecated" in record.getMessage():
+            raise AssertionError(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated() -> Iterator[None]:
+    """The cache goes to transformers, and is taken from its outputs, under the name that it wants."""
+    logger, handler = logging.getLogger("transformers"), _Deprecations()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 def devices() -> list[object]:

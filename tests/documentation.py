@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import CACHE_NAME, cache_argument
 from tests.qwen_checkpoint import float_weights, gptq_weights, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,11 @@ def make_model(kind: str = "llama") -> Any:
     return model.eval()
 
 
+def as_this_host_says(code: str) -> str:
+    """``code`` of a page, whose ``cache=`` is transformers' name for the argument since 5.24, for the one installed."""
+    return re.sub(r"\bcache=(?!=)", f"{CACHE_NAME}=", code)
+
+
 def write_stand_in(model_id: str, folder: Path) -> None:
     """A tiny model of the architecture that a hub id stands for, loadable by every Auto class."""
     if re.fullmatch(r"Qwen/Qwen-.*", model_id):
@@ -162,7 +168,7 @@ def _shared_prefix(known: dict[str, Any]) -> dict[str, Any]:
 
 def _filled_cache(known: dict[str, Any]) -> dict[str, Any]:
     cache = QuantizedInt8Cache(known["model"].config)
-    known["model"].generate(**known["inputs"], past_key_values=cache)
+    known["model"].generate(**known["inputs"], **cache_argument(cache))
     return {"cache": cache}
 
 

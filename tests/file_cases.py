@@ -14,6 +14,7 @@ from transformers import (
 
 from quantcache import QuantizedInt8Cache
 from quantcache.files import host_states
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from tests.strategies import random_states
 
@@ -73,7 +74,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, with_config: bool = True) -
     first = max(1, ids.shape[1] - 7)
     for chunk in (ids[:, :first], ids[:, first:]):
         if chunk.shape[1]:
-            model(chunk, past_key_values=cache, use_cache=True)
+            model(chunk, **cache_argument(cache), use_cache=True)
     return cache
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
@@ -265,7 +266,7 @@ def gradients(case: Case) -> None:
     for cache in (case.cache(), case.exact_cache()):
         case.model.zero_grad()
         case.model(
-            **case.named(tokens(PROMPT)), past_key_values=cache, use_cache=True
+            **case.named(tokens(PROMPT)), **cache_argument(cache), use_cache=True
         ).logits.square().mean().backward()
         sums.append([p.grad.clone() for p in case.model.parameters() if p.grad is not None])
     case.model.zero_grad(set_to_none=True)
@@ -274,9 +275,9 @@ def gradients(case: Case) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
     if not is_native(case):
         cache = case.cache()
-        case.model(**case.named(tokens(20)), past_key_values=cache, use_cache=True)
+        case.model(**case.named(tokens(20)), **cache_argument(cache), use_cache=True)
         with pytest.warns(FallbackWarning, match="gradients are enabled, and stop at the tokens of earlier calls"):
-            case.model(**case.named(tokens(1)), past_key_values=cache, use_cache=True)
+            case.model(**case.named(tokens(1)), **cache_argument(cache), use_cache=True)
 
 
 def offloading(case: Case) -> None:
@@ -325,11 +326,11 @@ def half_precision(case: Case) -> None:
             source = {k: v.to(dtype) if v.is_floating_point() else v for k, v in source.items()}
             step = {k: v[:, :1] if k.endswith("input_ids") and v.shape[1] == PROMPT else v for k, v in source.items()}
             with torch.no_grad():
-                case.model(**source, past_key_values=cache, use_cache=True)
+                case.model(**source, **cache_argument(cache), use_cache=True)
                 for layer in int8_layers(cache):
                     assert layer.dtype == dtype
-                theirs = case.model(**step, past_key_values=restored(cache), use_cache=True).logits
-                ours = case.model(**step, past_key_values=cache, use_cache=True).logits
+                theirs = case.model(**step, **cache_argument(restored(cache)), use_cache=True).logits
+                ours = case.model(**step, **cache_argument(cache), use_cache=True).logits
             # Logits of the order of 10 in 8 or 11 bits, rounded at each of some twenty places.
             tolerance = 60 * torch.finfo(dtype).eps
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)

@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from quantcache import QuantizedInt8Cache
 from quantcache.files import fingerprint
+from quantcache.layers._host import cache_argument
 from quantcache.layers.parallel import ranks_of
 from tests.file_cases import stored_tensors
 
@@ -30,7 +31,7 @@ def generated(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torc
     if len(ids) > 1:
         mask[0, :5] = 0  # padding on the left
     defaults = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
-    return model.generate(ids, past_key_values=cache, **(defaults | options)).cpu()
+    return model.generate(ids, **cache_argument(cache), **(defaults | options)).cpu()
 
 
 MODES: dict[str, dict[str, Any]] = {

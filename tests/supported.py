@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantcache.layers._host import TESTED
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
 from tests.refusals import OLDER_REFUSED, REFUSED
@@ -60,6 +61,10 @@ def _operations() -> str:
     return table(("operation", "promise", "with"), ((name, promise(name), asked_of(name)) for name in OPERATIONS))
 
 
+def _versions() -> str:
+    return table(("", "oldest tested", "newest tested"), ((name, *tested) for name, tested in sorted(TESTED.items())))
+
+
 def _refusals() -> str:
     return table(
         ("model", "operation", "refused by", "because"),
@@ -78,6 +83,15 @@ def page() -> str:
 Every row below is a tiny model of the real architecture with random weights. `tests/test_matrix.py` runs every
 operation on every model, on the CPU and, with `pytest -m cuda`, on a GPU, with the oldest and the newest transformers
 that quantcache supports.
+
+## Versions
+
+{_versions()}
+
+Python 3.10 and newer. A newer torch or transformers can be installed and is expected to work; `quantcache doctor` then
+says that it is untested, and `make test-newest` runs what it could break. transformers 5.24 renamed the argument of the
+cache from `past_key_values` to `cache`: use the name of the version you have. With a newer one the old name works and
+warns until transformers 6; an older one does not know the new name.
 
 ## Models
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from quantcache import QuantizedInt8Cache
 from quantcache.cli import talking, terminal
 from quantcache.cli.main import app
+from quantcache.layers._host import cache_argument
 from quantcache.planning import GIB
 from quantcache.planning.gpus import GPUS, parse_gpu
 from tests.cases import NEWEST
@@ -104,6 +105,7 @@ def test_generate_keeps_a_cache_and_goes_on_from_it(folder: Path, tmp_path: Path
     assert code == 0
     assert f"saved: {file}" in notes
     assert "read by" in notes
+    assert "deprecated" not in notes
     stored = QuantizedInt8Cache.load(file).input_ids
     assert stored is not None
     assert stored.shape == (1, 160 + 30)
@@ -113,7 +115,7 @@ def test_generate_keeps_a_cache_and_goes_on_from_it(folder: Path, tmp_path: Path
     loaded, whole = QuantizedInt8Cache.load(both).input_ids, LlamaForCausalLM.from_pretrained(folder).eval()
     prompt = loaded[:, :-20]
     expected = whole.generate(
-        prompt, max_new_tokens=20, do_sample=False, past_key_values=QuantizedInt8Cache(whole.config)
+        prompt, max_new_tokens=20, do_sample=False, **cache_argument(QuantizedInt8Cache(whole.config))
     )
     assert torch.equal(expected, loaded)
     assert second

@@ -7,6 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Confi
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.quantization import reference
 from tests.test_generate import SIZES, prompt
@@ -17,7 +18,7 @@ def filled(config: object, length: int, batch: int = 2) -> tuple[LlamaForCausalL
     model = model_class(config).eval()
     cache, ids = DynamicCache(config=config), prompt(length, batch)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     return model, cache, ids
 
 
@@ -70,8 +71,8 @@ def test_generation_goes_on_from_a_converted_cache(forth: bool) -> None:
     int8 = QuantizedInt8Cache.from_dynamic(dynamic)
     source, target = (dynamic, int8) if forth else (int8, int8.to_dynamic())
     token = ids[:, :1]
-    wanted = model(token, past_key_values=source).logits.double().log_softmax(-1)
-    got = model(token, past_key_values=target).logits.double().log_softmax(-1)
+    wanted = model(token, **cache_argument(source)).logits.double().log_softmax(-1)
+    got = model(token, **cache_argument(target)).logits.double().log_softmax(-1)
     assert (wanted.exp() * (wanted - got)).sum(-1).mean() <= 1e-4
     assert target.get_seq_length() == 201
 
@@ -88,7 +89,7 @@ def test_layers_of_other_kinds_are_copied() -> None:
         assert torch.equal(int8.layers[1].keys, dynamic.layers[1].keys)
         assert int8.layers[1].keys.data_ptr() != dynamic.layers[1].keys.data_ptr()
         output = model.generate(
-            torch.cat([ids, ids[:, :1]], dim=1), past_key_values=int8.to_dynamic(), max_new_tokens=3, do_sample=False
+            torch.cat([ids, ids[:, :1]], dim=1), **cache_argument(int8.to_dynamic()), max_new_tokens=3, do_sample=False
         )
         assert output.shape == (2, 154)
 

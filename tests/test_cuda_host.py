@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import cuda, dispatch
 from quantcache.backends.cuda.plan import Shape
+from quantcache.layers._host import cache_argument
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
@@ -164,7 +165,7 @@ def generated(model: torch.nn.Module, how: dict[str, Any]) -> tuple[Tensor, Quan
     else:
         mask[1, :40] = 0
     output = model.generate(  # type: ignore[operator]
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=140, do_sample=False, pad_token_id=0, **how
+        ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=140, do_sample=False, pad_token_id=0, **how
     )
     return output, cache
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import cuda, dispatch
+from quantcache.layers._host import cache_argument
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -349,7 +350,9 @@ def test_a_cache_reads_with_the_kernels_and_says_so() -> None:
     ids = torch.randint(0, 64, (3, 200), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :90] = 0
-    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=70, do_sample=False, pad_token_id=0)
+    model.generate(
+        ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=70, do_sample=False, pad_token_id=0
+    )
     assert cache.report().backend == "cuda"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -250,7 +251,7 @@ def test_rows_take_their_cross_attention_along() -> None:
 
     def logits(decoder_ids: Tensor, rows: list[int], held: Any) -> Tensor:
         with torch.no_grad():
-            return case.model(input_ids=sources[rows], decoder_input_ids=decoder_ids, past_key_values=held).logits
+            return case.model(input_ids=sources[rows], decoder_input_ids=decoder_ids, **cache_argument(held)).logits
 
     logits(ids, [0, 1], cache)
     expected = logits(tokens(1, 2, seed=9), [0, 1], copy.deepcopy(cache))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.parallel import device_of_layer
 from tests.file_cases import llama, prompt, read_prompt, stored_tensors
 from tests.processes import skip_below_two_gpus
@@ -137,7 +138,7 @@ def test_layers_that_accelerate_keeps_on_disk_use_the_cache_where_they_run(tmp_p
     """Same tokens; the weights are on ``meta`` between the steps, and the cache is not."""
     model, ids = llama(), prompt(150, batch=2)
     options = {"do_sample": False, "max_new_tokens": 12}
-    expected = model.generate(ids, past_key_values=QuantizedInt8Cache(), **options)
+    expected = model.generate(ids, **cache_argument(QuantizedInt8Cache()), **options)
     model.save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -146,13 +147,13 @@ def test_layers_that_accelerate_keeps_on_disk_use_the_cache_where_they_run(tmp_p
     )
     assert split.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
     cache = QuantizedInt8Cache()
-    sequences = split.generate(ids, past_key_values=cache, **options)
+    sequences = split.generate(ids, **cache_argument(cache), **options)
     assert torch.equal(sequences, expected)
     cache.save(tmp_path / "file", split, sequences)
     loaded = QuantizedInt8Cache.load(tmp_path / "file", split)
     assert [layer.pages.device.type for layer in loaded.layers] == ["cpu", "cpu"]
-    expected = model.generate(sequences, past_key_values=QuantizedInt8Cache.load(tmp_path / "file"), **options)
-    assert torch.equal(split.generate(sequences, past_key_values=loaded, **options), expected)
+    expected = model.generate(sequences, **cache_argument(QuantizedInt8Cache.load(tmp_path / "file")), **options)
+    assert torch.equal(split.generate(sequences, **cache_argument(loaded), **options), expected)
 
 
 GPUS = ("cuda:0", "cuda:0", "cuda:1", "cuda:1")
@@ -179,13 +180,13 @@ def test_two_gpus_give_the_tokens_of_one(kind: str, tmp_path: Path) -> None:
     options |= {"num_beams": 3} if kind == "beams" else {}
     if kind == "static compiled":
         try:
-            split.generate(ids, past_key_values=StaticCache(config=split.config, max_cache_len=330), **options)
+            split.generate(ids, **cache_argument(StaticCache(config=split.config, max_cache_len=330)), **options)
         except Exception as error:
             pytest.skip(f"transformers' own StaticCache goes no further: {type(error).__name__}: {error}")
     made: dict[str, Any] = {"offloading": kind == "offloaded", "max_cache_len": 330 if "static" in kind else None}
-    expected = alone.generate(ids, past_key_values=QuantizedInt8Cache(alone.config, **made), **options)
+    expected = alone.generate(ids, **cache_argument(QuantizedInt8Cache(alone.config, **made)), **options)
     cache = QuantizedInt8Cache(split.config, **made)
-    assert torch.equal(split.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(split.generate(ids, **cache_argument(cache), **options), expected)
     assert [str(layer.pages.device) for layer in cache.layers] == list(GPUS)
     assert {row.kernel.partition(",")[0] for row in cache.report().layers} == {"cuda"}
     if kind in ("growing", "beams"):
@@ -200,7 +201,7 @@ def test_files_load_each_layer_to_its_gpu(tmp_path: Path) -> None:
     ids = prompt(250, batch=2).to("cuda:0")
     options = {"do_sample": False, "max_new_tokens": 40}
     cache = QuantizedInt8Cache(split.config, offloading=True)
-    sequences = split.generate(ids, past_key_values=cache, **options)
+    sequences = split.generate(ids, **cache_argument(cache), **options)
     cache.save(tmp_path / "file", split, sequences)
     loaded = QuantizedInt8Cache.load(tmp_path / "file", split)
     assert_in_place(loaded, GPUS)
@@ -208,5 +209,5 @@ def test_files_load_each_layer_to_its_gpu(tmp_path: Path) -> None:
         assert torch.equal(stored_tensors(loaded)[name].cpu(), tensor.cpu()), name
     one = QuantizedInt8Cache.load(tmp_path / "file", alone)
     assert {str(layer.pages.device) for layer in one.layers} == {"cuda:0"}
-    expected = alone.generate(sequences, past_key_values=one, **options)
-    assert torch.equal(split.generate(sequences, past_key_values=loaded, **options), expected)
+    expected = alone.generate(sequences, **cache_argument(one), **options)
+    assert torch.equal(split.generate(sequences, **cache_argument(loaded), **options), expected)

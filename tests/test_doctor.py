@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from quantcache.backends import cpu, dispatch
 from quantcache.cli import doctor
 from quantcache.cli.main import app
+from quantcache.layers._host import TESTED, Releases
 
 
 def test_the_backend_of_the_cpu_is_the_one_that_runs() -> None:
@@ -15,6 +17,16 @@ def test_the_backend_of_the_cpu_is_the_one_that_runs() -> None:
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     assert found["cpu"].backend in result.output
+
+
+def test_a_host_newer_than_the_newest_tested_is_said_to_be_untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tested in TESTED:
+        monkeypatch.setitem(TESTED, tested, Releases("0.1", "99.0"))
+    assert "untested" not in CliRunner().invoke(app, ["doctor"]).output
+    monkeypatch.setitem(TESTED, "transformers", Releases("0.1", "0.2"))
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert f"transformers {transformers.__version__} is untested" in result.output
 
 
 def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tests.documentation import (
     ROOT,
     RUN_ELSEWHERE,
     Snippet,
+    as_this_host_says,
     names,
     pages,
     snippets,
@@ -41,7 +42,8 @@ def run(snippet: Snippet, page: Path, known: dict[str, object]) -> None:
     """As if the snippet stood alone in its lines of the page, so that a traceback points there."""
     if snippet.preparation is not None:
         known.update(PREPARATIONS[snippet.preparation](known))
-    exec(compile("\n" * (snippet.line - 1) + snippet.code, str(page), "exec"), known)
+    code = as_this_host_says(snippet.code)
+    exec(compile("\n" * (snippet.line - 1) + code, str(page), "exec"), known)
 
 
 @pytest.mark.parametrize("name", WITH_SNIPPETS)
@@ -53,6 +55,14 @@ def test_the_snippets_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     for snippet in snippets(page):
         if snippet.not_run is None:
             run(snippet, page, known)
+
+
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_a_page_with_the_cache_as_an_argument_says_what_it_was_called_before(name: str) -> None:
+    text = PAGES[name].read_text(encoding="utf-8")
+    assert "past_key_values=" not in "".join(snippet.code for snippet in snippets(PAGES[name]))
+    if any(re.search(r"generate\([^)]*\bcache=", snippet.code) for snippet in snippets(PAGES[name])):
+        assert "Before transformers 5.24 the argument is `past_key_values=`." in text
 
 
 def test_few_snippets_are_not_run_and_each_says_why() -> None:
@@ -94,12 +104,14 @@ def test_the_examples_run(
     (tmp_path / "document.txt").write_text("\n".join(f"Line {number} of a document." for number in range(9)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name, *EXAMPLES[name]])
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    script = tmp_path / name
+    script.write_text(as_this_host_says(source), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
     first = capsys.readouterr().out
     assert "int8" in first or ">" in first
     if name == "long_document_chat.py":  # again, from the file that the first run left
         assert (tmp_path / "document.txt.safetensors").exists()
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
         assert capsys.readouterr().out.split("\n", 1)[1] == first.split("\n", 1)[1]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quantcache.evaluation.comparison import compare_teacher_forced, first_difference
+from quantcache.layers._host import cache_argument
 
 SEQ_LEN, PROMPT_LEN = 60, 20
 
@@ -66,8 +67,8 @@ def test_a_wrong_cache_is_measured_by_hand(model: LlamaForCausalLM, ids: Tensor)
         exact, wrong = DynamicCache(), DoubledValues()
         logs = []
         for cache in (exact, wrong):
-            model(ids[:1, :PROMPT_LEN], past_key_values=cache)
-            logs.append(model(ids[:1, PROMPT_LEN:], past_key_values=cache).logits.double().log_softmax(-1)[0])
+            model(ids[:1, :PROMPT_LEN], **cache_argument(cache))
+            logs.append(model(ids[:1, PROMPT_LEN:], **cache_argument(cache)).logits.double().log_softmax(-1)[0])
     kl = torch.nn.functional.kl_div(logs[1], logs[0], log_target=True, reduction="none").sum(-1)
     assert result.mean_kl > 1e-3
     assert math.isclose(result.mean_kl, kl.mean(), rel_tol=1e-9)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from quantcache import CacheFileError, QuantizedInt8Cache
 from quantcache.files import container
 from quantcache.layers import factory
+from quantcache.layers._host import CACHE_NAMES, cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import Int8Layer
 from tests.conftest import devices
@@ -45,14 +46,14 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False}
 @pytest.mark.parametrize("mmap", [False, True])
 def test_generation_goes_on_as_if_the_cache_had_never_left(model: PreTrainedModel, path: Path, mmap: bool) -> None:
     cache = QuantizedInt8Cache(model.config)
-    first = model.generate(prompt(150), past_key_values=cache, **GREEDY)
+    first = model.generate(prompt(150), **cache_argument(cache), **GREEDY)
     cache.save(path, model=model, input_ids=first)
     loaded = QuantizedInt8Cache.load(path, model=model, mmap=mmap)
     assert_bit_equal(loaded, cache)
     assert torch.equal(loaded.input_ids, first[:, : cache.get_seq_length()])
     follow_up = torch.cat([first, prompt(40, seed=3)], dim=1)
-    expected = model.generate(follow_up, past_key_values=cache, **GREEDY)
-    assert torch.equal(model.generate(follow_up, past_key_values=loaded, **GREEDY), expected)
+    expected = model.generate(follow_up, **cache_argument(cache), **GREEDY)
+    assert torch.equal(model.generate(follow_up, **cache_argument(loaded), **GREEDY), expected)
     assert_bit_equal(loaded, cache)
     assert_bit_equal(QuantizedInt8Cache.load(path, model=model), QuantizedInt8Cache.load(path, model=model, mmap=mmap))
 
@@ -136,8 +137,8 @@ def test_windows_in_int8_come_back(path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert loaded.layers[0].pages.keep_tokens == cache.layers[0].pages.keep_tokens
     follow_up = prompt(440)
     follow_up[:, :400] = prompt(400)
-    expected = model.generate(follow_up, past_key_values=cache, **GREEDY)
-    assert torch.equal(model.generate(follow_up, past_key_values=loaded, **GREEDY), expected)
+    expected = model.generate(follow_up, **cache_argument(cache), **GREEDY)
+    assert torch.equal(model.generate(follow_up, **cache_argument(loaded), **GREEDY), expected)
     with pytest.raises(ValueError, match="max_tokens needs layers that hold every token, got int8 as layer 0, whose"):
         QuantizedInt8Cache.load(path, model=model, max_tokens=200)
     with pytest.raises(ValueError, match="other layers than plain int8, int8 windows, got neither model nor config"):
@@ -163,12 +164,12 @@ def test_a_cache_of_fixed_capacity_comes_back_as_one_that_grows(path: Path, toke
     first = max(1, tokens - 7)
     with torch.no_grad():
         for chunk in (prompt(tokens)[:, :first], prompt(tokens)[:, first:]):
-            model(chunk, past_key_values=cache, use_cache=True)
+            model(chunk, **cache_argument(cache), use_cache=True)
     cache.save(path, model=model, input_ids=prompt(tokens))
     loaded = QuantizedInt8Cache.load(path, model=model)
     assert_bit_equal(loaded, cache)
     assert type(loaded.layers[0]) is Int8Layer
-    model.generate(torch.cat([prompt(tokens), prompt(5)], dim=1), past_key_values=loaded, **GREEDY)
+    model.generate(torch.cat([prompt(tokens), prompt(5)], dim=1), **cache_argument(loaded), **GREEDY)
 
 
 def test_folders_work_as_transformers_users_expect(tmp_path: Path) -> None:
@@ -198,7 +199,8 @@ def test_tokens_go_with_the_rows_of_the_batch(path: Path) -> None:
     assert loaded.input_ids is None
 
 
-def test_another_prompt_is_refused_before_anything_changes(path: Path) -> None:
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_another_prompt_is_refused_before_anything_changes(path: Path, name: str) -> None:
     model, ids = llama(), prompt(150)
     read_prompt(model, ids).save(path, model=model, input_ids=ids)
     cache = QuantizedInt8Cache.load(path, model=model)
@@ -208,12 +210,12 @@ def test_another_prompt_is_refused_before_anything_changes(path: Path) -> None:
         f"the prompt must begin with the 150 stored tokens, got token 0 for {int(ids[0, 7])} at place 7 of row 0. Pass"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        model.generate(other, past_key_values=cache, **GREEDY)
+        model.generate(other, **{name: cache}, **GREEDY)
     with pytest.raises(ValueError, match=re.escape("with the (1, 150) tokens in the cache and go on, got (1, 20).")):
-        model.generate(input_ids=ids[:, :20], past_key_values=cache, **GREEDY)
+        model.generate(input_ids=ids[:, :20], **{name: cache}, **GREEDY)
     assert_bit_equal(cache, QuantizedInt8Cache.load(path, model=model))
     cache.input_ids = None
-    model.generate(other, past_key_values=cache, **GREEDY)
+    model.generate(other, **cache_argument(cache), **GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from tests.conftest import devices
 
@@ -77,7 +78,9 @@ RETURN = {"return_dict_in_generate": True, "output_logits": True}
 def test_greedy_decoding_is_faithful(model: GenerationMixin, device: str) -> None:
     cache = QuantizedInt8Cache()
     model.to(device)
-    output = model.generate(prompt(150).to(device), max_new_tokens=80, do_sample=False, past_key_values=cache, **RETURN)
+    output = model.generate(
+        prompt(150).to(device), max_new_tokens=80, do_sample=False, **cache_argument(cache), **RETURN
+    )
     assert_faithful(model, output, cache)
     assert cache.get_seq_length() == 150 + 80 - 1
     assert cache.report().backend != "exact"
@@ -87,7 +90,7 @@ def test_greedy_decoding_is_faithful(model: GenerationMixin, device: str) -> Non
 def test_short_contexts_give_bit_identical_logits(model: GenerationMixin, device: str) -> None:
     model.to(device)
     runs = [
-        model.generate(prompt(40).to(device), max_new_tokens=55, do_sample=False, past_key_values=cache, **RETURN)
+        model.generate(prompt(40).to(device), max_new_tokens=55, do_sample=False, **cache_argument(cache), **RETURN)
         for cache in (DynamicCache(), QuantizedInt8Cache())
     ]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
@@ -99,7 +102,7 @@ def test_sampling_is_faithful(model: GenerationMixin) -> None:
     cache = QuantizedInt8Cache()
     torch.manual_seed(5)
     output = model.generate(
-        prompt(150), max_new_tokens=60, do_sample=True, num_return_sequences=3, past_key_values=cache, **RETURN
+        prompt(150), max_new_tokens=60, do_sample=True, num_return_sequences=3, **cache_argument(cache), **RETURN
     )
     assert_faithful(model, output, cache)
 
@@ -112,7 +115,7 @@ def test_beam_search_scores_are_those_of_the_exact_model(model: GenerationMixin)
         num_beams=4,
         num_return_sequences=2,
         do_sample=False,
-        past_key_values=cache,
+        **cache_argument(cache),
         return_dict_in_generate=True,
         output_scores=True,
     )
@@ -131,19 +134,19 @@ def test_a_left_padded_batch_is_faithful(model: GenerationMixin) -> None:
     ids[0, :70] = 0
     options = {"max_new_tokens": 50, "do_sample": False, **RETURN}
     cache = QuantizedInt8Cache()
-    output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    output = model.generate(ids, attention_mask=mask, **cache_argument(cache), **options)
     assert_faithful(model, output, cache, mask)
 
 
 def test_a_kept_cache_carries_a_conversation(model: GenerationMixin) -> None:
     cache = QuantizedInt8Cache()
-    first = model.generate(prompt(120), max_new_tokens=20, do_sample=False, past_key_values=cache)
+    first = model.generate(prompt(120), max_new_tokens=20, do_sample=False, **cache_argument(cache))
     ids = torch.cat([first, prompt(90, seed=3)], dim=1)
-    output = model.generate(ids, max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN)
+    output = model.generate(ids, max_new_tokens=30, do_sample=False, **cache_argument(cache), **RETURN)
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
     assert_faithful(model, output, cache)
     cache.reset()
-    again = model.generate(prompt(120), max_new_tokens=20, do_sample=False, past_key_values=cache)
+    again = model.generate(prompt(120), max_new_tokens=20, do_sample=False, **cache_argument(cache))
     assert torch.equal(again, first)
 
 
@@ -152,7 +155,7 @@ def test_eager_attention_is_faithful_on_restored_states(model: GenerationMixin) 
     model.set_attn_implementation("eager")
     cache = QuantizedInt8Cache()
     output = model.generate(
-        prompt(150), max_new_tokens=30, do_sample=False, past_key_values=cache, output_attentions=True, **RETURN
+        prompt(150), max_new_tokens=30, do_sample=False, **cache_argument(cache), output_attentions=True, **RETURN
     )
     assert_faithful(model, output, cache)
     assert {row.kernel for row in cache.report().layers} == {"restored"}
@@ -164,7 +167,7 @@ def test_16_bit_models_generate(model: GenerationMixin, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         cache = QuantizedInt8Cache(strict=True)
         output = model.to(device, dtype).generate(
-            prompt(150).to(device), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
+            prompt(150).to(device), max_new_tokens=30, do_sample=False, **cache_argument(cache), **RETURN
         )
         assert all(step.isfinite().all() for step in output.logits)
         assert cache.layers[0].keys.dtype == dtype
@@ -173,7 +176,7 @@ def test_16_bit_models_generate(model: GenerationMixin, device: str) -> None:
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 def test_a_float64_model_is_faithful(model: GenerationMixin) -> None:
     cache = QuantizedInt8Cache()
-    output = model.double().generate(prompt(150), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN)
+    output = model.double().generate(prompt(150), max_new_tokens=30, do_sample=False, **cache_argument(cache), **RETURN)
     assert_faithful(model, output, cache)
     assert cache.layers[0].keys.dtype == torch.float64
 
@@ -182,12 +185,16 @@ def test_a_wrecked_cache_would_be_noticed(model: GenerationMixin) -> None:
     """The measure used above rejects a cache whose keys are off by a few steps."""
     cache = QuantizedInt8Cache()
     ids = prompt(150)
-    model.generate(ids, max_new_tokens=2, do_sample=False, past_key_values=cache)
+    model.generate(ids, max_new_tokens=2, do_sample=False, **cache_argument(cache))
     for layer in cache.layers:
         for segment in layer.pages.segments:
             segment.key_metadata[..., 1] += 40
     output = model.generate(
-        torch.cat([ids, prompt(2, seed=9)], dim=1), max_new_tokens=30, do_sample=False, past_key_values=cache, **RETURN
+        torch.cat([ids, prompt(2, seed=9)], dim=1),
+        max_new_tokens=30,
+        do_sample=False,
+        **cache_argument(cache),
+        **RETURN,
     )
     with pytest.raises(AssertionError):
         assert_faithful(model, output, cache)
@@ -200,7 +207,7 @@ def test_a_sliding_window_model_keeps_native_layers_with_its_config() -> None:
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(config).eval()
     for cache in (QuantizedInt8Cache(config), QuantizedInt8Cache()):
-        output = model.generate(prompt(150), max_new_tokens=40, do_sample=False, past_key_values=cache, **RETURN)
+        output = model.generate(prompt(150), max_new_tokens=40, do_sample=False, **cache_argument(cache), **RETURN)
         assert_faithful(model, output, cache)
         kernels = [row.kernel for row in cache.report().layers]
         assert kernels[0] != "native"

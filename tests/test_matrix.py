@@ -10,8 +10,14 @@ from tests.conftest import devices
 from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
 from tests.refusals import OLDER_REFUSED, REFUSED
 
+SHORT = ("forward pass", "greedy decoding", "fixed capacity", "beam search", "prompt lookup")
+"""Operations of the short form, each by another way into transformers, with a model's first implementation."""
+
 CELLS = [
-    (architecture, implementation, operation)
+    pytest.param(
+        *(architecture, implementation, operation),
+        marks=[] if operation in SHORT and implementation == architecture.implementations[0] else pytest.mark.slow,
+    )
     for architecture in ARCHITECTURES
     for implementation in architecture.implementations
     for operation in OPERATIONS

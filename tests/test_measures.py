@@ -12,6 +12,7 @@ from quantcache.evaluation import baselines
 from quantcache.evaluation.comparison import Candidate, compare_caches, held_states
 from quantcache.evaluation.needle import DEPTHS, EXACT, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
+from quantcache.layers._host import cache_argument
 from tests.cases import NEWEST
 from tests.file_cases import gemma, llama, prompt
 from tests.test_cli import folder as folder
@@ -33,7 +34,7 @@ def test_layer_errors_are_those_of_what_the_layers_hold(model: PreTrainedModel) 
     with torch.no_grad():
         for cache in caches:
             for chunk in (ids[:, :PROMPT], ids[:, PROMPT:]):
-                model(chunk, past_key_values=cache, use_cache=True)
+                model(chunk, **cache_argument(cache), use_cache=True)
     for layer_idx in range(2):
         exact, tested = (held_states(cache.layers[layer_idx]) for cache in caches)
         for place, errors in enumerate((result.key_errors, result.value_errors)):

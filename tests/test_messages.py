@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
+from quantcache.layers._host import cache_argument, cache_of
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.options import AttentionOptions
@@ -237,7 +238,7 @@ def test_legacy_tuples_are_told_how_to_convert() -> None:
     ).eval()  # fmt: skip
     ids = torch.arange(2, 12)[None]
     with torch.no_grad():
-        kept = model(ids[:, :-1], use_cache=True).past_key_values
+        kept = cache_of(model(ids[:, :-1], use_cache=True))
     legacy = tuple((layer.keys, layer.values) for layer in kept.layers)
 
     with pytest.raises(
@@ -250,10 +251,10 @@ def test_legacy_tuples_are_told_how_to_convert() -> None:
         QuantizedInt8Cache(legacy)
     # generate() itself refuses a tuple before any cache sees it.
     with pytest.raises(ValueError, match="Please use a `Cache` instance"):
-        model.generate(ids, max_new_tokens=2, past_key_values=legacy)
+        model.generate(ids, max_new_tokens=2, **cache_argument(legacy))
     converted = QuantizedInt8Cache.from_legacy_cache(legacy)
     assert converted.get_seq_length() == 9
-    output = model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=converted)
+    output = model.generate(ids, max_new_tokens=5, do_sample=False, **cache_argument(converted))
     assert torch.equal(output, model.generate(ids, max_new_tokens=5, do_sample=False))
 
 
@@ -290,11 +291,11 @@ def test_a_hybrid_model_without_config_says_so() -> None:
         match=r"a hybrid model, whose layers hold more than keys and values, needs a cache made from its config, "
         r"got config=None\. Use QuantizedInt8Cache\(model\.config\)\.$",
     ):
-        model.generate(ids, max_new_tokens=2, past_key_values=cache)
+        model.generate(ids, max_new_tokens=2, **cache_argument(cache))
     assert len(cache) == 0
 
     cache = QuantizedInt8Cache(config)
-    model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache)
+    model.generate(ids, max_new_tokens=20, do_sample=False, **cache_argument(cache))
     assert [row.storage for row in cache.report().layers] == ["LinearAttentionLayer", "int8", "LinearAttentionLayer"]
 
 

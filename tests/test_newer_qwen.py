@@ -17,6 +17,7 @@ from transformers import (
 import quantcache.adapters.qwen
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import dispatch
+from quantcache.layers._host import cache_argument
 
 SIZES = {
     "vocab_size": 256,
@@ -53,9 +54,9 @@ class PerTokenCache(DynamicCache):
 def mean_kl(model: torch.nn.Module, ids: Tensor, cache: Any) -> float:
     """Of the tokens behind the prompt to an exact cache, each read through ``cache``, in nats a token."""
     exact = model(ids).logits[:, PROMPT_LEN - 1 : -1].double().log_softmax(-1)
-    steps = [model(ids[:, :PROMPT_LEN], past_key_values=cache).logits[:, -1]]
+    steps = [model(ids[:, :PROMPT_LEN], **cache_argument(cache)).logits[:, -1]]
     steps += [
-        model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(PROMPT_LEN, ids.shape[1] - 1)
+        model(ids[:, i : i + 1], **cache_argument(cache)).logits[:, -1] for i in range(PROMPT_LEN, ids.shape[1] - 1)
     ]
     read = torch.stack(steps, 1).double().log_softmax(-1)
     return float((exact.exp() * (exact - read)).sum(-1).mean())
@@ -69,7 +70,7 @@ def test_newer_qwen_needs_no_adapter(family: str, with_config: bool) -> None:
     ids = torch.randint(0, SIZES["vocab_size"], (2, PROMPT_LEN))
     cache = QuantizedInt8Cache(model.config if with_config else None, strict=True)
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(ids)}
-    output = model.generate(ids, past_key_values=cache, pad_token_id=0, eos_token_id=None, **options)
+    output = model.generate(ids, **cache_argument(cache), pad_token_id=0, eos_token_id=None, **options)
     assert output.shape == (2, PROMPT_LEN + NEW_TOKENS)
     assert cache.report().backend == dispatch.choose_backend(torch.device("cpu"))
     assert 0 < mean_kl(model, output, QuantizedInt8Cache()) <= 1e-3

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.native import layer_nbytes
 from quantcache.planning import GIB, Geometry, GeometryError, find_geometry, plan, preset_names, sources
 from quantcache.planning.sizes import exact_nbytes, int8_nbytes
@@ -94,10 +95,10 @@ def test_the_prediction_is_what_the_cache_takes(name: str, tmp_path: Path) -> No
         caches = {"int8": QuantizedInt8Cache(model.config), "exact": DynamicCache(config=model.config)}
         ids = torch.randint(2, 90, (2, prompt + new_tokens))
         for cache in caches.values():
-            model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+            model(ids[:, :prompt], **cache_argument(cache), use_cache=True)
         for position in range(prompt, prompt + new_tokens):
-            model(ids[:, position : position + 1], past_key_values=caches["int8"], use_cache=True)
-        model(ids[:, prompt : prompt + 1], past_key_values=caches["exact"], use_cache=True)
+            model(ids[:, position : position + 1], **cache_argument(caches["int8"]), use_cache=True)
+        model(ids[:, prompt : prompt + 1], **cache_argument(caches["exact"]), use_cache=True)
         measured = caches["int8"].nbytes
         predicted = int8_nbytes(geometry, 2, prompt + new_tokens, new_tokens)
         assert abs(predicted - measured) <= TOLERANCE * measured, (prompt, new_tokens)

@@ -294,6 +294,20 @@ def bars_on() -> Iterator[None]:
     (logging.enable_progress_bar if were_on else logging.disable_progress_bar)()
 
 
+def test_a_batch_finds_its_tokenizer_where_the_model_came_from(
+    model: QWenLMHeadModel, tokenizer: QWenTokenizer, tmp_path: Path
+) -> None:
+    options = {**GREEDY, "max_new_tokens": 5}
+    assert model.generate_batch(["a", "hello"], **options) == model.generate_batch(["a", "hello"], tokenizer, **options)
+    made = QWenLMHeadModel(model.config)
+    made.name_or_path = ""
+    with pytest.raises(ValueError, match=r"got a model that was not loaded. Pass the tokenizer"):
+        made.generate_batch(["a"])
+    made.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"must lie where the model came from, got .* without a readable one"):
+        made.generate_batch(["a"])
+
+
 @pytest.mark.usefixtures("bars_on")
 def test_a_batch_shows_its_progress(
     model: QWenLMHeadModel, tokenizer: QWenTokenizer, capsys: pytest.CaptureFixture
@@ -312,10 +326,8 @@ def test_a_batch_shows_its_progress(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        (
-            {"past_key_values": DynamicCache()},
-            "past_key_values must not be given, as each batch",
-        ),
+        ({"past_key_values": DynamicCache()}, "past_key_values must not be given, as each batch"),
+        ({"cache": DynamicCache()}, "cache must not be given, as each batch"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences must be 1, got 2"),
         ({"chat_format": "raw"}, "chat_format must be \"chatml\", got 'raw'"),
     ],

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, gptq, memory_report
 from quantcache.adapters.qwen.gptq import GPTQFallbackConfig, GPTQLinear
+from quantcache.layers._host import cache_of
 from tests.qwen_checkpoint import SEQ_LENGTH, VOCAB, float_weights, gptq_weights, pack_linear, write_checkpoint
 
 
@@ -88,7 +89,7 @@ def test_int4_weights_and_the_int8_cache_work_together(folders: tuple[Path, Path
     ids = torch.randint(0, VOCAB, (1, 150))
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
     output = model.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert isinstance(cache, QuantizedInt8Cache)
     assert all(layer.pages.num_pages for layer in cache.layers)
     exact = model(output.sequences, past_key_values=DynamicCache()).logits[:, 149:-1].double().log_softmax(-1)

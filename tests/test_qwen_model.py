@@ -3,19 +3,21 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin
 
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters import legacy
 from quantcache.adapters.qwen import QWenLMHeadModel
 from quantcache.adapters.qwen.positions import logn_factors, prompt_alphas, rotary_embedding
 from quantcache.backends import dispatch
+from quantcache.layers._host import CACHE_NAME, CACHE_NAMES, cache_of
 from quantcache.quantization.reference import unpack_metadata
 from tests.bounds import assert_within, attention_bound, head_bound
 from tests.qwen_checkpoint import HEADS, HIDDEN, LAYERS, SEQ_LENGTH, VOCAB, write_checkpoint
@@ -94,7 +96,7 @@ def test_decoding_reads_quantised_pages_and_stays_faithful(long_model: QWenLMHea
         return_dict_in_generate=True,
         output_logits=True,
     )
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert cache.report().backend == dispatch.choose_backend(torch.device("cpu"))
     assert all(layer.pages.num_pages == 3 for layer in cache.layers)
     exact = long_model(output.sequences, past_key_values=DynamicCache()).logits[:, 199:-1].double().log_softmax(-1)
@@ -195,12 +197,63 @@ def test_every_row_of_a_padded_batch_has_its_own_scaling(folder: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_is_taken_under_either_name(long_model: QWenLMHeadModel, name: str) -> None:
+    ids = torch.arange(2, 42)[None]
+    options = {"max_new_tokens": 29, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = long_model.generate(ids, **options)
+    assert expected[0, 40:44].tolist() == [396, 346, 480, 488]
+    cache = QuantizedInt8Cache(long_model.config)
+    assert torch.equal(long_model.generate(ids, **{name: cache}, **options), expected)
+    assert cache.get_seq_length() == 68
+
+    again = DynamicCache(config=long_model.config)
+    for part in (ids[:, :30], ids[:, 30:]):
+        output = long_model(part, **{name: again})
+        assert cache_of(output) is again
+    torch.testing.assert_close(output.logits, long_model(ids).logits[:, 30:])
+    assert cache_of(long_model.transformer(ids[:, :3], **{name: again})) is again
+    assert again.get_seq_length() == 43
+
+
+def test_a_cache_that_never_came_is_noticed(model: QWenLMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers hands it on under another name, or not at all."""
+    ids = torch.arange(2, 42)[None]
+    options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    prepare = GenerationMixin.prepare_inputs_for_generation
+
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(self, *args, **kwargs)
+        return {**inputs, "state": inputs.pop(CACHE_NAME)}
+
+    def lost(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(self, *args, **kwargs)
+        return {name: value for name, value in inputs.items() if name != CACHE_NAME}
+
+    monkeypatch.setattr(QWenLMHeadModel, "prepare_inputs_for_generation", renamed)
+    with pytest.raises(TypeError, match="the cache must come as cache or past_key_values, got it as state"):
+        model.generate(ids, **options)
+    monkeypatch.setattr(QWenLMHeadModel, "prepare_inputs_for_generation", lost)
+    with pytest.raises(RuntimeError, match="must hand the model the cache that generate was given, got 0 tokens"):
+        model.generate(ids, **options)
+
+
+def test_two_caches_are_refused(model: QWenLMHeadModel) -> None:
+    ids = torch.arange(2, 42)[None]
+    two = {name: DynamicCache() for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="generate: one of cache and past_key_values must be given, got both"):
+        model.generate(ids, **two)
+    with pytest.raises(ValueError, match="forward: one of cache and past_key_values must be given, got both"):
+        model(ids, **two)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_scaling_follows_the_cache(folder: Path, quantized: bool) -> None:
     """Copies, rollbacks and selected rows continue as the prompt began; a reset cache begins anew."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache_quantization=quantized).eval()
     ids, more = torch.randint(0, VOCAB, (3, SEQ_LENGTH - 2)), torch.randint(0, VOCAB, (3, 8))
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     expected = model(more, past_key_values=cache).logits  # passes seq_length, with the factor of the prompt
     cache.crop(-8)
     torch.testing.assert_close(model(more, past_key_values=copy.deepcopy(cache)).logits, expected)
@@ -253,7 +306,7 @@ def test_beams_run_on_the_int8_cache(long_model: QWenLMHeadModel) -> None:
     ids = torch.randint(0, VOCAB, (2, 150))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "eos_token_id": None}
     beams = long_model.generate(ids, num_beams=3, do_sample=False, return_dict_in_generate=True, **options)
-    assert all(layer.pages.num_pages for layer in beams.past_key_values.layers)
+    assert all(layer.pages.num_pages for layer in cache_of(beams).layers)
     greedy = long_model.generate(ids, do_sample=False, **options)
 
     @torch.no_grad()
@@ -268,7 +321,7 @@ def test_beams_run_on_the_int8_cache(long_model: QWenLMHeadModel) -> None:
 def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel, quantized: bool) -> None:
     """generate(past_key_values=<tuple>), of either form, continues as the cache it came from."""
     ids = torch.randint(0, VOCAB, (1, 10))
-    past = legacy.to_legacy(model(ids[:, :-1]).past_key_values, quantized=quantized)
+    past = legacy.to_legacy(cache_of(model(ids[:, :-1])), quantized=quantized)
     restored = legacy.from_legacy(past)  # shorter than a page, so exact in any cache
     options = {"do_sample": False, "max_new_tokens": 4, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, past_key_values=restored, **options)
@@ -279,7 +332,7 @@ def test_generate_takes_a_legacy_tuple(model: QWenLMHeadModel, quantized: bool) 
         one = model(ids[:, -1:], past_key_values=past)
     assert int(one.logits[0, -1].argmax()) == int(expected[0, 10])
     # What was float stays exact where the config asks for no quantisation.
-    assert isinstance(one.past_key_values, QuantizedInt8Cache) == quantized
+    assert isinstance(cache_of(one), QuantizedInt8Cache) == quantized
 
 
 def test_a_static_cache_gives_the_same_tokens(model: QWenLMHeadModel) -> None:

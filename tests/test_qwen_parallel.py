@@ -34,10 +34,10 @@ for name in ("float", "int4"):
     ).eval()
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
     result = model.generate(ids, return_dict_in_generate=True, **options)
-    heads = [layer.pages.key_tail.shape[1] for layer in result.past_key_values.layers]
-    pages = [layer.pages.num_pages for layer in result.past_key_values.layers]
-    result.past_key_values.save(f"{out}/{name}.safetensors", model, result.sequences)
-    again = type(result.past_key_values).load(f"{out}/{name}.safetensors", model)
+    heads = [layer.pages.key_tail.shape[1] for layer in cache_of(result).layers]
+    pages = [layer.pages.num_pages for layer in cache_of(result).layers]
+    cache_of(result).save(f"{out}/{name}.safetensors", model, result.sequences)
+    again = type(cache_of(result)).load(f"{out}/{name}.safetensors", model)
     continued = model.generate(result.sequences, past_key_values=again, **{**options, "attention_mask": None})
     if name == "float" and not torch.__version__.startswith("2.11."):
         model.save_pretrained(f"{out}/saved")

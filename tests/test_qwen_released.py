@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel
 from quantcache.backends import dispatch
+from quantcache.layers._host import cache_of
 from tests.qwen_checkpoint import HIDDEN, VOCAB, write_checkpoint
 
 
@@ -59,7 +60,7 @@ def test_the_original_snippet_runs(folder: Path, hub: Path, trust: bool | None, 
     assert history == [("Hello!", response)]
     assert longer == [("Hello!", response), ("And?", again)]
     output = model.generate(torch.tensor([[1, 2, 3]]), return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, QuantizedInt8Cache)
+    assert isinstance(cache_of(output), QuantizedInt8Cache)
 
 
 def test_saving_writes_the_original_names(folder: Path, model: QWenLMHeadModel, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_kernel_is_a_choice_that_never_fails(folder: Path, tmp_path: Path, k
     ).eval()
     ids = torch.randint(0, VOCAB, (1, 150))
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3}
-    cache = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
+    cache = cache_of(model.generate(ids, return_dict_in_generate=True, **options))
     # What the original saves has all its defaults written out, which nobody chose.
     assert AutoConfig.from_pretrained(write_checkpoint(tmp_path, use_cache_kernel=False)).use_cache_kernel is None
     best = dispatch.choose_backend(torch.device("cpu"))

@@ -13,6 +13,7 @@ from transformers import CompileConfig
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation.comparison import compare_teacher_forced
 from quantcache.evaluation.models import load_model
+from quantcache.layers._host import cache_argument
 from tests.conftest import compiler_warnings, devices
 
 pytestmark = pytest.mark.real_model
@@ -65,7 +66,7 @@ def test_compiled_steps_give_the_tokens_of_the_growing_cache(
     model, _ = real_model
     ids = texts[:1, :100]
     options = {"max_new_tokens": 256, "min_new_tokens": 256, "do_sample": False}
-    expected = model.generate(ids, past_key_values=QuantizedInt8Cache(model.config), **options)
+    expected = model.generate(ids, **cache_argument(QuantizedInt8Cache(model.config)), **options)
     compiled = None  # on a GPU generate() compiles by itself, for CUDA graphs
     if ids.device.type == "cpu":
         compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
@@ -73,6 +74,6 @@ def test_compiled_steps_give_the_tokens_of_the_growing_cache(
     cache = QuantizedInt8Cache.for_generate(model, ids, **options)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    actual = model.generate(ids, past_key_values=cache, compile_config=compiled, **options)
+    actual = model.generate(ids, **cache_argument(cache), compile_config=compiled, **options)
     assert torch.equal(actual, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.quantization.errors import FallbackWarning
 from quantcache.quantization.options import AttentionOptions
@@ -198,7 +199,7 @@ def compiled_with(backend: str) -> CompileConfig:
 
 
 def generated(model: GenerationMixin, cache: object, ids: Tensor, **options: Any) -> Tensor:
-    return model.generate(ids, past_key_values=cache, do_sample=False, **{"max_new_tokens": 70, **options})
+    return model.generate(ids, **cache_argument(cache), do_sample=False, **{"max_new_tokens": 70, **options})
 
 
 @pytest.fixture
@@ -235,13 +236,13 @@ def test_inductor_copies_nothing_of_the_cache(frames: Any) -> None:
     model = tiny_model()
     cache = QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
     with torch.no_grad():
-        model(prompt(150), past_key_values=cache)
+        model(prompt(150), **cache_argument(cache))
         step = torch.compile(model.forward, fullgraph=True)
         mask = (torch.arange(CAPACITY) <= 150)[None, None, None]
-        arguments = {"past_key_values": cache, "attention_mask": mask, "position_ids": torch.tensor([[150]])}
+        arguments = {**cache_argument(cache), "attention_mask": mask, "position_ids": torch.tensor([[150]])}
         exact = copy.deepcopy(cache)
         output, (code,) = run_and_get_code(step, prompt(1), **arguments)
-        expected = model(prompt(1), **(arguments | {"past_key_values": exact})).logits
+        expected = model(prompt(1), **(arguments | {**cache_argument(exact)})).logits
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
     size = f"({len(cache.layers[0].pages.memory)}, )"
     assert size in code, "the memory is an argument of the compiled code"
@@ -269,7 +270,7 @@ def test_generate_on_a_gpu_replays_one_cuda_graph(attention: str, frames: Any) -
     with torch.no_grad():
         step = ids
         for position in range(256):
-            expected.append(model(step, past_key_values=growing).logits[:, -1].float())
+            expected.append(model(step, **cache_argument(growing)).logits[:, -1].float())
             step = output.sequences[:, 100 + position, None]
     torch.testing.assert_close(torch.stack(list(output.logits)), torch.stack(expected), rtol=1e-3, atol=1e-2)
 
@@ -298,7 +299,7 @@ def test_a_step_can_be_exported() -> None:
     model = tiny_model()
     cache = QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
     with torch.no_grad():
-        model(prompt(150), past_key_values=cache)
+        model(prompt(150), **cache_argument(cache))
     twin = copy.deepcopy(cache)
 
     class Step(torch.nn.Module):
@@ -309,7 +310,7 @@ def test_a_step_can_be_exported() -> None:
                 self.register_buffer(f"memory_{index}", layer.pages.memory, persistent=False)
 
         def forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-            return self.model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+            return self.model(ids, attention_mask=mask, position_ids=position_ids, **cache_argument(cache)).logits
 
     def arguments(position: int) -> tuple[Tensor, Tensor, Tensor]:
         mask = (torch.arange(CAPACITY) <= position)[None, None, None]
@@ -319,7 +320,7 @@ def test_a_step_can_be_exported() -> None:
     for position in (150, 151, 152):
         ids, mask, position_ids = arguments(position)
         with torch.no_grad():
-            expected = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=twin).logits
+            expected = model(ids, attention_mask=mask, position_ids=position_ids, **cache_argument(twin)).logits
             torch.testing.assert_close(exported(ids, mask, position_ids), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument, feed
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 
 CACHES: Final = ("int8", "exact")
@@ -78,7 +79,7 @@ class QuantcacheLM(HFLM):  # type: ignore[misc]
         for question, places in groups.items():
             filled = self.make_cache()
             if len(question) > 1:
-                self.model(self._row(question[:-1]), past_key_values=filled, use_cache=True, logits_to_keep=1)
+                feed(self.model, self._row(question[:-1]), filled, logits_to_keep=1)
             for index, place in enumerate(places):
                 # The last reader may use it up.
                 cache = filled if index == len(places) - 1 else copy.deepcopy(filled)
@@ -96,7 +97,7 @@ class QuantcacheLM(HFLM):  # type: ignore[misc]
         total, is_greedy = 0.0, True
         for start in range(0, fed.shape[1], self._chunk_len):
             chunk = fed[:, start : start + self._chunk_len]
-            logits = self.model(chunk, past_key_values=cache, use_cache=True).logits[0]
+            logits = feed(self.model, chunk, cache).logits[0]
             targets = expected[start : start + self._chunk_len]
             log_probs = logits.float().log_softmax(-1)
             total += float(log_probs.gather(-1, targets[:, None]).sum())
@@ -106,7 +107,7 @@ class QuantcacheLM(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """As the harness's, with a cache of the kind under test."""
         generate: Callable[..., Tensor] = super()._model_generate
-        return generate(context, max_length, stop, **options, past_key_values=self.make_cache())
+        return generate(context, max_length, stop, **options, **cache_argument(self.make_cache()))
 
     def _row(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)

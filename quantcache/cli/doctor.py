@@ -30,12 +30,15 @@ def doctor() -> None:
 
     from quantcache import __version__
     from quantcache.backends.artifacts import cache_folder
+    from quantcache.layers._host import untested
 
     console = Console()
     console.print(
         f"quantcache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()} on {platform.platform()}"
     )
+    for sentence in untested():
+        console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
     console.print(f"built kernels and downloads: {cache_folder()}", soft_wrap=True)
     table = Table("device", "backend", "why")
     for finding in examine():

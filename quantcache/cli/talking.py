@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache import QuantizedInt8Cache
 from quantcache.cli.terminal import RichStreamer, human_bytes, open_model
+from quantcache.layers._host import cache_argument, feed
 
 _MARK: Final = "QUANTCACHE-REPLY"
 """Stands for a reply, to see what a chat template writes after one."""
@@ -104,7 +105,7 @@ class Talk:
         if not ids.shape[1]:
             raise TalkError("the prompt must hold at least one token, got none")
         with torch.no_grad():
-            self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            feed(self.model, ids.to(self.model.device), self.cache, logits_to_keep=1)
         self.ids = torch.cat([self.ids[:, : self.cache.get_seq_length() - ids.shape[1]], ids], dim=1)
 
     def answer(self, ids: Tensor) -> str:
@@ -130,7 +131,7 @@ class Talk:
         said = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=self.cache,
+            **cache_argument(self.cache),
             streamer=RichStreamer(self.tokenizer, self.console),
             pad_token_id=pad,
             **self.sampling.options(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from quantcache.layers._host import quantized_states
+from quantcache.layers._host import feed, quantized_states
 from quantcache.layers.base import BaseInt8Layer
 
 
@@ -208,7 +208,7 @@ def _relative_rms(exact: Tensor, tested: Tensor) -> float:
 
 def _log_probs(model: PreTrainedModel, chunk: Tensor, cache: Cache, keep: bool) -> Tensor:
     """float64 (query_len, vocab_size), or of the last token alone where nothing is compared."""
-    logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=0 if keep else 1).logits[0]
+    logits = feed(model, chunk, cache, logits_to_keep=0 if keep else 1).logits[0]
     log_probs: Tensor = logits.double().log_softmax(-1)
     return log_probs
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from quantcache.evaluation.comparison import Candidate, exact_cache
+from quantcache.layers._host import feed
 
 NEEDLE: Final = " The secret number of the lighthouse is {answer}. "
 QUESTION: Final = (
@@ -89,9 +90,9 @@ def find_needles(
 def _answer(model: PreTrainedModel, cache: Cache, *parts: Tensor) -> Tensor:
     """(answer_len, vocab_size) log-probabilities of the answer's tokens, the last of ``parts``."""
     context, question, answer = (part[None].to(model.device) for part in parts)
-    model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    first = model(question, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    rest = model(answer, past_key_values=cache, use_cache=True).logits[:, :-1]
+    feed(model, context, cache, logits_to_keep=1)
+    first = feed(model, question, cache, logits_to_keep=1).logits
+    rest = feed(model, answer, cache).logits[:, :-1]
     log_probs: Tensor = torch.cat([first, rest], dim=1)[0].double().log_softmax(-1)
     return log_probs
 

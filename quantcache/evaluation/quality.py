@@ -16,6 +16,7 @@ from quantcache.evaluation import baselines
 from quantcache.evaluation.comparison import Candidate, Comparison, compare_caches, exact_cache, first_difference
 from quantcache.evaluation.needle import EXACT, Found, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
+from quantcache.layers._host import cache_argument
 
 GREEDY_PROMPT: Final = 128
 """Tokens of each row after which the greedy answers begin."""
@@ -132,7 +133,7 @@ def _greedy(
             output = generate(
                 row,
                 attention_mask=torch.ones_like(row),
-                past_key_values=candidate.make_cache(),
+                **cache_argument(candidate.make_cache()),
                 max_new_tokens=length,
                 min_new_tokens=length,
                 do_sample=False,

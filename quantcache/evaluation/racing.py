@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import feed
 from quantcache.layers.native import layer_nbytes
 
 PROMPT_CHUNK: Final = 512
@@ -53,13 +54,13 @@ def race(model: PreTrainedModel, ids: Tensor, steps: int) -> Race:
     caches = {"default": DynamicCache(config=model.config), "int8": QuantizedInt8Cache(model.config)}
     for chunk in ids.split(PROMPT_CHUNK, dim=1):
         for cache in caches.values():
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            feed(model, chunk, cache, logits_to_keep=1)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(steps):
         for name, cache in caches.items():
             synchronize(model.device)
             start = time.perf_counter()
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            feed(model, ids[:, -1:], cache)
             synchronize(model.device)
             seconds[name].append(time.perf_counter() - start)
     int8 = caches["int8"]

@@ -9,6 +9,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    StaticLayer,
 )
 
 from quantcache.layers.base import BaseInt8Layer
@@ -113,8 +114,12 @@ def _check_rows(layers: list[Any], method: str) -> None:
 
 def _why_not_back(layer: Any, tokens: int) -> str | None:
     """Why a layer of transformers cannot forget its newest ``tokens``, or None."""
-    if not hasattr(layer, "crop"):
+    is_fixed = isinstance(layer, StaticLayer)
+    # Newer transformers can take a window of fixed capacity back, but only one that never has to forget.
+    if not hasattr(layer, "crop") or (is_fixed and not layer.is_croppable):
         return "has a fixed capacity and cannot forget tokens; use a cache without max_cache_len"
+    if is_fixed and tokens > int(layer.get_seq_length()):
+        return f"holds {int(layer.get_seq_length())} tokens and cannot forget more"
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         if any(layer.is_recurrent_states_initialized.values()):
             return "keeps a recurrent state that cannot forget tokens; go back to a copy.deepcopy of the cache"

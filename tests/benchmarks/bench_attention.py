@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import cuda
+from quantcache.layers._host import cache_argument
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -342,7 +343,7 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=new_tokens,
+            prompt, attention_mask=torch.ones_like(prompt), **cache_argument(cache), max_new_tokens=new_tokens,
             min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         torch.cuda.synchronize()

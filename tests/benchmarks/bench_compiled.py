@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
+from quantcache.layers._host import cache_argument
 
 Row = dict[str, Any]
 
@@ -106,7 +107,7 @@ def make_model(geometry: str) -> Any:
 def generate(model: Any, cache: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> Clock:
     clock = Clock()
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=new_tokens, do_sample=False,
         logits_processor=LogitsProcessorList([clock]), **options,
     )  # fmt: skip
     return clock

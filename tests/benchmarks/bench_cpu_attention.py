@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import cpu, dispatch
 from quantcache.backends import torch as torch_backend
+from quantcache.layers._host import cache_argument
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
@@ -185,7 +186,7 @@ def generate_row(name: str, model: Any, tokens: int, target: float, new_tokens: 
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,

@@ -33,6 +33,7 @@ from transformers import Cache, DynamicCache
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, memory_report
 from quantcache.adapters.qwen.gptq import GPTQFallbackConfig, GPTQFallbackQuantizer, GPTQLinear
+from quantcache.layers._host import cache_argument
 
 Row = dict[str, Any]
 
@@ -82,7 +83,7 @@ def by_chunks(model: QWenLMHeadModel, batch: int, tokens: int) -> QuantizedInt8C
 def feed(model: QWenLMHeadModel, cache: Cache, batch: int, tokens: int) -> None:
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=model.device)
     for chunk in ids.split(CHUNK, dim=1):
-        logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(chunk, **cache_argument(cache), logits_to_keep=1).logits
     if not bool(logits.isfinite().all()):
         raise RuntimeError("bench_qwen_memory: logits must be finite.")
 
@@ -92,7 +93,7 @@ def by_generate(model: QWenLMHeadModel, batch: int, tokens: int) -> QuantizedInt
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
     cache = QuantizedInt8Cache(model.config)
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, max_new_tokens=tokens,
+        ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), do_sample=False, max_new_tokens=tokens,
         min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, stop_words_ids=[],
     )  # fmt: skip
     return cache

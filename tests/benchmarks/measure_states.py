@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quantcache.evaluation.models import load_model
+from quantcache.layers._host import cache_argument
 from quantcache.quantization.reference import quantize, unpack_metadata
 from quantcache.quantization.scheme import PAGE_SIZE
 
@@ -53,7 +54,7 @@ def main() -> None:
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text[: 16 * TOKENS], return_tensors="pt").input_ids[:, :TOKENS]
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **cache_argument(cache), logits_to_keep=1)
     heads: list[dict[str, Any]] = []
     for layer_idx, layer in enumerate(cache.layers):
         for kind, states in (("key", layer.keys[0]), ("value", layer.values[0])):

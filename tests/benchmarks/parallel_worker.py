@@ -183,13 +183,15 @@ class Worker:
 
     def logits_error(self) -> float:
         """How far int8 moves the logits behind a short prompt, relative to their norm."""
+        from quantcache.layers._host import cache_argument
+
         torch = self.torch
         ids = torch.randint(0, 90, (2, 260), generator=torch.Generator().manual_seed(1)).to(self.model.device)
         outcomes = []
         for kind in ("int8", "DynamicCache"):
             cache = self.cache(kind, 0)
             for chunk in (ids[:, :250], *ids[:, 250:].split(1, dim=1)):
-                logits = self.model(chunk, past_key_values=cache).logits[:, -1].float()
+                logits = self.model(chunk, **cache_argument(cache)).logits[:, -1].float()
             outcomes.append(logits)
         error = float((outcomes[0] - outcomes[1]).norm() / outcomes[1].norm())
         if not error < FARTHEST:
@@ -198,6 +200,8 @@ class Worker:
 
     def decode(self, row: Row) -> dict[str, Any]:
         from transformers import CompileConfig, LogitsProcessorList
+
+        from quantcache.layers._host import cache_argument
 
         torch = self.torch
         result: dict[str, Any] = {}
@@ -222,7 +226,7 @@ class Worker:
         torch._dynamo.utils.counters.clear()
         clock = Clock()
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=WARM_UP + STEPS,
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=WARM_UP + STEPS,
             do_sample=False, logits_processor=LogitsProcessorList([clock]), **options,
         )  # fmt: skip
         ms = clock.median_ms()

@@ -6,10 +6,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from quantcache.adapters.qwen.chat import DEFAULT_SYSTEM, chat_inputs, merged_config
 from quantcache.adapters.qwen.prompts import decode_tokens, get_stop_words_ids
+from quantcache.layers._host import CACHE_NAMES
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 
 logger = logging.get_logger("quantcache.adapters.qwen")
@@ -30,10 +32,12 @@ ROWS_WITHOUT_KNOWLEDGE: Final = 8
 class BatchMixin:
     """``generate_batch``, for the model with ``generate``."""
 
+    _tokenizer: Any = None
+
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
-        tokenizer: Any,
+        tokenizer: Any = None,
         *,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
@@ -48,7 +52,7 @@ class BatchMixin:
 
         Args:
             prompts: chat queries, or token ids, which are continued as they are.
-            tokenizer: the model's.
+            tokenizer: the model's; by default the one that lies where the model came from, which is loaded once.
             system: the system prompt of the queries.
             stop_words_ids: token sequences that end an answer, besides the format's.
             batch_size: rows of a batch; by default as many as free memory holds.
@@ -58,16 +62,18 @@ class BatchMixin:
 
         Raises:
             ValueError: ``batch_size`` under 1, an empty prompt, more than one answer a prompt asked for, a cache given,
-                or a query to a model that is no chat model.
+                or a query to a model that is no chat model; no tokenizer given and none where the model came from.
             torch.OutOfMemoryError: a single prompt does not fit.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"generate_batch: batch_size must be at least 1, got {batch_size}.")
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "generate_batch: past_key_values must not be given, as each batch has a cache of its own. "
-                "Set config.use_cache_quantization for the int8 cache."
-            )
+        for name in CACHE_NAMES:
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(
+                    f"generate_batch: {name} must not be given, as each batch has a cache of its own. "
+                    "Set config.use_cache_quantization for the int8 cache."
+                )
+        tokenizer = self._own_tokenizer() if tokenizer is None else tokenizer
         config, kwargs = merged_config(self, generation_config, kwargs)
         if (config.num_return_sequences or 1) > 1:
             raise ValueError(
@@ -107,6 +113,30 @@ class BatchMixin:
                     answers[index] = _answer(tokens, width, *rows[index], tokenizer)
                 bar.update(len(chosen))
         return answers
+
+    def _own_tokenizer(self) -> Any:
+        """The tokenizer that lies where the model came from.
+
+        Raises:
+            ValueError: the model came from nowhere, or there is none.
+        """
+        if self._tokenizer is None:
+            origin: str = self.name_or_path  # type: ignore[attr-defined]
+            advice = "Pass the tokenizer: generate_batch(prompts, tokenizer)."
+            if not origin:
+                raise ValueError(
+                    "generate_batch: without a tokenizer the model must come from a folder or a hub, got a model "
+                    f"that was not loaded. {advice}"
+                )
+            revision = getattr(self.config, "_commit_hash", None)  # type: ignore[attr-defined]
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(origin, revision=revision)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"generate_batch: the tokenizer must lie where the model came from, got {origin!r} without a "
+                    f"readable one ({type(error).__name__}). {advice}"
+                ) from error
+        return self._tokenizer
 
     def _continued(
         self, batch: list[list[int]], tokenizer: Any, words: list[list[int]], config: Any, kwargs: dict[str, Any]

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from quantcache.adapters.qwen import gptq, parallel
+from quantcache.layers._host import CACHE_NAMES
 
 DTYPE_SWITCHES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The original's way to name a dtype, in config.json and as arguments of ``from_pretrained``."""
@@ -30,7 +31,7 @@ class QWenConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [*CACHE_NAMES]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "n_embd": "hidden_size",
         "n_head": "num_attention_heads",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
@@ -19,6 +20,7 @@ from quantcache.adapters.qwen.chat import ChatMixin
 from quantcache.adapters.qwen.configuration import QWenConfig
 from quantcache.adapters.qwen.positions import apply_rotary, logn_factors, prompt_alphas, rotary_embedding
 from quantcache.adapters.qwen.prompts import StopWordsLogitsProcessor
+from quantcache.layers._host import CACHE_NAMES, cache_argument, cache_of, take_cache
 
 
 class QWenAttention(nn.Module):
@@ -41,7 +43,7 @@ class QWenAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         logn: Tensor | None,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, query_len, hidden_size) to the same; the weights where the attention function gives them."""
@@ -59,8 +61,8 @@ class QWenAttention(nn.Module):
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if logn is not None:
             query = query * logn.to(query.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -111,7 +113,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     config_class = QWenConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["QWenBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -153,6 +155,7 @@ class QWenModel(QWenPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -160,15 +163,17 @@ class QWenModel(QWenPreTrainedModel):
         Args:
             input_ids: (batch, query_len), or ``inputs_embeds`` (batch, query_len, hidden_size).
             attention_mask: (batch, kv_len), 1 for real tokens; left padding is the convention.
-            past_key_values: a Cache or a legacy tuple, which is converted.
+            past_key_values: a Cache or a legacy tuple, which is converted; ``cache`` is the same argument.
             inputs_embeds: see ``input_ids``.
             use_cache: the config's by default.
             output_hidden_states: return every layer's input and the last output.
             output_attentions: return attention weights, where the attention function gives them.
+            cache: see ``past_key_values``.
             kwargs: ``position_ids``, ``token_type_ids``, ``head_mask`` and the like are accepted and unused.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; two different caches.
+            TypeError: a cache under another name.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("QWenModel.forward: exactly one of input_ids and inputs_embeds must be given.")
@@ -176,13 +181,14 @@ class QWenModel(QWenPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if isinstance(past_key_values, (tuple, list)):
-            past_key_values = cache_from_legacy(self.config, past_key_values)
-        if past_key_values is None and use_cache:
-            past_key_values = new_cache(self.config)
-        past_len = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = take_cache("QWenModel.forward", {**kwargs, "cache": cache, "past_key_values": past_key_values})
+        if isinstance(cache, (tuple, list)):
+            cache = cache_from_legacy(self.config, cache)
+        if cache is None and use_cache:
+            cache = new_cache(self.config)
+        past_len = 0 if cache is None else int(cache.get_seq_length())
         kv_len = past_len + hidden_states.shape[1]
-        prompt_len = remembered_prompt_len(past_key_values, past_len, kv_len)
+        prompt_len = remembered_prompt_len(cache, past_len, kv_len)
         device = hidden_states.device
         positions = torch.arange(past_len, kv_len, device=device)
         alphas = [1] if self.training else prompt_alphas(self.config, self.seq_length, attention_mask, prompt_len)
@@ -192,15 +198,15 @@ class QWenModel(QWenPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=positions[None],
+            **cache_argument(cache),
         )
         hidden_states = self.drop(hidden_states)
         states: list[Tensor] = [hidden_states]
         weights: list[Tensor | None] = []
         for block in self.h:
             hidden_states, layer_weights = block(
-                hidden_states, rotary=rotary, logn=logn, attention_mask=mask, past_key_values=past_key_values
+                hidden_states, rotary=rotary, logn=logn, attention_mask=mask, cache=cache
             )
             if output_hidden_states:
                 states.append(hidden_states)
@@ -208,7 +214,7 @@ class QWenModel(QWenPreTrainedModel):
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **cache_argument(cache if use_cache else None),
             hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
         )
@@ -243,6 +249,7 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """``QWenModel.forward``, then logits (batch, query_len, vocab_size), and the loss where ``labels`` are given.
@@ -254,23 +261,24 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
             labels: (batch, query_len), -100 where there is none.
             logits_to_keep: compute only the newest so many positions, or those of an index tensor; 0 computes all.
             return_dict: False returns a tuple of the outputs that there are.
+            cache: see there.
             kwargs: see there.
         """
-        outputs = self.transformer(input_ids, attention_mask, past_key_values, **kwargs)
+        outputs = self.transformer(input_ids, attention_mask, past_key_values, cache=cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_argument(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: Any = None,
@@ -284,7 +292,11 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
             inputs: (batch, prompt_len) token ids.
             generation_config: the model's by default.
             stop_words_ids: token sequences after which a row ends; by default the generation config's.
-            kwargs: see ``GenerationMixin.generate``.
+            kwargs: see ``GenerationMixin.generate``; the cache may come as ``cache`` or ``past_key_values``.
+
+        Raises:
+            ValueError: two different caches.
+            RuntimeError: transformers did not hand the cache to the model.
         """
         config = generation_config or self.generation_config
         words = getattr(config, "stop_words_ids", None) if stop_words_ids is None else stop_words_ids
@@ -293,15 +305,24 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
             processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
             processors.append(StopWordsLogitsProcessor(words, eos))
             kwargs["logits_processor"] = processors
-        past = kwargs.get("past_key_values")
+        cache = take_cache("QWenLMHeadModel.generate", kwargs)
         implementation = kwargs.get("cache_implementation", config.cache_implementation)
-        if isinstance(past, (tuple, list)):
-            kwargs["past_key_values"] = cache_from_legacy(self.config, past)
-        elif past is None and kwargs.get("use_cache", True) and config.use_cache is not False:
+        if isinstance(cache, (tuple, list)):
+            cache = cache_from_legacy(self.config, cache)
+        elif cache is None and kwargs.get("use_cache", True) and config.use_cache is not False:
             if implementation is None:
-                kwargs["past_key_values"] = new_cache(self.config)
+                cache = new_cache(self.config)
         prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache) and prompt is not None and int(cache.get_seq_length()) == 0:
+        if cache is not None:
+            kwargs |= cache_argument(cache)
+        past_len = int(cache.get_seq_length()) if isinstance(cache, Cache) else None
+        if past_len == 0 and prompt is not None:
             announce_prompt(cache, prompt.shape[1])
-        return super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        output = super().generate(inputs, generation_config=generation_config, **kwargs)
+        if past_len is not None and int(cache.get_seq_length()) == past_len:
+            raise RuntimeError(
+                "QWenLMHeadModel.generate: transformers must hand the model the cache that generate was given, got "
+                f"{past_len} tokens in it before and after. transformers {transformers.__version__} may have changed "
+                "how; `quantcache doctor` says what was tested."
+            )
+        return output

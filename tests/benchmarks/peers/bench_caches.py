@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from quantcache.layers._host import cache_argument
 from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8, RefusedError, held_nbytes
 from tests.benchmarks.peers.geometries import Geometry
 
@@ -202,7 +203,7 @@ def bench_generate(
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
