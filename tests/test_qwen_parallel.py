@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from quantcache.adapters.qwen import gptq
+from quantcache.layers._host import cache_of
 
 out = sys.argv[1]
 gptq.gptqmodel_is_there = lambda: False

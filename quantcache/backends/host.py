@@ -26,7 +26,7 @@ def append_tail(key_states: Tensor, value_states: Tensor, key_tail: Tensor, valu
     value_tail.narrow(2, position, value_states.shape[2]).copy_(value_states)
 
 
-def advance_on_host(
+def advance(
     source: Source | None,
     key_states: Tensor,
     value_states: Tensor,

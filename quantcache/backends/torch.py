@@ -9,32 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache.backends.host import (
-    READS_LENGTHS,
-    WRITES_ON_READ,
-    advance_on_host,
-    append_tail,
-    make_scratch,
-    on_host,
-    write_pending,
-)
+from quantcache.backends import host
 from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 
-__all__ = [
-    "READS_LENGTHS",
-    "READS_ROW_TABLE",
-    "WRITES_ON_READ",
-    "advance",
-    "append_tail",
-    "attention",
-    "make_scratch",
-    "restore",
-    "store_pages",
-    "unsupported",
-]
-
+WRITES_ON_READ, READS_LENGTHS = host.WRITES_ON_READ, host.READS_LENGTHS
+append_tail, make_scratch = host.append_tail, host.make_scratch
 READS_ROW_TABLE: Final = True
 
 
@@ -53,7 +34,7 @@ def advance(
     source: Source | None, key_states: Tensor, value_states: Tensor, buffers: Buffers, residual_length: int
 ) -> None:
     """See ``writes.advance``."""
-    advance_on_host(source, key_states, value_states, buffers, residual_length, store_pages)
+    host.advance(source, key_states, value_states, buffers, residual_length, store_pages)
 
 
 def restore(view: View, is_key: bool) -> Tensor:
@@ -75,8 +56,8 @@ def restore(view: View, is_key: bool) -> Tensor:
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     """See ``reads.attention``."""
     if view.lengths is not None:
-        view, options = on_host(view, options)
-    write_pending(view)
+        view, options = host.on_host(view, options)
+    host.write_pending(view)
     key, value = restore(view, True), restore(view, False)
     if options.softcap is not None or options.sinks is not None:
         return reference.attend(query, key, value, options)

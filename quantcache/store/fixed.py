@@ -91,13 +91,13 @@ class StaticInt8Pages(Pages):
         return self.memory.nbytes
 
     @property
-    def num_pages(self) -> int:
+    def num_pages(self) -> int:  # type: ignore[override]
         """See ``Pages.num_pages``. Waits for the device after recorded steps, as whatever asks for a length."""
         self.synchronize()
         return self._pages
 
     @property
-    def tail_len(self) -> int:
+    def tail_len(self) -> int:  # type: ignore[override]
         """See ``Pages.tail_len``."""
         self.synchronize()
         return self._tail_len

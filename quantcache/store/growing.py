@@ -55,12 +55,12 @@ class Int8Pages(Pages):
         self._closes_at = PAGE_SIZE + residual_length
         self._segments: list[Segment] = []
         # Which stored row each sequence reads of the pages held; None: its own.
-        self._row_table: RowTable | None = None
+        self.row_table: RowTable | None = None
         # Pages dropped, all older than those held; pages held.
-        self._first_page, self._num_pages = first_page, 0
+        self.first_page, self.num_pages = first_page, 0
         # Buffers of the tail; the first _tail_len tokens count.
         self._buffers = _copied(*no_tokens(key_states.detach(), value_states.detach()))
-        self._tail_len = 0
+        self.tail_len = 0
         # The view whose newest tokens may not be in the buffers yet.
         self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
@@ -73,7 +73,7 @@ class Int8Pages(Pages):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is stored and nothing else, in memory of its own: no slack, no device address, no host copy."""
-        segments = pages_between(self._readable_segments(), 0, self._num_pages)
+        segments = pages_between(self._readable_segments(), 0, self.num_pages)
         return vars(self) | {
             "_segments": [segment.cloned() for segment in segments],
             "_buffers": (self.key_tail.clone(), self.value_tail.clone()),
@@ -87,7 +87,7 @@ class Int8Pages(Pages):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.is_offloaded:
-            self._host, self._segments = HostCopy(self._segments, self._num_pages), []
+            self._host, self._segments = HostCopy(self._segments, self.num_pages), []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Pages":
         copied = memo[id(self)] = Int8Pages.__new__(Int8Pages)
@@ -96,9 +96,9 @@ class Int8Pages(Pages):
 
     def stored(self) -> PagesView:
         """See ``Pages.stored``; nothing moves."""
-        closed = pages_between(self._readable_segments(), 0, self._num_pages)
-        if self._row_table is not None:
-            closed = tuple(self._row_table.select(closed))
+        closed = pages_between(self._readable_segments(), 0, self.num_pages)
+        if self.row_table is not None:
+            closed = tuple(self.row_table.select(closed))
         return PagesView(ClosedPages(closed), self.key_tail, self.value_tail)
 
     def _readable_segments(self) -> list[Segment]:
@@ -124,9 +124,9 @@ class Int8Pages(Pages):
         if closed is not None and self.keep_tokens is not None:
             size = self._segment_capacity(1)
             segments = [closed.narrow(start, start + size).cloned() for start in range(0, closed.capacity, size)]
-        self._buffers, self._tail_len = _copied(key_tail, value_tail), key_tail.shape[2]
-        self._segments, self._num_pages = segments, 0 if closed is None else closed.capacity
-        self._first_page, self._row_table, self._closed = first_page, None, None
+        self._buffers, self.tail_len = _copied(key_tail, value_tail), key_tail.shape[2]
+        self._segments, self.num_pages = segments, 0 if closed is None else closed.capacity
+        self.first_page, self.row_table, self._closed = first_page, None, None
 
     @property
     def backend(self) -> tuple[str, str | None]:
@@ -134,21 +134,6 @@ class Int8Pages(Pages):
         if self._backend is None and self.reader:
             self._backend = self.reader, None
         return super().backend
-
-    @property
-    def first_page(self) -> int:
-        """See ``Pages.first_page``."""
-        return self._first_page
-
-    @property
-    def num_pages(self) -> int:
-        """See ``Pages.num_pages``."""
-        return self._num_pages
-
-    @property
-    def tail_len(self) -> int:
-        """See ``Pages.tail_len``."""
-        return self._tail_len
 
     def _tail_buffers(self) -> tuple[Tensor, Tensor]:
         self._write_pending()
@@ -159,11 +144,6 @@ class Int8Pages(Pages):
         """All segments, slack included."""
         self._arrive()
         return tuple(self._segments)
-
-    @property
-    def row_table(self) -> RowTable | None:
-        """Which stored row each sequence reads of the pages held; None: its own."""
-        return self._row_table
 
     @property
     def nbytes(self) -> int:
@@ -189,8 +169,8 @@ class Int8Pages(Pages):
         """See ``Pages.append``; the pages that this call drops are still in the view."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        total = self._tail_len + key_states.shape[2]
-        if self._num_pages and total < self._closes_at:
+        total = self.tail_len + key_states.shape[2]
+        if self.num_pages and total < self._closes_at:
             return self._append_to_tail(key_states, value_states, total)
         self._write_pending()
         self._arrive()
@@ -201,30 +181,30 @@ class Int8Pages(Pages):
             key_tail, value_tail = buffers = key_states, value_states
         else:
             buffers = self._buffers_for(total)
-            _write(key_states, value_states, *buffers, self._tail_len, self._append_backend)
+            _write(key_states, value_states, *buffers, self.tail_len, self._append_backend)
             key_tail, value_tail = (buffer.narrow(2, 0, total) for buffer in buffers)
         view = self._view_with(key_tail, value_tail)
 
-        skipped = min(max(self._oldest_needed(key_states.shape[2]) - self._num_pages, 0), closing)
+        skipped = min(max(self._oldest_needed(key_states.shape[2]) - self.num_pages, 0), closing)
         new_segments = self._close(key_tail, value_tail, skipped, closing) if closing else []
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
             buffers = _copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
-        row_table, held = self._row_table and self._row_table.extended(closing), self._segments
+        row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and not skipped and not self._room():
             held = self._without_room()
         # Nothing above changed what is stored, and nothing below can fail.
         if skipped:
-            self._first_page += self._num_pages + skipped
-            self._segments, self._num_pages, self._host, row_table = new_segments, 0, None, None
+            self.first_page += self.num_pages + skipped
+            self._segments, self.num_pages, self._host, row_table = new_segments, 0, None, None
         elif new_segments:
             if held is not self._segments:
                 self._host = None  # its copies have the room
             self._segments = held + new_segments
-        self._buffers, self._row_table = buffers, row_table
-        self._num_pages += closing - skipped
-        self._tail_len = total - closing * PAGE_SIZE
+        self._buffers, self.row_table = buffers, row_table
+        self.num_pages += closing - skipped
+        self.tail_len = total - closing * PAGE_SIZE
         if closing:
             self._closed = None
             self.drop_prefix()
@@ -239,33 +219,33 @@ class Int8Pages(Pages):
         if dispatch.BACKENDS[backend[0]].WRITES_ON_READ:
             pending = key_states, value_states
         else:
-            _write(key_states, value_states, *buffers, self._tail_len, self._append_backend)
+            _write(key_states, value_states, *buffers, self.tail_len, self._append_backend)
         view = PagesView(closed, *buffers, total, backend, pending)
-        self._buffers, self._newest, self._tail_len = buffers, view if pending else None, total
+        self._buffers, self._newest, self.tail_len = buffers, view if pending else None, total
         return view
 
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
         """The tail's buffers, or larger ones with the same tokens if ``total`` do not fit."""
         if total > self._buffers[0].shape[2]:
-            return _roomier(*self._buffers, self._tail_len, total, self._append_backend)
+            return _roomier(*self._buffers, self.tail_len, total, self._append_backend)
         return self._buffers
 
     def crop(self, tokens_to_remove: int) -> None:
         """See ``Pages.crop``."""
         self._write_pending()
-        seq_len = self._num_pages * PAGE_SIZE + self._tail_len - tokens_to_remove
+        seq_len = self.num_pages * PAGE_SIZE + self.tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
-        if pages >= self._num_pages:
-            self._tail_len = seq_len - self._num_pages * PAGE_SIZE
+        if pages >= self.num_pages:
+            self.tail_len = seq_len - self.num_pages * PAGE_SIZE
             return
         reopened = pages_between(self._readable_segments(), pages, pages + 1)
-        if self._row_table is not None:
-            reopened = tuple(self._row_table.narrow(pages, pages + 1).select(reopened))
+        if self.row_table is not None:
+            reopened = tuple(self.row_table.narrow(pages, pages + 1).select(reopened))
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
         buffers = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
-        self._buffers, self._tail_len = buffers, rest
-        self._num_pages, self._closed = pages, None
+        self._buffers, self.tail_len = buffers, rest
+        self.num_pages, self._closed = pages, None
         while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
             self._segments.pop()
         if self._host is not None:
@@ -283,8 +263,8 @@ class Int8Pages(Pages):
         if self._host is not None:
             self._host.forget(segments, pages)
         self._segments, self._closed = self._segments[segments:], None
-        self._narrow_table(pages, self._num_pages)
-        self._first_page, self._num_pages = self._first_page + pages, self._num_pages - pages
+        self._narrow_table(pages, self.num_pages)
+        self.first_page, self.num_pages = self.first_page + pages, self.num_pages - pages
 
     def index_select(self, indices: Tensor) -> None:
         """See ``Pages.index_select``: the tails are copied, the pages stay where they are.
@@ -295,13 +275,13 @@ class Int8Pages(Pages):
         rows = checked_indices(indices, self.batch_size)
         on_device = rows.to(self.device)
         buffers = self._buffers[0][on_device], self._buffers[1][on_device]
-        table = self._row_table or RowTable.identity(self.batch_size, self._num_pages)
+        table = self.row_table or RowTable.identity(self.batch_size, self.num_pages)
         chosen = RowTable(table.rows[rows.numpy()])
-        segments = pages_between(self._readable_segments(), 0, self._num_pages)
+        segments = pages_between(self._readable_segments(), 0, self.num_pages)
         if chosen.is_identity(segments):
-            self._row_table = None
+            self.row_table = None
         elif chosen.share_read(segments) >= LEAST_SHARE_READ:
-            self._row_table = chosen
+            self.row_table = chosen
         else:
             self._take(chosen.select(segments))
         self._buffers, self._closed = buffers, None
@@ -309,17 +289,17 @@ class Int8Pages(Pages):
     def _take(self, segments: list[Segment]) -> None:
         """Hold ``segments``, a row for each sequence, instead of those held; in host memory if those are there."""
         if self.is_offloaded:
-            self._host = HostCopy(segments, self._num_pages)
+            self._host = HostCopy(segments, self.num_pages)
         else:
             self._segments, self._host = segments, None
-        self._row_table = self._closed = None
+        self.row_table = self._closed = None
 
     def offload(self) -> None:
         """Keep the closed pages in host memory alone; the tail stays. Views that exist keep their pages."""
         if not self.is_offloaded:
             self._arrive()
             host = self._host or HostCopy()
-            host.save(self._segments, self._num_pages)
+            host.save(self._segments, self.num_pages)
             self._host, self._segments, self._closed, self.is_offloaded = host, [], None, True
 
     def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -351,7 +331,7 @@ class Int8Pages(Pages):
         """Pages, from the first one held, that are out of reach once ``new_tokens`` more are stored."""
         if self.keep_tokens is None or self.keeps_past:
             return 0
-        return max(self.seq_len + new_tokens - self.keep_tokens, 0) // PAGE_SIZE - self._first_page
+        return max(self.seq_len + new_tokens - self.keep_tokens, 0) // PAGE_SIZE - self.first_page
 
     def _view_with(self, key_tail: Tensor, value_tail: Tensor) -> PagesView:
         closed = self._closed or self._make_closed()
@@ -360,31 +340,31 @@ class Int8Pages(Pages):
     def _make_closed(self) -> ClosedPages:
         """The pages held, which the views share until they change; for a reader of no row table, in order."""
         self._arrive()
-        segments = pages_between(self._segments, 0, self._num_pages)
+        segments = pages_between(self._segments, 0, self.num_pages)
         table = None
-        if self._row_table is not None:
+        if self.row_table is not None:
             if dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE:
-                table = self._row_table.on(self.device)
+                table = self.row_table.on(self.device)
             else:
-                self._take(self._row_table.select(segments))
+                self._take(self.row_table.select(segments))
                 segments = tuple(self._segments)
         self._closed = ClosedPages(segments, table)
         return self._closed
 
     def _narrow_table(self, start: int, stop: int) -> None:
         """Forget the rows of pages that are gone."""
-        if self._row_table is not None:
-            self._row_table = self._row_table.narrow(start, stop)
+        if self.row_table is not None:
+            self.row_table = self.row_table.narrow(start, stop)
 
     def _room(self) -> int:
         """Pages that the last segment has room for, if it has a row for each sequence."""
         if not self._segments or self._segments[-1].rows != self.batch_size:
             return 0
-        return sum(segment.capacity for segment in self._segments) - self._num_pages
+        return sum(segment.capacity for segment in self._segments) - self.num_pages
 
     def _without_room(self) -> list[Segment]:
         """The segments without room that no page can take, so that others can follow them."""
-        room = sum(segment.capacity for segment in self._segments) - self._num_pages
+        room = sum(segment.capacity for segment in self._segments) - self.num_pages
         if not room:
             return self._segments
         *others, last = self._segments
@@ -393,7 +373,7 @@ class Int8Pages(Pages):
     def _segment_capacity(self, missing: int) -> int:
         """Pages of a new segment."""
         if self.keep_tokens is None:
-            return max(missing, self._num_pages // SEGMENT_GROWTH)
+            return max(missing, self.num_pages // SEGMENT_GROWTH)
         # Of one size, so that the memory of one that is dropped serves the next.
         return max(self.keep_tokens // PAGE_SIZE // SEGMENT_GROWTH, 1)
 

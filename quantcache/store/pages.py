@@ -20,20 +20,19 @@ class Pages(ABC):
 
     residual_length: int
 
+    first_page: int = 0
+    """Pages dropped; the first token held is ``first_page * page_size``."""
+
+    num_pages: int
+    """Closed pages held."""
+
+    tail_len: int
+    """Tokens in the tail."""
+
     is_offloaded = False
     """Whether the closed pages are in host memory alone."""
 
     _backend: tuple[str, str | None] | None = None
-
-    @property
-    @abstractmethod
-    def num_pages(self) -> int:
-        """Closed pages held."""
-
-    @property
-    @abstractmethod
-    def tail_len(self) -> int:
-        """Tokens in the tail."""
 
     @property
     @abstractmethod
@@ -84,11 +83,6 @@ class Pages(ABC):
         if self._backend is None:  # asked once, since asking takes as long as a launch
             self._backend = dispatch.backend_for(*self._tail_buffers())
         return self._backend
-
-    @property
-    def first_page(self) -> int:
-        """Pages dropped; the first token held is ``first_page * page_size``."""
-        return 0
 
     @property
     def seq_len(self) -> int:

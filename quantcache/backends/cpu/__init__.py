@@ -13,35 +13,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantcache.backends import host
 from quantcache.backends.cpu import build
-from quantcache.backends.host import (
-    READS_LENGTHS,
-    WRITES_ON_READ,
-    advance_on_host,
-    append_tail,
-    make_scratch,
-    on_host,
-    write_pending,
-)
 from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
 from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 
-__all__ = [
-    "READS_LENGTHS",
-    "READS_ROW_TABLE",
-    "WRITES_ON_READ",
-    "advance",
-    "append_tail",
-    "attention",
-    "make_scratch",
-    "restore",
-    "store_pages",
-    "unavailable",
-    "unsupported",
-]
-
+WRITES_ON_READ, READS_LENGTHS = host.WRITES_ON_READ, host.READS_LENGTHS
+append_tail, make_scratch = host.append_tail, host.make_scratch
 READS_ROW_TABLE: Final = False
 
 ISA_VARIABLE: Final = "QUANTCACHE_CPU_ISA"
@@ -131,7 +111,7 @@ def advance(
     source: Source | None, key_states: Tensor, value_states: Tensor, buffers: Buffers, residual_length: int
 ) -> None:
     """See ``writes.advance``."""
-    advance_on_host(source, key_states, value_states, buffers, residual_length, store_pages)
+    host.advance(source, key_states, value_states, buffers, residual_length, store_pages)
 
 
 def restore(view: View, is_key: bool) -> Tensor:
@@ -160,8 +140,8 @@ def restore(view: View, is_key: bool) -> Tensor:
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     """See ``reads.attention``; ``unsupported`` must be None."""
     if view.lengths is not None:
-        view, options = on_host(view, options)
-    write_pending(view)
+        view, options = host.on_host(view, options)
+    host.write_pending(view)
     batch, num_q_heads, query_len, head_dim = query.shape
     key_tail, value_tail = view.buffers
     _, num_kv_heads, _, v_head_dim = value_tail.shape
