@@ -18,7 +18,7 @@ HEADS, HEAD_DIM, V_HEAD_DIM = 2, 8, 12
 def stored(pages: Int8Pages) -> Segment:
     """The closed pages as one segment."""
     segments = pages.stored().segments
-    return Segment(*(torch.cat(parts) for parts in zip(*segments, strict=True)))
+    return Segment(*(torch.cat(parts).to(pages.device) for parts in zip(*segments, strict=True)))
 
 
 def dense(states: Tensor) -> Tensor:

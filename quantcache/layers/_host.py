@@ -25,7 +25,7 @@ from transformers.quantizers import auto as quantizers_auto
 _GIVEN: Final = "_is_user_defined"
 
 PromptCheck = Callable[[Any, Any], None]
-"""Called with the cache and the prompt that ``generate`` was given, each None where there is none."""
+"""Called with a cache that ``generate`` was given, and the prompt, None where there is none."""
 
 _lock = threading.Lock()
 _generate: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -170,7 +170,7 @@ def attention_implementation(config: PreTrainedConfig | None) -> str | None:
 
 
 def watch_generate(check: PromptCheck) -> None:
-    """Have ``generate`` of every model call ``check`` before it begins; once, however often this is called."""
+    """Have ``generate`` of every model call ``check`` for its cache before it begins, however often this is called."""
     global _generate
     with _lock:
         original = GenerationMixin.generate
