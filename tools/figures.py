@@ -63,8 +63,7 @@ def bars(theme: Theme, names: list[str], values: list[float], label: str, line: 
         axes.barh(range(len(names)), values, color=theme[INT8], height=0.62)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlabel(label)
-        axes.set_xlim(0, 1.12 * max(values))
+        axes.set(xlabel=label, xlim=(0, 1.12 * max(values)))
         for place, value in enumerate(values):
             axes.text(value + 0.01 * max(values), place, f"{value:.2f}", va="center", color=theme["ink"])
         if line is not None:
@@ -75,17 +74,13 @@ def bars(theme: Theme, names: list[str], values: list[float], label: str, line: 
 def memory(theme: Theme) -> str:
     held = [row for row in load("memory")["held"] if row["model"] == "Llama-3.1-8B"]
     with drawn(theme) as (figure, axes):
-        for cache, name, colour in (
-            ("DynamicCache", "DynamicCache, bfloat16", EXACT),
-            ("quantcache int8", "QuantizedInt8Cache", INT8),
-        ):
+        names = {"DynamicCache": "DynamicCache, bfloat16", "quantcache int8": "QuantizedInt8Cache"}
+        for (cache, name), colour in zip(names.items(), (EXACT, INT8), strict=True):
             points = sorted((row["tokens"], row["held_bytes"] / GIB) for row in held if row["cache"] == cache)
             axes.plot(*zip(*points, strict=True), "o-", color=theme[colour], markersize=4)
             axes.annotate(name, points[-1], xytext=(-8, 8), textcoords="offset points", ha="right", color=theme[colour])
-        axes.set_xlabel("tokens of context, one sequence")
-        axes.set_ylabel("cache of Llama-3.1-8B, GiB")
-        axes.set_xlim(0)
-        axes.set_ylim(0)
+        axes.set(xlabel="tokens of context, one sequence", ylabel="cache of Llama-3.1-8B, GiB")
+        axes.set(xlim=(0, None), ylim=(0, None))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
         axes.grid(axis="y")
         return svg(figure)
@@ -102,10 +97,8 @@ def qwen_memory(theme: Theme) -> str:
         ):
             points = [(row["batch"], row[key]) for row in found if row[key] is not None]
             axes.plot(*zip(*points, strict=True), "o-", color=theme[colour], markersize=4, label=name)
-        axes.set_xlabel("sequences of 1,024 tokens, Qwen-7B in bfloat16")
-        axes.set_ylabel("whole model, GiB")
-        axes.set_xlim(0)
-        axes.set_ylim(0)
+        axes.set(xlabel="sequences of 1,024 tokens, Qwen-7B in bfloat16", ylabel="whole model, GiB")
+        axes.set(xlim=(0, None), ylim=(0, None))
         axes.legend(frameon=False)
         axes.grid(axis="y")
         return svg(figure)
@@ -123,8 +116,8 @@ def quality(theme: Theme) -> str:
         axes.scatter([kl[name] for name in names], range(len(names)), color=colours, s=48, zorder=3)
         axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel(f"KL divergence from the exact cache, nats per token\n({model}; left is better)")
+        label = f"KL divergence from the exact cache, nats per token\n({model}; left is better)"
+        axes.set(xscale="log", xlabel=label)
         axes.grid(axis="x")
         return svg(figure)
 
@@ -135,12 +128,9 @@ def channels(theme: Theme) -> str:
     with drawn(theme) as (figure, axes):
         for kind, colour in (("key", INT8), ("value", EXACT)):
             largest = shown["largest_of_channel"][kind]
-            axes.plot(
-                range(len(largest)), largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s"
-            )
-        axes.set_yscale("log")
-        axes.set_xlabel(f"channel (layer {shown['layer']}, head {shown['head']} of {report['model']})")
-        axes.set_ylabel(f"largest magnitude, {report['tokens']:,} tokens")
+            axes.plot(largest, "o-", markersize=3, linewidth=0.8, color=theme[colour], label=f"{kind}s")
+        label = f"channel (layer {shown['layer']}, head {shown['head']} of {report['model']})"
+        axes.set(yscale="log", xlabel=label, ylabel=f"largest magnitude, {report['tokens']:,} tokens")
         axes.legend(frameon=False, loc="upper left")
         axes.grid(axis="y")
         return svg(figure)
@@ -152,20 +142,16 @@ def rounding(theme: Theme) -> str:
     with drawn(theme) as (figure, axes):
         for kind, colour in (("key", INT8), ("value", EXACT)):
             found = [head["error"] for head in report["heads"] if head["kind"] == kind]
-            axes.scatter(
-                [100 * error["per_token"] for error in found], [100 * error["per_channel"] for error in found],
-                s=22, alpha=0.75, color=theme[colour], label=f"{kind}s, one dot per head",
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+            tokens, columns = ([100 * error[rule] for error in found] for rule in ("per_token", "per_channel"))
+            axes.scatter(tokens, columns, s=22, alpha=0.75, color=theme[colour], label=f"{kind}s, one dot per head")
+        axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.set_minor_locator(matplotlib.ticker.NullLocator())
             axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=theme["grid"], linewidth=1)
-        axes.set_xlabel("% of RMS, one scale per token")
-        axes.set_ylabel("%, one scale per channel")
+        axes.set(xlabel="% of RMS, one scale per token", ylabel="%, one scale per channel")
         axes.legend(frameon=False)
         return svg(figure)
 
@@ -194,9 +180,8 @@ def peers(theme: Theme) -> str:
             axes.scatter(ratios, [place] * len(ratios), color=colour, s=40, zorder=3)
         axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlabel="times as fast as DynamicCache\n(CPU, one layer, one dot per geometry)")
         axes.axvline(1, color=theme[EXACT], linewidth=1.2)
-        axes.set_xlabel("times as fast as DynamicCache\n(CPU, one layer, one dot per geometry)")
         axes.grid(axis="x")
         return svg(figure)
 
@@ -221,19 +206,10 @@ def page(theme: Theme) -> str:
             says = "one scale per channel" if per_channel else "one scale per token"
             axes.text(left + columns / 2, -lines - 2.2, says, ha="center", color=theme[EXACT])
         axes.text(-0.8, -lines / 2 + 1, "64 tokens →", rotation=-90, ha="center", va="center")
-        axes.set_xlim(-1.8, 2 * columns + 6)
-        axes.set_ylim(-lines - 2.6, 3)
+        axes.set(xlim=(-1.8, 2 * columns + 6), ylim=(-lines - 2.6, 3))
         return svg(figure)
 
 
-FIGURES: dict[str, Callable[[Theme], str]] = {
-    "memory": memory,
-    "qwen-memory": qwen_memory,
-    "quality": quality,
-    "channels": channels,
-    "rounding": rounding,
-    "cuda-attention": cuda_attention,
-    "cpu-generate": cpu_generate,
-    "peers": peers,
-    "page": page,
-}
+_DRAWERS = (memory, qwen_memory, quality, channels, rounding, cuda_attention, cpu_generate, peers, page)
+FIGURES: dict[str, Callable[[Theme], str]] = {draw.__name__.replace("_", "-"): draw for draw in _DRAWERS}
+"""Each by the name that stands in a page, which is its function's."""

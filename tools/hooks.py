@@ -20,7 +20,7 @@ from tools.measurements import DOCS, ROOT, NotMeasuredError
 log = logging.getLogger("mkdocs.hooks.quantcache")
 
 _FIGURE = re.compile(r"<!-- figure ([a-z0-9-]+): (.*?) -->", re.DOTALL)
-_KINDS = {"added": "Added", "changed": "Changed", "fixed": "Fixed", "removed": "Removed"}
+_KINDS = ("added", "changed", "fixed", "removed")
 
 
 @cache
@@ -40,11 +40,11 @@ def figures() -> tuple[dict[str, str], dict[str, str]]:
 def changelog() -> str:
     """The changelog: what has not been released yet, from the fragments."""
     parts = ["# Changelog", "## Unreleased"]
-    for kind, title in _KINDS.items():
+    for kind in _KINDS:
         fragments = sorted((ROOT / "changelog.d").glob(f"*.{kind}.md"))
         if fragments:
             items = (fragment.read_text(encoding="utf-8").strip().replace("\n", "\n  ") for fragment in fragments)
-            parts += [f"### {title}", "\n".join(f"- {item}" for item in items)]
+            parts += [f"### {kind.title()}", "\n".join(f"- {item}" for item in items)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -57,8 +57,7 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     timer = f", {report['timer']}" if report.get("timer", "wall clock") != "wall clock" else ""
     versions = report.get("versions", {})
     kept = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers") if versions.get(key))
-    average = report.get("load_average")
-    busy = f", load average {average}" if average else ""
+    busy = f", load average {report['load_average']}" if report.get("load_average") else ""
     note = f" {report['note']}" if report.get("note") else ""
     source = f"`{report['command']}` → [{name}.json]({link}{name}.json)."
     return f"Measured on {device}{cores}{timer}{busy}; {kept}. {source}{note}"

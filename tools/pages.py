@@ -45,12 +45,8 @@ def filled(text: str, page: Path) -> str:
 
 def stale() -> dict[Path, str]:
     """Pages whose tables are not what the measurements say, and what they should be."""
-    found = {}
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (wanted := filled(text, page)) != text:
-            found[page] = wanted
-    return found
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    return {page: wanted for page, text in texts.items() if (wanted := filled(text, page)) != text}
 
 
 def main() -> int:

@@ -87,8 +87,7 @@ def restored_layers(past_key_values: Sequence[Any], config: Any = None) -> list[
     for layer_idx, layer in enumerate(past_key_values):
         if not isinstance(layer, (tuple, list)) or len(layer) != 2:
             raise TypeError(f"{_PLACE}: layer {layer_idx} must be a pair (key, value), got {type(layer).__name__}.")
-        key = _restore_legacy(layer[0], "key", layer_idx)
-        value = _restore_legacy(layer[1], "value", layer_idx)
+        key, value = (_restore_legacy(x, name, layer_idx) for x, name in zip(layer, ("key", "value"), strict=True))
         if config is not None and key.shape[1] != config.num_attention_heads:
             raise ValueError(
                 f"{_PLACE}: layer {layer_idx}: key must have the {config.num_attention_heads} heads of the config, "
@@ -125,11 +124,6 @@ def from_legacy(past_key_values: Sequence[Any], **kwargs: Any) -> QuantizedInt8C
     return QuantizedInt8Cache.from_legacy_cache(restored_layers(past_key_values, kwargs.get("config")), **kwargs)
 
 
-def _moved(states: Tensor) -> Tensor:
-    """(batch, seq_len, num_heads, head_dim) in its own memory."""
-    return states.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
 def to_legacy(cache: Any, quantized: bool = False) -> tuple[Any, ...]:
     """The original's ``past_key_values`` from a cache whose layers have ``keys`` and ``values``.
 
@@ -141,11 +135,14 @@ def to_legacy(cache: Any, quantized: bool = False) -> tuple[Any, ...]:
     Raises:
         ValueError: a layer is empty.
     """
-    layers = []
+    layers: list[Any] = []
     for layer_idx, layer in enumerate(cache.layers):
         if getattr(layer, "keys", None) is None:
             raise ValueError(f"legacy.to_legacy: every layer must hold tokens, got none in layer {layer_idx}.")
         # Restored on purpose, which is no fallback that a strict cache should refuse.
         dense = [x.restore() if isinstance(x, Int8Tensor) else x for x in (layer.keys, layer.values)]
-        layers.append(tuple(quantize_cache_v(x) if quantized else _moved(x) for x in dense))
+        if quantized:
+            layers.append(tuple(map(quantize_cache_v, dense)))
+        else:  # each in memory of its own
+            layers.append(tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in dense))
     return tuple(layers)

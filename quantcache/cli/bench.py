@@ -57,13 +57,8 @@ def bench(
     )
     for row in rows:
         speeds = batch / row.default_seconds, batch / row.int8_seconds
-        table.add_row(
-            f"{row.seq_len:,}",
-            *(f"{speed:,.1f}" for speed in speeds),
-            f"{speeds[1] / speeds[0]:.2f}",
-            human_bytes(row.default_nbytes),
-            human_bytes(row.int8_nbytes),
-            row.backend,
-        )
+        rates = (*(f"{speed:,.1f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}")
+        sizes = map(human_bytes, (row.default_nbytes, row.int8_nbytes))
+        table.add_row(f"{row.seq_len:,}", *rates, *sizes, row.backend)
     console.print(table)
     console.print(f"Medians of {steps} decode steps of each cache, taken in turn.", style="dim")

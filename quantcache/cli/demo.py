@@ -1,5 +1,6 @@
 """``quantcache demo``: one model, one prompt, the default cache and the int8 cache side by side."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,13 +73,9 @@ def demo(
     longest: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or RACE_TOKENS
     text = token_rows(tokenizer, [read_text("prose")], 1, max(TEXT_TOKENS, min(RACE_TOKENS, longest - RACE_STEPS)))
     with console.status("reading a text through both caches"):
-        comparison = compare_teacher_forced(
-            model,
-            text[:, :TEXT_TOKENS],
-            lambda: QuantizedInt8Cache(model.config),
-            prompt_len=min(TEXT_PROMPT, TEXT_TOKENS // 2),
-            chunk_len=TEXT_CHUNK,
-        )
+        lengths = {"prompt_len": min(TEXT_PROMPT, TEXT_TOKENS // 2), "chunk_len": TEXT_CHUNK}
+        make_cache = partial(QuantizedInt8Cache, model.config)
+        comparison = compare_teacher_forced(model, text[:, :TEXT_TOKENS], make_cache, **lengths)
     with console.status("timing both caches after a long text"):
         timed = race(model, text[:, : min(RACE_TOKENS, longest - RACE_STEPS)], RACE_STEPS)
     console.print(_table(exact, int8, ids.shape[1], comparison, timed))
@@ -100,10 +97,9 @@ def _table(exact: "Talk", int8: "Talk", prompt_len: int, comparison: "Comparison
     table.add_row("read by", "transformers", int8.cache.report().backend)
     answers = [talk.ids[0, prompt_len:].tolist() for talk in (exact, int8)]
     differs = first_difference(*answers)
+    found = "identical" if differs is None else f"differ at token {differs}"
     table.add_section()
-    table.add_row(
-        "answers", f"{len(answers[0])} tokens", "identical" if differs is None else f"differ at token {differs}"
-    )
+    table.add_row("answers", f"{len(answers[0])} tokens", found)
     table.add_row("mean KL from the default cache", "0", f"{comparison.mean_kl:.1e} nats/token")
     table.add_row("same most likely token", "", f"{comparison.top1_agreement:.2%} of {comparison.tokens}")
     return table

@@ -12,7 +12,6 @@ from rich.table import Table
 from quantcache.cli.arguments import AsJson, Device, Model, Plot, open_device
 
 if TYPE_CHECKING:
-    from quantcache.evaluation.comparison import Comparison
     from quantcache.evaluation.quality import Results, Settings
 
 
@@ -57,17 +56,8 @@ def evaluate(
     from quantcache.cli.terminal import machine, open_model
     from quantcache.evaluation.quality import Settings, measure, to_json
 
-    settings = Settings(
-        texts=text or ["prose", "code"],
-        dataset=dataset,
-        rows=rows,
-        tokens=tokens,
-        prompt_len=prompt,
-        chunk_len=chunk,
-        greedy_tokens=greedy,
-        needle_tokens=needle,
-        caches=None if caches is None else [name.strip() for name in caches.split(",")],
-    )
+    wanted = None if caches is None else [name.strip() for name in caches.split(",")]
+    settings = Settings(text or ["prose", "code"], dataset, rows, tokens, prompt, chunk, greedy, needle, wanted)
     if plot is not None:
         import matplotlib.figure  # noqa: F401 - before minutes are spent
     console = Console(stderr=as_json)
@@ -89,22 +79,17 @@ def evaluate(
 def tables(results: "Results", settings: "Settings") -> list[Table]:
     """The comparison, and the needles."""
     some = next(iter(results.comparisons.values()))
-    table = Table(
-        *("", "mean KL", "p99 KL", "same top-1", "perplexity", "worst layer, K", "V"),
-        title=f"{some.tokens:,} predictions through the cache; perplexity with the exact cache "
-        f"{some.exact_perplexity:.4f}",
-    )
+    title = f"{some.tokens:,} predictions through the cache; "
+    title += f"perplexity with the exact cache {some.exact_perplexity:.4f}"
+    table = Table(*("", "mean KL", "p99 KL", "same top-1", "perplexity", "worst layer, K", "V"), title=title)
     if results.greedy:
         table.add_column("greedy differs at")
     for name, result in results.comparisons.items():
-        cells = [
-            name,
-            f"{result.mean_kl:.1e}",
-            f"{result.p99_kl:.1e}",
-            f"{result.top1_agreement:.2%}",
-            f"{result.perplexity - result.exact_perplexity:+.4f}",
-            *(f"{max((e for e in errors if not math.isnan(e)), default=math.nan):.2%}" for errors in _errors(result)),
-        ]
+        both = ([e for e in errors if not math.isnan(e)] for errors in (result.key_errors, result.value_errors))
+        worst = [f"{max(errors, default=math.nan):.2%}" for errors in both]
+        gained = f"{result.perplexity - result.exact_perplexity:+.4f}"
+        kl = f"{result.mean_kl:.1e}", f"{result.p99_kl:.1e}"
+        cells = [name, *kl, f"{result.top1_agreement:.2%}", gained, *worst]
         if results.greedy:
             places = results.greedy[name]
             cells.append(", ".join("never" if place is None else str(place) for place in places))
@@ -113,12 +98,9 @@ def tables(results: "Results", settings: "Settings") -> list[Table]:
     if not results.needles:
         return [table]
     rows = next(iter(results.needles.values()))
-    hidden = Table(
-        "",
-        *(f"depth {found.depth:.0%}" for found in rows),
-        title=f"a number hidden in {settings.needle_tokens:,} tokens: loss of the right answer in nats, * where it was "
-        "the most likely one",
-    )
+    title = f"a number hidden in {settings.needle_tokens:,} tokens: loss of the right answer in nats"
+    title += ", * where it was the most likely one"
+    hidden = Table("", *(f"depth {found.depth:.0%}" for found in rows), title=title)
     for name, answers in results.needles.items():
         hidden.add_row(name, *(f"{found.loss:.4f}{' *' if found.found else ''}" for found in answers))
     return [table, hidden]
@@ -131,26 +113,20 @@ def draw(results: "Results", label: str, file: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(results.comparisons)
-    places = range(len(names))
-    means = [results.comparisons[name].mean_kl for name in names]
-    tails = [results.comparisons[name].p99_kl for name in names]
+    places = list(range(len(names)))
+    means = [result.mean_kl for result in results.comparisons.values()]
+    tails = [result.p99_kl for result in results.comparisons.values()]
     left.barh([place + 0.2 for place in places], means, height=0.4, label="mean")
     left.barh([place - 0.2 for place in places], tails, height=0.4, label="99th percentile")
-    left.set(
-        yticks=list(places), yticklabels=names, xlabel="KL divergence from the exact cache, nats per token", title=label
-    )
+    left.set(yticks=places, yticklabels=names, title=label)
+    left.set(xlabel="KL divergence from the exact cache, nats per token")
     if max(means) > 0:
         left.set_xscale("log")
     left.invert_yaxis()
     left.legend()
-    for name in names:
-        keys, values = _errors(results.comparisons[name])
-        (line,) = right.plot(range(len(keys)), keys, label=f"{name}, K")
-        right.plot(range(len(values)), values, color=line.get_color(), linestyle=":", label=f"{name}, V")
+    for name, result in results.comparisons.items():
+        (line,) = right.plot(result.key_errors, label=f"{name}, K")
+        right.plot(result.value_errors, color=line.get_color(), linestyle=":", label=f"{name}, V")
     right.set(xlabel="layer", ylabel="relative RMS error", yscale="log", title="what the layers hold")
     right.legend(fontsize="x-small")
     figure.savefig(file, dpi=150)
-
-
-def _errors(result: "Comparison") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return result.key_errors, result.value_errors

@@ -1,6 +1,8 @@
 """``quantcache inspect``: what a prompt cache holds, from its header alone."""
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,10 +48,8 @@ def inspect(
         if row["storage"] == "int8":
             dims = str(row["head_dim"])
             dims += "" if row["v_head_dim"] == row["head_dim"] else f" / {row['v_head_dim']}"
-            numbers += [
-                *(str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"),
-                *(str(row["num_kv_heads"]), dims, row["dtype"]),
-            ]
+            numbers += [str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"]
+            numbers += [str(row["num_kv_heads"]), dims, row["dtype"]]
         else:
             numbers += [""] * 6
         table.add_row(*numbers, human_bytes(row["nbytes"] * (last - first + 1)))
@@ -80,28 +80,17 @@ def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
             row = {**layer, "nbytes": sum(entry.nbytes for entry in mine.values())}
             if layer["storage"] == "int8":
                 held = schema.check_pages(file, layer_idx, told["residual_length"], int(layer.get("first_page", 0)))
-                tail = mine["key_tail"]
-                row |= {
-                    "pages": held.num_pages,
-                    "tail_tokens": held.tail_len,
-                    "seq_len": held.seq_len,
-                    "batch": held.batch,
-                    "num_kv_heads": tail.shape[1],
-                    "head_dim": tail.shape[3],
-                    "v_head_dim": mine["value_tail"].shape[3],
-                    "dtype": str(DTYPES[tail.dtype]).removeprefix("torch."),
-                }
+                key, value = mine["key_tail"], mine["value_tail"]
+                row |= {"pages": held.num_pages, "tail_tokens": held.tail_len, "seq_len": held.seq_len}
+                row |= {"batch": held.batch, "num_kv_heads": key.shape[1], "head_dim": key.shape[3]}
+                row |= {"v_head_dim": value.shape[3], "dtype": str(DTYPES[key.dtype]).removeprefix("torch.")}
             layers.append(row)
         for name in file.entries if verify else ():
             file.read(name)
         return {
             "file": str(path),
             "file_nbytes": path.stat().st_size,
-            "layout": told["layout"],
-            "quantcache": told["quantcache"],
-            "residual_length": told["residual_length"],
-            "from_config": told["from_config"],
-            "model": told["model"],
+            **{name: told[name] for name in ("layout", "quantcache", "residual_length", "from_config", "model")},
             "has_input_ids": schema.INPUT_IDS in file.entries,
             "checksums": "compared" if verify else "not compared",
             "layers": layers,
@@ -110,10 +99,5 @@ def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
 
 def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
     """First and last index of neighbouring layers that are alike."""
-    runs: list[tuple[int, int, dict[str, Any]]] = []
-    for index, layer in enumerate(layers):
-        if runs and runs[-1][2] == layer:
-            runs[-1] = (runs[-1][0], index, layer)
-        else:
-            runs.append((index, index, layer))
-    return runs
+    runs = (list(alike) for _, alike in groupby(enumerate(layers), key=itemgetter(1)))
+    return [(run[0][0], run[-1][0], run[0][1]) for run in runs]

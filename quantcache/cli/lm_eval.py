@@ -5,11 +5,7 @@ from typing import Any, Final
 
 import typer
 
-SETTINGS: Final[dict[str, Any]] = {
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],
-}
+SETTINGS: Final[dict[str, Any]] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Every argument goes to the harness as it is."""
 
 

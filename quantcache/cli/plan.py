@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     spec: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id."),
+        str | None, typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id.")
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 79.6GiB, or a name such as h100 or rtx4090.")
@@ -86,40 +85,26 @@ def list_presets() -> None:
         weights = f"{(made.num_params or 0) / 1e9:.2f} B"
         table.add_row(name, weights, _layers(made), f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}")
     console.print(table)
-    console.print(
-        f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes per token: every layer has a window.", style="dim"
-    )
+    facts = f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes per token: every layer has a window."
+    console.print(facts, style="dim")
 
 
 def tables(made: "Plan") -> list[Table]:
     """The cache, and what fits."""
     size = Table("", "bf16 cache", "int8 cache", "int8 / bf16")
-    size.add_row("one more token, bytes", f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}", _ratio(made, True))
-    size.add_row(
-        f"{made.batch} x {made.tokens:,} tokens", _gib(made.bf16_nbytes), _gib(made.int8_nbytes), _ratio(made, False)
-    )
+    per_token, nbytes = (made.bf16_per_token, made.int8_per_token), (made.bf16_nbytes, made.int8_nbytes)
+    size.add_row("one more token, bytes", *(f"{each:,}" for each in per_token), _ratio(*per_token))
+    size.add_row(f"{made.batch} x {made.tokens:,} tokens", *map(_gib, nbytes), _ratio(*nbytes))
     if made.gpu_nbytes is None:
         return [size]
-    fits = Table(
-        "weights",
-        "size",
-        "cache",
-        "left for it",
-        f"batch at {made.tokens:,} tokens",
-        f"tokens at batch {made.batch}",
-        title=f"what fits in {_gib(made.gpu_nbytes)}",
-    )
+    asked = f"batch at {made.tokens:,} tokens", f"tokens at batch {made.batch}"
+    fits = Table("weights", "size", "cache", "left for it", *asked, title=f"what fits in {_gib(made.gpu_nbytes)}")
     for fit in made.fits:
         beyond = made.max_positions is not None and fit.longest_context > made.max_positions
-        fits.add_row(
-            fit.weights,
-            _gib(fit.weights_nbytes),
-            fit.cache,
-            _gib(fit.free_nbytes) if fit.free_nbytes > 0 else "nothing",
-            f"{fit.largest_batch:,}",
-            f"{fit.longest_context:,}{' *' if beyond else ''}",
-            end_section=fit.cache == "int8",
-        )
+        room = _gib(fit.free_nbytes) if fit.free_nbytes > 0 else "nothing"
+        answers = f"{fit.largest_batch:,}", f"{fit.longest_context:,}{' *' if beyond else ''}"
+        end = fit.cache == "int8"
+        fits.add_row(fit.weights, _gib(fit.weights_nbytes), fit.cache, room, *answers, end_section=end)
     if not made.fits:
         fits.caption = "how many weights this model has is not known here; give a folder with its safetensors files"
     elif any("*" in str(cell) for cell in fits.columns[-1]._cells):
@@ -151,9 +136,8 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _ratio(made: "Plan", per_token: bool) -> str:
-    pair = (made.int8_per_token, made.bf16_per_token) if per_token else (made.int8_nbytes, made.bf16_nbytes)
-    return f"{pair[0] / pair[1]:.3f}" if pair[1] else ""
+def _ratio(bf16: int, int8: int) -> str:
+    return f"{int8 / bf16:.3f}" if bf16 else ""
 
 
 def _gib(nbytes: int) -> str:

@@ -128,31 +128,20 @@ class Talk:
         prompt = prompt.to(self.model.device)
         generate: Callable[..., Tensor] = self.model.generate  # type: ignore[assignment]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        said = generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            **cache_argument(self.cache),
-            streamer=RichStreamer(self.tokenizer, self.console),
-            pad_token_id=pad,
-            **self.sampling.options(),
-        )
+        streamer = RichStreamer(self.tokenizer, self.console)
+        options = {**self.sampling.options(), "streamer": streamer, "pad_token_id": pad}
+        said = generate(prompt, attention_mask=torch.ones_like(prompt), **cache_argument(self.cache), **options)
         self.ids = said.cpu()
         return str(self.tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True))
 
     def turn_ids(self, text: str, system: str | None = None) -> Tensor:
         """Token ids (1, n) that append a user's turn to what was said, up to where the answer begins."""
         if not self.ids.shape[1]:
-            turns = [{"role": "user", "content": text}]
-            if system:
-                turns.insert(0, {"role": "system", "content": system})
-            return self._encode(self._template(turns))
+            begun = [("system", system)] if system else []
+            return self._encode(self._template(*begun, ("user", text)))
         # What the template writes after a reply, the beginning of the next turn included.
-        turns = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": _MARK},
-            {"role": "user", "content": text},
-        ]
-        after = self._template(turns).rpartition(_MARK)[2] if _MARK not in text else ""
+        turns = (("user", "?"), ("assistant", _MARK), ("user", text))
+        after = self._template(*turns).rpartition(_MARK)[2] if _MARK not in text else ""
         last = str(self.tokenizer.decode(self.ids[0, -1:]))
         return self._encode(after.removeprefix(last))
 
@@ -160,12 +149,12 @@ class Talk:
         """Token ids (1, n) of text as it is; special tokens are put before a first text alone."""
         return self._encode(text, add_special_tokens=not self.ids.shape[1])
 
-    def _template(self, turns: list[dict[str, str]]) -> str:
+    def _template(self, *turns: tuple[str, str]) -> str:
+        """Turns, each a role and what it says, up to where the answer begins."""
         if self.tokenizer.chat_template:
-            text: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            return str(text)
-        names = {"system": "System", "user": "User", "assistant": "Assistant"}
-        return "".join(f"{names[turn['role']]}: {turn['content']}\n" for turn in turns) + "Assistant:"
+            said = [{"role": role, "content": content} for role, content in turns]
+            return str(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+        return "".join(f"{role.title()}: {content}\n" for role, content in turns) + "Assistant:"
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> Tensor:
         ids: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids

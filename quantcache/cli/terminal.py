@@ -1,13 +1,14 @@
 """What the commands share at the terminal: the device, the model with its progress bar, answers as they come."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -52,27 +53,22 @@ def open_model(
         return load_model(spec, device, None if dtype is None else getattr(torch, dtype), on_progress=on_progress)
 
 
-class download_progress:  # noqa: N801 - a context manager, used like a function
+@contextmanager
+def download_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that appears with the first byte, so that nothing flickers when the model is there already."""
+    columns = (TextColumn("fetching the demo model"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
 
-    def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("fetching the demo model"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
-        )
-        self.task: TaskID | None = None
+    def update(done: int, total: int) -> None:
+        if not progress.tasks:
+            progress.start()
+            progress.add_task("", total=total)
+        progress.update(progress.tasks[0].id, completed=done)
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self.update
-
-    def update(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` bytes."""
-        if self.task is None:
-            self.progress.start()
-            self.task = self.progress.add_task("", total=total)
-        self.progress.update(self.task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    try:
+        yield update
+    finally:
+        progress.stop()
 
 
 class RichStreamer(TextStreamer):

@@ -105,10 +105,8 @@ def compare_caches(
         ValueError: shapes or lengths that leave nothing to compare.
     """
     if input_ids.dim() != 2 or len(input_ids) == 0:
-        raise ValueError(
-            "compare_teacher_forced: input_ids must be (batch, seq_len) with at least one row, "
-            f"got {tuple(input_ids.shape)}."
-        )
+        wanted = "(batch, seq_len) with at least one row"
+        raise ValueError(f"compare_teacher_forced: input_ids must be {wanted}, got {tuple(input_ids.shape)}.")
     seq_len = input_ids.shape[1]
     if not 1 <= prompt_len < seq_len:
         raise ValueError(f"compare_teacher_forced: prompt_len must be from 1 to {seq_len - 1}, got {prompt_len}.")
@@ -188,22 +186,20 @@ def held_states(layer: Any) -> tuple[Tensor, Tensor] | None:
 def _layer_errors(reference: Cache, cache: Cache) -> Tensor:
     """(layers, 2): relative RMS errors of keys and values."""
     errors = []
-    for exact_layer, layer in zip(reference.layers, cache.layers, strict=True):
-        exact, tested = held_states(exact_layer), held_states(layer)
+    for layers in zip(reference.layers, cache.layers, strict=True):
+        exact, tested = map(held_states, layers)
         if exact is None or tested is None:
             errors.append([math.nan, math.nan])
-            continue
-        pairs = zip(exact, tested, strict=True)
-        # A window of one cache may hold more old tokens than that of another.
-        errors.append(
-            [_relative_rms(*(states[:, :, -min(a.shape[2], b.shape[2]) :] for states in (a, b))) for a, b in pairs]
-        )
+        else:
+            errors.append(list(map(_relative_rms, exact, tested)))
     return torch.tensor(errors, dtype=torch.float64)
 
 
 def _relative_rms(exact: Tensor, tested: Tensor) -> float:
-    exact = exact.double()
-    return float((tested.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    # A window of one cache may hold more old tokens than that of another.
+    shared = min(exact.shape[2], tested.shape[2])
+    exact, tested = (states[:, :, -shared:].double() for states in (exact, tested))
+    return float((tested - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def _log_probs(model: PreTrainedModel, chunk: Tensor, cache: Cache, keep: bool) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -92,53 +93,31 @@ def measure(
     needles: dict[str, list[Found]] = {}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading text through every cache, tokens", total=ids.numel())
-        comparisons = compare_caches(
-            model,
-            ids,
-            compared,
-            prompt_len=settings.prompt_len,
-            chunk_len=settings.chunk_len,
-            on_progress=lambda done: progress.advance(task, done),
-        )
+        lengths: dict[str, Any] = {"prompt_len": settings.prompt_len, "chunk_len": settings.chunk_len}
+        comparisons = compare_caches(model, ids, compared, **lengths, on_progress=partial(progress.advance, task))
         if settings.greedy_tokens:
             answers = progress.add_task("greedy answers", total=len(ids) * (len(compared) + 1))
             prompts = ids[:, : min(GREEDY_PROMPT, settings.prompt_len)]
-            greedy = _greedy(model, prompts, compared, settings.greedy_tokens, lambda: progress.advance(answers))
+            greedy = _greedy(model, prompts, compared, settings.greedy_tokens, partial(progress.advance, answers))
         if settings.needle_tokens:
-            hidden = progress.add_task("needles", total=5)
-            needles = find_needles(
-                model,
-                tokenizer,
-                compared,
-                read_text("prose"),
-                tokens=settings.needle_tokens,
-                on_progress=lambda: progress.advance(hidden),
-            )
+            asked = partial(progress.advance, progress.add_task("needles", total=5))
+            tokens, prose = settings.needle_tokens, read_text("prose")
+            needles = find_needles(model, tokenizer, compared, prose, tokens=tokens, on_progress=asked)
     return Results(comparisons, greedy, needles, left_out, time.perf_counter() - start)
 
 
 def _greedy(
-    model: PreTrainedModel,
-    prompts: Tensor,
-    compared: dict[str, Candidate],
-    length: int,
-    on_progress: Callable[[], Any],
+    model: PreTrainedModel, prompts: Tensor, compared: dict[str, Candidate], length: int, on_progress: Callable[[], Any]
 ) -> dict[str, list[int | None]]:
     """Where greedy answers leave that of the exact cache, for each row."""
     differences: dict[str, list[int | None]] = {name: [] for name in compared}
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
     for row in prompts.to(model.device).split(1):
         answers = {}
         for name, candidate in {EXACT: exact_cache(model), **compared}.items():
             generate: Callable[..., Tensor] = (candidate.model or model).generate  # type: ignore[assignment]
-            output = generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                **cache_argument(candidate.make_cache()),
-                max_new_tokens=length,
-                min_new_tokens=length,
-                do_sample=False,
-                pad_token_id=0,
-            )
+            given = cache_argument(candidate.make_cache())
+            output = generate(row, attention_mask=torch.ones_like(row), **given, **options)
             answers[name] = output[0, row.shape[1] :].tolist()
             on_progress()
         for name in compared:
@@ -148,25 +127,14 @@ def _greedy(
 
 def to_json(results: Results, settings: Settings, about: dict[str, Any]) -> dict[str, Any]:
     """Everything measured; NaN, of layers that hold no keys, becomes null."""
-
-    def finite(values: tuple[float, ...]) -> list[float | None]:
-        return [None if math.isnan(value) else value for value in values]
-
+    needles = {
+        name: [asdict(found) for found in results.needles.get(name, [])] for name in (EXACT, *results.comparisons)
+    }
     caches = {}
     for name, result in results.comparisons.items():
-        caches[name] = {
-            **asdict(result),
-            "key_errors": finite(result.key_errors),
-            "value_errors": finite(result.value_errors),
-            "greedy_first_difference": results.greedy.get(name),
-            "needles": [asdict(found) for found in results.needles.get(name, [])],
-        }
-    exact = {"needles": [asdict(found) for found in results.needles.get(EXACT, [])]}
-    return {
-        **about,
-        "settings": asdict(settings),
-        "caches": caches,
-        EXACT: exact,
-        "left_out": results.left_out,
-        "seconds": round(results.seconds, 1),
-    }
+        figures = asdict(result)
+        for errors in ("key_errors", "value_errors"):
+            figures[errors] = [None if math.isnan(value) else value for value in figures[errors]]
+        caches[name] = {**figures, "greedy_first_difference": results.greedy.get(name), "needles": needles[name]}
+    told = {"settings": asdict(settings), "caches": caches, EXACT: {"needles": needles[EXACT]}}
+    return {**about, **told, "left_out": results.left_out, "seconds": round(results.seconds, 1)}

@@ -114,8 +114,7 @@ def plan(
     new_tokens = min(new_tokens, tokens - 1)
     wide = geometry.dtype if DTYPE_BYTES[geometry.dtype] == 2 else "bfloat16"
 
-    def exact(batch: int, tokens: int) -> int:
-        return exact_nbytes(geometry, batch, tokens, wide)
+    exact = partial(exact_nbytes, geometry, dtype=wide)
 
     def int8(batch: int, tokens: int) -> int:
         return int8_nbytes(geometry, batch, tokens, min(new_tokens, tokens - 1), residual_length)
@@ -157,10 +156,8 @@ def weights_nbytes(geometry: Geometry) -> dict[str, int]:
     if geometry.num_params is None:
         return {}
     linear = geometry.num_params - geometry.num_embedding_params
-    return {
-        name: int(linear * each + geometry.num_embedding_params * WEIGHT_BYTES["bf16"])
-        for name, each in WEIGHT_BYTES.items()
-    }
+    kept = geometry.num_embedding_params * WEIGHT_BYTES["bf16"]
+    return {name: int(linear * each + kept) for name, each in WEIGHT_BYTES.items()}
 
 
 def _largest(size: Callable[[int], int], room: int) -> int:

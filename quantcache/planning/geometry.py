@@ -96,11 +96,8 @@ def _size(config: Mapping[str, Any], *names: str) -> int:
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
+    found = map(config.get, names)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
@@ -138,10 +135,7 @@ def _layer_types(config: Mapping[str, Any]) -> list[str]:
     if model_type == "falcon_h1":
         return ["hybrid"] * count
     if any("mamba" in key or "ssm" in key or "linear_attn" in key or "hybrid" in key for key in config):
-        raise GeometryError(
-            f"Geometry: the layers of a hybrid model must be of a kind known here, got model_type {model_type!r}. "
-            "Measure it instead: cache.nbytes after a prompt."
-        )
+        raise _unknown("the layers of a hybrid model must be of a kind known here", f"model_type {model_type!r}")
     return ["sliding_attention" if config.get("sliding_window") is not None else "full_attention"] * count
 
 
@@ -167,10 +161,7 @@ def _layer(config: Mapping[str, Any], index: int, kind: str) -> LayerGeometry:
         window = _size(config, "sliding_window" if kind == "sliding_attention" else "attention_chunk_size")
         made = "int8" if window > MAX_NATIVE_WINDOW else "native"
         return LayerGeometry(made, num_kv_heads, head_dim, head_dim, window)
-    raise GeometryError(
-        f"Geometry: layer {index} must be of a kind whose memory is known here, got {kind!r}. "
-        "Measure it instead: cache.nbytes after a prompt."
-    )
+    raise _unknown(f"layer {index} must be of a kind whose memory is known here", repr(kind))
 
 
 def _kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
@@ -199,7 +190,8 @@ def _states(config: Mapping[str, Any]) -> tuple[int, int]:
         inner = _first(config, "mamba_d_ssm") or _size(config, "mamba_expand") * _size(config, "hidden_size")
         groups = 2 * _size(config, "mamba_n_groups") * _size(config, "mamba_d_state")
         return (inner + groups) * _size(config, "mamba_d_conv"), inner * _size(config, "mamba_d_state")
-    raise GeometryError(
-        f"Geometry: the states of a layer must be of a kind known here, got model_type {model_type!r}. "
-        "Measure it instead: cache.nbytes after a prompt."
-    )
+    raise _unknown("the states of a layer must be of a kind known here", f"model_type {model_type!r}")
+
+
+def _unknown(rule: str, got: str) -> GeometryError:
+    return GeometryError(f"Geometry: {rule}, got {got}. Measure it instead: cache.nbytes after a prompt.")

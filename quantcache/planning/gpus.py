@@ -6,19 +6,9 @@ from typing import Final
 from quantcache.planning.fit import GIB
 
 GPUS: Final = {
-    "t4": 15.0,
-    "l4": 22.5,
-    "a10g": 22.5,
-    "rtx3090": 24.0,
-    "rtx4090": 24.0,
-    "rtx5090": 31.8,
-    "a100-40": 39.5,
-    "l40s": 44.5,
-    "a100": 79.3,
-    "h100": 79.6,
-    "h200": 140.4,
-    "b200": 179.0,
-}
+    "t4": 15.0, "l4": 22.5, "a10g": 22.5, "rtx3090": 24.0, "rtx4090": 24.0, "rtx5090": 31.8,
+    "a100-40": 39.5, "l40s": 44.5, "a100": 79.3, "h100": 79.6, "h200": 140.4, "b200": 179.0,
+}  # fmt: skip
 """GiB that the driver shows for common cards, about; give a size for another."""
 
 _UNITS: Final = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}

@@ -22,12 +22,16 @@ def int8_nbytes(
         new_tokens: how many of them came one by one, after the rest had come in one call.
         residual_length: see the cache.
     """
+    new_tokens = min(new_tokens, tokens - 1)
     total = 0
     for layer in geometry.layers:
         if layer.kind == "native":
             total += exact_layer_nbytes(layer, batch, tokens, geometry.dtype)
-        else:
-            total += _int8_layer_nbytes(layer, batch, tokens, new_tokens, residual_length, geometry.dtype)
+        elif tokens:
+            keep_tokens = None if layer.window is None else layer.window - 1 + residual_length
+            capacity, tail = _capacities(tokens - new_tokens, new_tokens, residual_length, keep_tokens)
+            exact = layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) * DTYPE_BYTES[geometry.dtype]
+            total += batch * (capacity * page_nbytes(layer) + tail * exact)
     return total
 
 
@@ -50,19 +54,6 @@ def page_nbytes(layer: LayerGeometry) -> int:
     """Bytes of a closed page of one sequence."""
     codes = PAGE_SIZE * (layer.head_dim + layer.v_head_dim)
     return layer.num_kv_heads * (codes + METADATA_BYTES * (layer.head_dim + PAGE_SIZE))
-
-
-def _int8_layer_nbytes(
-    layer: LayerGeometry, batch: int, tokens: int, new_tokens: int, residual_length: int, dtype: str
-) -> int:
-    """Bytes of one int8 layer."""
-    if not tokens:
-        return 0
-    new_tokens = min(new_tokens, tokens - 1)
-    keep_tokens = None if layer.window is None else layer.window - 1 + residual_length
-    capacity, tail = _capacities(tokens - new_tokens, new_tokens, residual_length, keep_tokens)
-    exact = layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) * DTYPE_BYTES[dtype]
-    return batch * (capacity * page_nbytes(layer) + tail * exact)
 
 
 def _capacities(prompt: int, new_tokens: int, residual_length: int, keep_tokens: int | None) -> tuple[int, int]:

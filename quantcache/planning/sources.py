@@ -1,6 +1,7 @@
 """Where a geometry comes from: a preset, a folder, a ``config.json`` or the hub."""
 
 import json
+import math
 import struct
 from dataclasses import replace
 from functools import cache
@@ -86,13 +87,9 @@ def _stored_params(folder: Path) -> int | None:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        header.pop("__metadata__", None)
+        for entry in header.values():
             if entry["dtype"] not in ("F16", "BF16", "F32"):
                 return None
-            size = 1
-            for axis in entry["shape"]:
-                size *= axis
-            total += size
+            total += math.prod(entry["shape"])
     return total or None

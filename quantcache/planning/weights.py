@@ -26,9 +26,8 @@ def count_parameters(config: Mapping[str, Any]) -> tuple[int, int] | None:
     embeddings = vocab * hidden * (1 if ties else 2)
     if model_type == "gpt2":  # positions are learned
         embeddings += hidden * config.get("n_positions", 1024)
-    return embeddings + sum(
-        _mixer(config, hidden, i) + _feed_forward(config, hidden, i) for i in range(count)
-    ), embeddings
+    layers = sum(_mixer(config, hidden, i) + _feed_forward(config, hidden, i) for i in range(count))
+    return embeddings + layers, embeddings
 
 
 def _mixer(config: Mapping[str, Any], hidden: int, index: int) -> int:
@@ -45,8 +44,7 @@ def _mixer(config: Mapping[str, Any], hidden: int, index: int) -> int:
         query, rank = heads * (nope + rope), config["kv_lora_rank"]
         low_rank = config.get("q_lora_rank")
         queries = hidden * query if not low_rank else low_rank * (hidden + query)
-        total: int = queries + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
-        return total
+        return int(queries + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden)
     head_dim = config.get("head_dim") or config.get("kv_channels") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
     if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):

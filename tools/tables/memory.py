@@ -31,21 +31,15 @@ def memory_fits() -> str:
     body = []
     for row in load("memory")["fits"]:
         batch, context = row["largest_batch"], row["longest_context"]
-        body.append(
-            [row["model"], f"{row['gpu_gib']}", f"{row['tokens']:,}", f"{batch['bf16']:,}", f"{batch['int8']:,}",
-             f"{context['bf16']:,}", f"{context['int8']:,}"]
-        )  # fmt: skip
-    header = (
-        "bfloat16 weights | GPU, GiB | tokens | largest batch, bf16 cache | int8 | longest context, bf16 cache | int8"
-    )
-    return table(header, body) + "\n\n" + where("memory")
+        most = (f"{found[cache]:,}" for found in (batch, context) for cache in ("bf16", "int8"))
+        body.append([row["model"], f"{row['gpu_gib']}", f"{row['tokens']:,}", *most])
+    columns = "GPU, GiB | tokens | largest batch, bf16 cache | int8 | longest context, bf16 cache | int8"
+    return table(f"bfloat16 weights | {columns}", body) + "\n\n" + where("memory")
 
 
 def files() -> str:
     report = load("files")
-    speeds = report["median_gb_per_s"]
-    body = [[name, number(value)] for name, value in speeds.items()]
-    size = (
-        f"A cache of {report['cache']['tokens']:,} tokens of an 8B Llama, {report['file_bytes'] / GIB:.2f} GiB on disk."
-    )
-    return f"{size}\n\n" + table(" | GB/s", body) + "\n\n" + where("files")
+    body = [[name, number(value)] for name, value in report["median_gb_per_s"].items()]
+    tokens, size = report["cache"]["tokens"], report["file_bytes"] / GIB
+    told = f"A cache of {tokens:,} tokens of an 8B Llama, {size:.2f} GiB on disk."
+    return "\n\n".join([told, table(" | GB/s", body), where("files")])

@@ -13,9 +13,8 @@ def quality() -> str:
     refused = {(row["cache"], row["model"]) for row in report["rows"] if "refused" in row}
     sizes = {row["cache"]: row["bytes_per_number"] for row in reversed(measured) if row["bytes_per_number"]}
     body = []
-    for cache in sorted(
-        dict.fromkeys(row["cache"] for row in report["rows"]), key=lambda name: "int8" not in name[:16]
-    ):
+    caches = dict.fromkeys(row["cache"] for row in report["rows"])
+    for cache in sorted(caches, key=lambda name: "int8" not in name[:16]):
         cells = []
         for model in models:
             row = found.get((cache, model, prompts[model]))
@@ -51,10 +50,7 @@ def states() -> str:
         heads = [head for head in report["heads"] if head["kind"] == kind]
         ratios = sorted(head["largest_over_median_channel"] for head in heads)
         means = [sum(head["error"][rule] for head in heads) / len(heads) for rule in ("per_token", "per_channel")]
-        body.append(
-            [f"{kind}s", number(ratios[len(ratios) // 2], 2), number(ratios[-1], 2), *(percent(mean) for mean in means)]
-        )
-    columns = (
-        "largest over median channel: median head | worst head | error, one scale per token | one scale per channel"
-    )
-    return table(f"{report['model']} | {columns}", body) + "\n\n" + where("states")
+        body.append([f"{kind}s", *(number(ratios[at], 2) for at in (len(ratios) // 2, -1)), *map(percent, means)])
+    header = f"{report['model']} | largest over median channel: median head | worst head"
+    header += " | error, one scale per token | one scale per channel"
+    return table(header, body) + "\n\n" + where("states")

@@ -8,27 +8,23 @@ def cuda_attention() -> str:
     body = []
     for row in rows("cuda-attention", "attention"):
         times = dict(row["median_us"])
-        int8 = times.pop("int8")
-        body.append(
-            [attention_name(row), number(int8), number(min(times.values())), f"**{row['ratio']:.2f}**",
-             number(row["tb_per_s"]), number(row["relative_error"], 2)]
-        )  # fmt: skip
+        cells = [number(times.pop("int8")), number(min(times.values())), f"**{row['ratio']:.2f}**"]
+        body.append([attention_name(row), *cells, number(row["tb_per_s"]), number(row["relative_error"], 2)])
     header = " | int8, µs | bfloat16 SDPA, µs | times as fast | TB/s | relative error"
     return table(header, body) + "\n\n" + where("cuda-attention")
 
 
+def _with_dynamic(row: Row, figures: str, name: str = "") -> list[str]:
+    """A row's name, its figures with both caches, and their ratio."""
+    name = name or row["row"].partition("generate(), ")[2]
+    return [name, *(number(row[figures][cache]) for cache in ("int8", "DynamicCache")), f"{row['ratio']:.2f}"]
+
+
 def cuda_eager() -> str:
-    body = []
-    for row in rows("cuda-attention", "eager generate()"):
-        times = row["ms_per_token"]
-        name = row["row"].removeprefix("eager generate(), ")
-        body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
-    for row in rows("cuda-attention", "host time"):
-        times = row["host_us"]
-        name = "host time of one layer's update and attention, µs"
-        body.append([name, number(times["int8"]), number(times["DynamicCache"]), f"{row['ratio']:.2f}"])
-    header = "ms per token | int8 | DynamicCache | times as fast"
-    return table(header, body) + "\n\n" + where("cuda-attention")
+    body = [_with_dynamic(row, "ms_per_token") for row in rows("cuda-attention", "eager generate()")]
+    host_time = "host time of one layer's update and attention, µs"
+    body += [_with_dynamic(row, "host_us", host_time) for row in rows("cuda-attention", "host time")]
+    return table("ms per token | int8 | DynamicCache | times as fast", body) + "\n\n" + where("cuda-attention")
 
 
 def cuda_other() -> str:
@@ -36,13 +32,10 @@ def cuda_other() -> str:
     for row in load("cuda-attention")["rows"]:
         if str(row["row"]).startswith(("attention", "eager", "host time")):
             continue
-        if "seconds" in row:
-            seconds = row["seconds"]
-            body.append(
-                [row["row"], f"{number(seconds['cold'])} s, {number(1e3 * seconds['from disk'], 2)} ms from disk"]
-            )
-            continue
-        text = ", ".join(f"{name} {number(value)} µs" for name, value in row.get("median_us", {}).items())
+        if seconds := row.get("seconds"):
+            text = f"{number(seconds['cold'])} s, {number(1e3 * seconds['from disk'], 2)} ms from disk"
+        else:
+            text = ", ".join(f"{name} {number(value)} µs" for name, value in row.get("median_us", {}).items())
         body.append([row["row"], text])
     return table(" | median", body) + "\n\n" + where("cuda-attention")
 
@@ -74,11 +67,9 @@ def compiled_account() -> str:
     """Where the milliseconds of a token go."""
     body = []
     for row in load("compiled-decode")["rows"]:
-        if not row.get("account_ms"):
-            continue
-        account = row["account_ms"]
-        between = row["ms"]["int8"] - sum(account.values())
-        body.append([row["row"], *(number(account[kind]) for kind in ACCOUNT), number(between)])
+        if account := row.get("account_ms"):
+            between = row["ms"]["int8"] - sum(account.values())
+            body.append([row["row"], *(number(account[kind]) for kind in ACCOUNT), number(between)])
     header = " | ".join(["int8, ms per token", *ACCOUNT.values(), "between two graphs"])
     return table(header, body) + "\n\n" + where("compiled-decode")
 
@@ -97,21 +88,16 @@ def compiled_lengths() -> str:
     (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
     found = row["ms_by_tokens"]
     columns = {
-        "int8": "int8, compiled",
-        "StaticCache": "StaticCache, compiled",
-        "int8 eager": "int8, eager",
-        "DynamicCache eager": "DynamicCache, eager",
+        **{cache: f"{cache}, compiled" for cache in KINDS},
+        **{f"{cache} eager": f"{cache}, eager" for cache in ("int8", "DynamicCache")},
         "DynamicCache eager, no cuDNN": "DynamicCache, eager, without cuDNN",
     }
     kinds = [kind for kind in columns if kind in found]
     body = [[f"{int(tokens):,}", *(number(found[kind][tokens]) for kind in kinds)] for tokens in found["int8"]]
     header = " | ".join(["tokens", *(columns[kind] for kind in kinds)])
-    capacity = str(row["row"]).rsplit(" ", 1)[1]
-    geometry = str(row["row"]).split(",", 1)[0]
-    return (
-        f"Milliseconds per token, {geometry}'s geometry, one sequence; the compiled caches have room for "
-        f"{int(capacity):,} tokens.\n\n" + table(header, body) + "\n\n" + where("compiled-decode")
-    )
+    geometry, capacity = str(row["row"]).split(",", 1)[0], int(str(row["row"]).rsplit(" ", 1)[1])
+    told = f"Milliseconds per token, {geometry}'s geometry, one sequence; the compiled caches have room for "
+    return f"{told}{capacity:,} tokens.\n\n" + table(header, body) + "\n\n" + where("compiled-decode")
 
 
 KINDS = ("int8", "StaticCache")
@@ -164,24 +150,18 @@ def cpu_attention() -> str:
     for row in rows("cpu-attention", "decode attention"):
         times = row["median_ms"]
         exact = min(value for name, value in times.items() if name.startswith("sdpa"))
-        body.append(
-            [attention_name(row), number(times["int8"]), number(exact), f"**{row['ratio_to_best_sdpa']:.2f}**",
-             f"{row['ratio_to_torch_backend']:.0f}"]
-        )  # fmt: skip
+        ratios = f"**{row['ratio_to_best_sdpa']:.2f}**", f"{row['ratio_to_torch_backend']:.0f}"
+        body.append([attention_name(row), number(times["int8"]), number(exact), *ratios])
     header = " | int8, ms | exact, ms | times as fast | times as fast as the torch backend"
     return table(header, body) + "\n\n" + where("cpu-attention")
 
 
 def cpu_generate() -> str:
-    body = []
-    for row in rows("cpu-attention", "generate()"):
-        rates = row["tokens_per_s"]
-        name = row["row"].removeprefix("generate(), ")
-        body.append([name, number(rates["int8"]), number(rates["DynamicCache"]), f"**{row['ratio']:.2f}**"])
+    body = [_with_dynamic(row, "tokens_per_s") for row in rows("cpu-attention", "generate()")]
+    body = [[*cells, f"**{ratio}**"] for *cells, ratio in body]
     return table("tokens per second | int8 | DynamicCache | times as fast", body) + "\n\n" + where("cpu-attention")
 
 
 def first_use() -> str:
-    report = load("first-use")
-    body = [[row["row"], f"{number(row['seconds'])} s"] for row in report["rows"]]
+    body = [[row["row"], f"{number(row['seconds'])} s"] for row in load("first-use")["rows"]]
     return table(" | seconds", body) + "\n\n" + where("first-use")

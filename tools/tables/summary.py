@@ -48,11 +48,8 @@ def _summary_gpu() -> list[str]:
     name = "attention, batch 32, 32/8 heads, 8192 tokens, head_dim 128, query_len 1"
     times = dict(_find(rows("cuda-attention"), row=name)["median_us"])
     int8 = times.pop("int8")
-    return [
-        "attention of a layer, 32 x 8,192 tokens, H200",
-        f"{int8:.0f} µs",
-        f"bfloat16 SDPA {min(times.values()):.0f} µs",
-    ]
+    name = "attention of a layer, 32 x 8,192 tokens, H200"
+    return [name, f"{int8:.0f} µs", f"bfloat16 SDPA {min(times.values()):.0f} µs"]
 
 
 def _summary_cpu() -> list[str]:
@@ -75,14 +72,9 @@ def _summary_compiled(best: bool) -> list[str]:
 def summary() -> str:
     """One line for each thing that a reader wants to know, what is worse included; lines that lack a measurement go."""
     body = []
-    lines: tuple[Callable[[], list[str]], ...] = (
-        _summary_memory,
-        _summary_quality,
-        _summary_gpu,
-        partial(_summary_compiled, best=True),
-        partial(_summary_compiled, best=False),
-        _summary_cpu,
-    )
+    best, worst = (partial(_summary_compiled, best=best) for best in (True, False))
+    lines: tuple[Callable[[], list[str]], ...]
+    lines = (_summary_memory, _summary_quality, _summary_gpu, best, worst, _summary_cpu)
     for line in lines:
         with contextlib.suppress(NotMeasuredError):
             body.append(line())

@@ -13,12 +13,7 @@ from quantcache.adapters.qwen import gptq, parallel
 from quantcache.adapters.qwen.configuration import QWenConfig
 from quantcache.adapters.qwen.memory import MemoryReport, memory_report
 from quantcache.adapters.qwen.modeling import QWenLMHeadModel, QWenModel
-from quantcache.adapters.qwen.prompts import (
-    StopWordsLogitsProcessor,
-    decode_tokens,
-    get_stop_words_ids,
-    make_context,
-)
+from quantcache.adapters.qwen.prompts import StopWordsLogitsProcessor, decode_tokens, get_stop_words_ids, make_context
 from quantcache.adapters.qwen.tokenization import QWenTokenizer
 from quantcache.layers._host import register_tokenizer
 

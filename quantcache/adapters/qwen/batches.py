@@ -91,6 +91,7 @@ class BatchMixin:
                 raise ValueError(f"generate_batch: prompts must not be empty, got an empty one at {index}.")
         chat_format = "chatml" if any(text is not None for text, _ in rows) else "raw"
         words = [*map(list, stop_words_ids or []), *get_stop_words_ids(chat_format, tokenizer)]
+        options = {"stop_words_ids": words, "generation_config": config, **kwargs}
         answers = [""] * len(rows)
         pending = sorted(range(len(rows)), key=lambda index: -len(rows[index][1]))  # like lengths waste no padding
         limit = batch_size
@@ -100,7 +101,7 @@ class BatchMixin:
                 size = limit or self._rows_that_fit(width, config)
                 chosen = pending[:size]
                 try:
-                    output = self._continued([rows[index][1] for index in chosen], tokenizer, words, config, kwargs)
+                    output = self._continued([rows[index][1] for index in chosen], tokenizer, options)
                 except torch.OutOfMemoryError:
                     if len(chosen) == 1:
                         raise
@@ -138,9 +139,7 @@ class BatchMixin:
                 ) from error
         return self._tokenizer
 
-    def _continued(
-        self, batch: list[list[int]], tokenizer: Any, words: list[list[int]], config: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _continued(self, batch: list[list[int]], tokenizer: Any, options: dict[str, Any]) -> Tensor:
         """Prompts, left-padded to the longest, and what follows each: (rows, seq_len)."""
         width = max(map(len, batch))
         input_ids = torch.full((len(batch), width), tokenizer.eod_id)
@@ -148,13 +147,7 @@ class BatchMixin:
         for row, ids in enumerate(batch):
             input_ids[row, width - len(ids) :], mask[row, width - len(ids) :] = torch.tensor(ids), 1
         device = self.device  # type: ignore[attr-defined]
-        output: Tensor = self.generate(  # type: ignore[attr-defined]
-            input_ids.to(device),
-            attention_mask=mask.to(device),
-            stop_words_ids=words,
-            generation_config=config,
-            **kwargs,
-        )
+        output: Tensor = self.generate(input_ids.to(device), attention_mask=mask.to(device), **options)  # type: ignore[attr-defined]
         return output
 
     def _rows_that_fit(self, width: int, config: Any) -> int:
@@ -163,8 +156,7 @@ class BatchMixin:
         if free is None:
             return ROWS_WITHOUT_KNOWLEDGE
         itemsize = self.dtype.itemsize  # type: ignore[attr-defined]
-        new_tokens = config.max_new_tokens or max((config.max_length or 0) - width, 0)
-        tokens = width + new_tokens
+        tokens = width + (config.max_new_tokens or max((config.max_length or 0) - width, 0))
         # A growing float cache is copied to grow, which fragments memory.
         per_number = INT8_BYTES * tokens + TAIL * itemsize if model.use_cache_quantization else 2 * itemsize * tokens
         cache = 2 * model.num_hidden_layers * model.num_attention_heads * model.kv_channels * per_number
@@ -188,6 +180,4 @@ def _answer(tokens: Tensor, width: int, raw_text: str | None, prompt_ids: list[i
     """What follows a prompt in its row of a batch whose prompts are ``width`` tokens wide."""
     if raw_text is None:
         return str(tokenizer.decode(tokens[width:], skip_special_tokens=True)).strip()
-    reply = decode_tokens(tokens[width - len(prompt_ids) :], tokenizer, len(raw_text), len(prompt_ids))
-    assert isinstance(reply, str)
-    return reply
+    return str(decode_tokens(tokens[width - len(prompt_ids) :], tokenizer, len(raw_text), len(prompt_ids)))

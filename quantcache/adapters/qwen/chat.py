@@ -23,9 +23,8 @@ def merged_config(model: Any, generation_config: Any, kwargs: dict[str, Any]) ->
     """One generation config with ``kwargs`` in it, and the rest of them; neither argument is changed."""
     config = copy.deepcopy(generation_config or model.generation_config)
     kwargs = dict(kwargs)
-    if kwargs.get("max_window_size") is not None:
-        config.max_window_size = kwargs["max_window_size"]
-    kwargs.pop("max_window_size", None)
+    if (window := kwargs.pop("max_window_size", None)) is not None:
+        config.max_window_size = window
     return config, config.update(**kwargs)
 
 
@@ -85,15 +84,9 @@ class ChatMixin:
         config, kwargs = merged_config(self, generation_config, kwargs)
         raw_text, ids, words = chat_inputs(tokenizer, query, history, system, stop_words_ids, config)
         input_ids = torch.tensor([ids], device=self.device)  # type: ignore[attr-defined]
-        output = self.generate(  # type: ignore[attr-defined]
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            stop_words_ids=words,
-            generation_config=config,
-            **kwargs,
-        )
-        response = decode_tokens(output[0], tokenizer, len(raw_text), len(ids))
-        assert isinstance(response, str)
+        options = {**kwargs, "stop_words_ids": words, "generation_config": config}
+        output = self.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)  # type: ignore[attr-defined]
+        response = str(decode_tokens(output[0], tokenizer, len(raw_text), len(ids)))
         return response, [*(history or []), (query, response)]
 
     def chat_stream(

@@ -5,7 +5,6 @@ inputs; embedding, norms and head stay float16. With gptqmodel and optimum impor
 those; otherwise ``adopt`` hands them to the quantizer registered here.
 """
 
-import importlib
 import importlib.util
 import warnings
 from typing import Any, Final
@@ -80,8 +79,7 @@ class GPTQFallbackConfig(QuantizationConfigMixin):
                 "Install gptqmodel and optimum."
             )
         self.bits, self.group_size, self.checkpoint_format = bits, group_size, checkpoint_format
-        for key, value in kwargs.items():
-            setattr(self, key, value)
+        vars(self).update(kwargs)
         self.quant_method = METHOD  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,10 +129,8 @@ class GPTQLinear(nn.Module):
         """(..., in_features) to (..., out_features) in the dtype of ``hidden_states``."""
         # Whole words of zero points, hence multiples of 8 columns.
         columns = max(8, BLOCK_ELEMENTS // self.in_features // 8 * 8)
-        blocks = [
-            hidden_states @ self.restore(start, min(start + columns, self.out_features), hidden_states.dtype)
-            for start in range(0, self.out_features, columns)
-        ]
+        starts, dtype = range(0, self.out_features, columns), hidden_states.dtype
+        blocks = [hidden_states @ self.restore(at, min(at + columns, self.out_features), dtype) for at in starts]
         output = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
         return output + self.bias.to(output.dtype)
 

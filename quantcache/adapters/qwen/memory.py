@@ -1,6 +1,6 @@
 """What a model and its cache weigh together."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import nn
@@ -28,13 +28,9 @@ class MemoryReport:
         return self.packed_weights + self.float_weights + self.cache
 
     def __str__(self) -> str:
-        rows = [
-            ("packed weights", self.packed_weights),
-            ("float weights", self.float_weights),
-            ("key-value cache", self.cache),
-            ("together", self.total),
-        ]
-        width = max(len(f"{nbytes:,}") for _, nbytes in rows)
+        names = ("packed weights", "float weights", "key-value cache", "together")
+        width = len(f"{self.total:,}")
+        rows = zip(names, (*astuple(self), self.total), strict=True)
         return "\n".join(f"{name:<16}{nbytes:>{width},} bytes" for name, nbytes in rows)
 
 
@@ -57,4 +53,4 @@ def memory_report(model: nn.Module, past_key_values: Any = None) -> MemoryReport
             else:
                 others += tensor.nbytes
     layers = [] if past_key_values is None else past_key_values.layers
-    return MemoryReport(packed, others, sum(layer_nbytes(layer) for layer in layers))
+    return MemoryReport(packed, others, sum(map(layer_nbytes, layers)))

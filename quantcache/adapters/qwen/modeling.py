@@ -28,11 +28,9 @@ class QWenAttention(nn.Module):
 
     def __init__(self, config: QWenConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.kv_channels
-        self.is_causal = True
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.kv_channels
+        self.is_causal, self.num_key_value_groups = True, 1  # for the host's attention functions
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        self.num_key_value_groups = 1
         width = config.kv_channels * config.num_attention_heads
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
@@ -55,21 +53,17 @@ class QWenAttention(nn.Module):
                 f"{self.config.num_attention_heads} attention heads, got {fused.shape[-1] / 3 / self.head_dim:.2f} "
                 "heads on this one."
             )
-        query, key, value = (
-            states.view(batch, query_len, -1, self.head_dim).transpose(1, 2) for states in fused.chunk(3, dim=-1)
-        )
+        heads = (batch, query_len, -1, self.head_dim)
+        query, key, value = (states.view(heads).transpose(1, 2) for states in fused.chunk(3, dim=-1))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if logn is not None:
             query = query * logn.to(query.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.config.attn_dropout_prob if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        name = self.config._attn_implementation
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        kwargs |= {"dropout": self.config.attn_dropout_prob if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
         return self.c_proj(output.reshape(batch, query_len, -1)), weights
 
 
@@ -112,6 +106,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     config: QWenConfig
     config_class = QWenConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     _no_split_modules = ["QWenBlock"]  # noqa: RUF012
     _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
     _supports_sdpa = True
@@ -137,14 +132,6 @@ class QWenModel(QWenPreTrainedModel):
         self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.ln_f = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """``wte``."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace ``wte``."""
-        self.wte = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -179,8 +166,7 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("QWenModel.forward: exactly one of input_ids and inputs_embeds must be given.")
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = take_cache("QWenModel.forward", {**kwargs, "cache": cache, "past_key_values": past_key_values})
         if isinstance(cache, (tuple, list)):
             cache = cache_from_legacy(self.config, cache)
@@ -204,18 +190,17 @@ class QWenModel(QWenPreTrainedModel):
         hidden_states = self.drop(hidden_states)
         states: list[Tensor] = [hidden_states]
         weights: list[Tensor | None] = []
+        shared = {"rotary": rotary, "logn": logn, "attention_mask": mask, "cache": cache}
         for block in self.h:
-            hidden_states, layer_weights = block(
-                hidden_states, rotary=rotary, logn=logn, attention_mask=mask, cache=cache
-            )
-            if output_hidden_states:
+            hidden_states, layer_weights = block(hidden_states, **shared)
+            if keep_states:
                 states.append(hidden_states)
             weights.append(layer_weights)
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             **cache_argument(cache if use_cache else None),
-            hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=(*states[:-1], hidden_states) if keep_states else None,
             attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
         )
 
@@ -231,15 +216,6 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def get_output_embeddings(self) -> nn.Module:
-        """``lm_head``."""
-        head: nn.Module = self.lm_head
-        return head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace ``lm_head``."""
-        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -302,9 +278,8 @@ class QWenLMHeadModel(ChatMixin, BatchMixin, QWenPreTrainedModel, GenerationMixi
         words = getattr(config, "stop_words_ids", None) if stop_words_ids is None else stop_words_ids
         if words:
             eos = kwargs.get("eos_token_id", config.eos_token_id)
-            processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-            processors.append(StopWordsLogitsProcessor(words, eos))
-            kwargs["logits_processor"] = processors
+            given = kwargs.pop("logits_processor", None) or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, StopWordsLogitsProcessor(words, eos)])
         cache = take_cache("QWenLMHeadModel.generate", kwargs)
         implementation = kwargs.get("cache_implementation", config.cache_implementation)
         if isinstance(cache, (tuple, list)):

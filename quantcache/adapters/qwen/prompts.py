@@ -125,10 +125,9 @@ def decode_tokens(
     else:
         raise ValueError(f'decode_tokens: chat_format must be "chatml" or "raw", got {chat_format!r}.')
     end_reason = f"Gen length {len(ids)}"
-    for index in range(context_length, len(ids)):
-        if ids[index] in stops:
-            end, end_reason = index, f"Gen {tokenizer.decode([ids[index]])!r}"
-            break
+    cut = next((index for index in range(context_length, len(ids)) if ids[index] in stops), None)
+    if cut is not None:
+        end, end_reason = cut, f"Gen {tokenizer.decode([ids[cut]])!r}"
     text: str = tokenizer.decode(ids[:end], skip_special_tokens=False, errors=errors)[raw_text_len:]
     if verbose:
         whole = tokenizer.decode(ids, skip_special_tokens=False, errors=errors)[raw_text_len:]

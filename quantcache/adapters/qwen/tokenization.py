@@ -71,19 +71,13 @@ def build_tokenizer(ranks: dict[bytes, int], extra_ranks: dict[bytes, int] | Non
             taken.add(rank)
     ordered = sorted(ranks, key=ranks.__getitem__)
     merges = [pair for token in ordered if len(token) > 1 and (pair := _last_merge(token, ranks))]
-    model = BPE(
-        # The special tokens too: the ids of what is added later would have to follow without a gap.
-        vocab={_spelled(token): rank for token, rank in ranks.items()} | special,
-        merges=[(_spelled(left), _spelled(right)) for left, right in merges],
-    )
-    tokenizer = Tokenizer(model)
+    # The special tokens too: the ids of what is added later would have to follow without a gap.
+    vocab = {_spelled(token): rank for token, rank in ranks.items()} | special
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[(_spelled(left), _spelled(right)) for left, right in merges]))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    octets = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, octets])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
@@ -195,14 +189,9 @@ class QWenTokenizer(PreTrainedTokenizerFast):
     ) -> Any:
         """The host's, which every way to encode calls, with the original's two arguments.
 
-        Args:
-            text: see the host, as for ``text_pair`` and the rest.
-            text_pair: see there.
-            args: see there.
-            allowed_special: special tokens that are taken as such where a text contains them; the others are plain
-                text. "all", the default, takes all, an empty set none.
-            disallowed_special: special tokens that a text must not contain; "all" is all but the allowed ones.
-            kwargs: see the host.
+        ``allowed_special`` are special tokens that are taken as such where a text contains them; the others are plain
+        text. "all", the default, takes all, an empty set none. ``disallowed_special`` are those that a text must not
+        contain; "all" is all but the allowed ones.
 
         Raises:
             ValueError: a text contains a disallowed special token, or one is named that does not exist.
@@ -217,14 +206,13 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         text, text_pair = _normalized(text), _normalized(text_pair)
         if disallowed:
             _refuse(disallowed, (text, text_pair))
-        if allowed_special is None or allowed == known:
-            return super()._encode_plus(text, text_pair, *args, **kwargs)
-        kwargs["split_special_tokens"] = True
-        if not allowed:
-            return super()._encode_plus(text, text_pair, *args, **kwargs)
-        limited = copy.copy(self)
-        limited._tokenizer = self._restricted_to(allowed)
-        return super(QWenTokenizer, limited)._encode_plus(text, text_pair, *args, **kwargs)
+        reader = self
+        if allowed_special is not None and allowed != known:
+            kwargs["split_special_tokens"] = True
+            if allowed:
+                reader = copy.copy(self)
+                reader._tokenizer = self._restricted_to(allowed)
+        return super(QWenTokenizer, reader)._encode_plus(text, text_pair, *args, **kwargs)
 
     def _restricted_to(self, allowed: frozenset[str]) -> Tokenizer:
         """A backend that finds only ``allowed`` while it splits special tokens; made once for each set."""
@@ -253,9 +241,7 @@ class QWenTokenizer(PreTrainedTokenizerFast):
         special = set(SPECIAL_TOKENS) if skip_special_tokens else set[str]()
         return b"".join(_unspelled(t) for t in tokens if t is not None and t not in special).decode(errors=errors)
 
-    def _add_tokens(  # type: ignore[override]
-        self, new_tokens: list[str | AddedToken], special_tokens: bool = False
-    ) -> int:
+    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:  # type: ignore[override]
         """The host's, for tokens that the vocabulary has, which may get a role such as padding; others are refused."""
         for token in map(str, new_tokens):
             if self.backend_tokenizer.token_to_id(token) is None:
