@@ -24,14 +24,7 @@ _HOMES = {
     "FallbackWarning": "quantcache.quantization.errors",
 }
 
-__all__ = [
-    "CacheFileError",
-    "FallbackError",
-    "FallbackWarning",
-    "Int8Tensor",
-    "QuantizedInt8Cache",
-    "__version__",
-]
+__all__ = ["CacheFileError", "FallbackError", "FallbackWarning", "Int8Tensor", "QuantizedInt8Cache", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -282,31 +282,15 @@ ARCHITECTURES = (
     Architecture("OLMo 2", "Olmo2ForCausalLM"),
     Architecture("StarCoder 2", "Starcoder2ForCausalLM"),
     Architecture("Nemotron", "NemotronForCausalLM", config={"initializer_range": 0.05}),
-    Architecture(
-        "GPT-J",
-        "GPTJForCausalLM",
-        config=GPT | {"rotary_dim": 8},
-        implementations=("eager",),
-    ),
+    Architecture("GPT-J", "GPTJForCausalLM", config=GPT | {"rotary_dim": 8}, implementations=("eager",)),
     Architecture(
         "GPT-Neo",
         "GPTNeoForCausalLM",
         config={"num_layers": 2, "num_heads": 4, "window_size": 64} | LOCAL,
         implementations=("eager",),
     ),
-    Architecture(
-        "GPT-BigCode",
-        "GPTBigCodeForCausalLM",
-        config=GPT,
-        note="one KV head",
-        implementations=NO_FLEX,
-    ),
-    Architecture(
-        "Bloom",
-        "BloomForCausalLM",
-        config={"n_layer": 2, "n_head": 4},
-        implementations=("eager",),
-    ),
+    Architecture("GPT-BigCode", "GPTBigCodeForCausalLM", config=GPT, note="one KV head", implementations=NO_FLEX),
+    Architecture("Bloom", "BloomForCausalLM", config={"n_layer": 2, "n_head": 4}, implementations=("eager",)),
     Architecture(
         "LFM2", "Lfm2ForCausalLM", ("LinearAttentionLayer", "int8"), {"layer_types": ["conv", "full_attention"]}
     ),

@@ -96,10 +96,7 @@ def build(case: Case, seed: int = 0) -> Stored:
         key = states(case.num_kv_heads, pages * PAGE_SIZE, case.head_dim)
         key[..., ::7] += 5.0
         value = states(case.num_kv_heads, pages * PAGE_SIZE, case.v_head_dim)
-        for lists, made in (
-            (keys, reference.quantize_key_pages(key)),
-            (values, reference.quantize_value_pages(value)),
-        ):
+        for lists, made in ((keys, reference.quantize_key_pages(key)), (values, reference.quantize_value_pages(value))):
             for target, tensor in zip(lists, made, strict=True):
                 # A slack page of the segment behind the used ones, which must never be read.
                 whole = torch.full((pages + 1, *tensor.shape[1:]), -128, dtype=tensor.dtype)

@@ -184,8 +184,7 @@ def as_exact(case: Case, run: Callable[[Any], Any], cache: Any = None) -> Any:
 
 
 host_warnings = pytest.mark.filterwarnings(
-    "ignore:flex_attention called without torch.compile",
-    "ignore:_compile flag on create_block_mask:DeprecationWarning",
+    "ignore:flex_attention called without torch.compile", "ignore:_compile flag on create_block_mask:DeprecationWarning"
 )
 """What transformers and torch say of each other."""
 

@@ -202,10 +202,7 @@ def test_offloading_leaves_little_on_the_gpu() -> None:
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("only_non_sliding", [False, True])
 def test_an_offloading_cache_answers_as_a_resident_one(device: str, only_non_sliding: bool) -> None:
-    caches = [
-        QuantizedInt8Cache(),
-        QuantizedInt8Cache(offloading=True, offload_only_non_sliding=only_non_sliding),
-    ]
+    caches = [QuantizedInt8Cache(), QuantizedInt8Cache(offloading=True, offload_only_non_sliding=only_non_sliding)]
     for cache in caches:
         cache.layers = [Int8Layer(), Int8SlidingLayer(100), Int8Layer()]
     for step in range(80):

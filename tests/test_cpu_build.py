@@ -21,13 +21,7 @@ from tests.attention_cases import build as build_case
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no CPU kernels here: {cpu.unavailable()}")
 
-SANITIZERS = (
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=undefined",
-    "-fno-omit-frame-pointer",
-    "-g",
-    "-O1",
-)
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 
 USE = "from quantcache.backends import cpu; print(cpu.isa())"
 
@@ -95,11 +89,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
 def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
     variables = {**os.environ, **environment, "PYTHONPATH": str(Path(reads.__file__).parent.parent)}
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -195,14 +185,7 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_
         pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
     program = tmp_path / "sanitized"
     objects = build.compile_commands(compiler, tmp_path, SANITIZERS)
-    main = [
-        *compiler,
-        *build.FLAGS,
-        *SANITIZERS,
-        "-I",
-        str(build.SOURCES),
-        str(Path(__file__).parent / "sanitize.cpp"),
-    ]
+    main = [*compiler, *build.FLAGS, *SANITIZERS, "-I", str(build.SOURCES), str(Path(__file__).parent / "sanitize.cpp")]
     running = [subprocess.Popen(command) for _, command in objects]
     assert not any(process.wait() for process in running)
     link = [*main, *(str(target) for target, _ in objects), "-o", str(program), "-lpthread", "-ldl"]

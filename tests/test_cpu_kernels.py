@@ -165,10 +165,7 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
 
 def test_many_queries_are_attended_in_passes(backend: str) -> None:
     check(
-        backend,
-        Case(num_kv_heads=1, group=2, query_len=700, segments=(3,), tail_len=700),
-        is_causal=True,
-        window=300,
+        backend, Case(num_kv_heads=1, group=2, query_len=700, segments=(3,), tail_len=700), is_causal=True, window=300
     )
 
 

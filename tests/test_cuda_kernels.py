@@ -204,10 +204,7 @@ def test_pages_and_restored_states_equal_the_reference(
     tails = key[:, :, :7], value[:, :, 3:10]
     halves = Segment(*(part[:1] for part in pages)), Segment(*(part[1:] for part in pages))
     view = PagesView(ClosedPages(halves), *tails)
-    restored = [
-        cuda.restore(view, True),
-        cuda.restore(view, False),
-    ]
+    restored = [cuda.restore(view, True), cuda.restore(view, False)]
     wanted = [
         torch.cat([reference.restore_key_pages(*expected[:2], dtype), tails[0]], dim=2),
         torch.cat([reference.restore_value_pages(*expected[2:], dtype), tails[1]], dim=2),

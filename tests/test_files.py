@@ -18,16 +18,7 @@ from quantcache.layers._host import CACHE_NAMES, cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import Int8Layer
 from tests.conftest import devices
-from tests.file_cases import (
-    MODELS,
-    assert_bit_equal,
-    filled_cache,
-    gemma,
-    llama,
-    prompt,
-    read_prompt,
-    stored_tensors,
-)
+from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, llama, prompt, read_prompt, stored_tensors
 
 
 @pytest.fixture

@@ -8,14 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    CompileConfig,
-    Gemma2Config,
-    GenerationMixin,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StaticCache,
-)
+from transformers import CompileConfig, Gemma2Config, GenerationMixin, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument

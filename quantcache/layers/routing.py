@@ -67,12 +67,7 @@ def uninstall() -> None:
 def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
     @functools.wraps(original)
     def attention_forward(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        **kwargs: Any,
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, RecordedStates):
             query = autocast_to(key.dtype, query)

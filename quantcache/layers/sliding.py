@@ -26,10 +26,7 @@ class Int8SlidingLayer(GrowingInt8Layer):
     is_sliding = True
 
     def __init__(
-        self,
-        sliding_window: int,
-        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
-        policy: FallbackPolicy | None = None,
+        self, sliding_window: int, residual_length: int = DEFAULT_RESIDUAL_LENGTH, policy: FallbackPolicy | None = None
     ) -> None:
         super().__init__(residual_length, policy)
         self.sliding_window = sliding_window

@@ -172,12 +172,7 @@ def visible(query_len: int, kv_len: int, *, is_causal: bool, window: int | None,
     return allowed
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: AttentionOptions = PLAIN,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions = PLAIN) -> Tensor:
     """Attention over dense keys and values, in one softmax.
 
     logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then masks, then softmax over the

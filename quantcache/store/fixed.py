@@ -45,11 +45,7 @@ class StaticInt8Pages(Pages):
     """
 
     def __init__(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        capacity: int,
-        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        self, key_states: Tensor, value_states: Tensor, capacity: int, residual_length: int = DEFAULT_RESIDUAL_LENGTH
     ) -> None:
         self.residual_length = residual_length
         self.layout: BufferLayout = layout_for(

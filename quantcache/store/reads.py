@@ -165,10 +165,7 @@ def _fake_restore(tensors: list[Tensor], form: list[int], dtype: torch.dtype, is
     return view.buffers[0].new_empty(view.state_shape(is_key))
 
 
-for _name, _run, _fake in (
-    ("attention", _run_attention, _fake_attention),
-    ("restore", _run_restore, _fake_restore),
-):
+for _name, _run, _fake in (("attention", _run_attention, _fake_attention), ("restore", _run_restore, _fake_restore)):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantcache::{_name}", _fake, lib=_library)
 

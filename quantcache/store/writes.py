@@ -82,11 +82,7 @@ def append_tail(
 
 
 def advance(
-    key_states: Tensor,
-    value_states: Tensor,
-    memory: Tensor,
-    layout: BufferLayout,
-    source: Source | None = None,
+    key_states: Tensor, value_states: Tensor, memory: Tensor, layout: BufferLayout, source: Source | None = None
 ) -> None:
     """Take a layer of fixed capacity on: close the pages that are due, append tokens, move the lengths.
 
@@ -130,10 +126,6 @@ def _run_advance(
     backend.advance(source, key_states, value_states, buffers, static.residual_length)
 
 
-for _name, _run in (
-    ("store_pages", _run_store_pages),
-    ("append_tail", _run_append_tail),
-    ("advance", _run_advance),
-):
+for _name, _run in (("store_pages", _run_store_pages), ("append_tail", _run_append_tail), ("advance", _run_advance)):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quantcache::{_name}", lambda *_: None, lib=_library)

@@ -19,14 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StaticCache,
-)
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument

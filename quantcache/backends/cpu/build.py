@@ -29,15 +29,7 @@ SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cpu"
 
 COMPILERS: Final = ("c++", "g++", "clang++")
 
-FLAGS: Final = (
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-w",
-)
+FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w")
 """Not -ffast-math: quantising is IEEE arithmetic, and NaN has a meaning."""
 
 LINK_FLAGS: Final = ("-shared", "-lpthread", "-ldl")
@@ -93,11 +85,7 @@ def library_prefix(compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> 
     """Start of the file name for these sources, flags, compiler and machine; a digest of the file ends it."""
     digest = hashlib.sha256()
     version = _run([*compiler, "--version"]).stdout
-    parts = [
-        repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags))),
-        shlex.join(compiler),
-        version,
-    ]
+    parts = [repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags))), shlex.join(compiler), version]
     parts += [sys.platform, platform.machine()]
     for source in _source_files():
         parts += [source.name, source.read_text(encoding="utf-8")]

@@ -176,13 +176,7 @@ SHORT: Final = 16
 
 @functools.cache
 def _attention_kernel(
-    index: int,
-    shape: Shape,
-    head_dim: int,
-    v_head_dim: int,
-    dtype: torch.dtype,
-    has_mask: bool,
-    has_softcap: bool,
+    index: int, shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
 ) -> Kernel:
     macros = (
         *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
