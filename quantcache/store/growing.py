@@ -3,6 +3,8 @@
 Pages live in segments that are allocated whole and never copied again; the tail is a small buffer of the newest tokens
 in the model's dtype. Reordering the batch leaves the pages where they are and indexes a table of their rows. Nothing
 here knows about transformers.
+
+It is long since what an operation must leave as it was if it fails can only be seen where all of them stand.
 """
 
 from typing import Any
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import dispatch
-from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, checked_indices, no_tokens
 from quantcache.store.segments import ClosedPages, RowTable, Segment, pages_between
+from quantcache.store.tail import copied, roomier, write_tail
 from quantcache.store.view import PagesView
 
 __all__ = ["Int8Pages", "PagesView", "Segment"]
@@ -59,7 +62,7 @@ class Int8Pages(Pages):
         # Pages dropped, all older than those held; pages held.
         self.first_page, self.num_pages = first_page, 0
         # Buffers of the tail; the first _tail_len tokens count.
-        self._buffers = _copied(*no_tokens(key_states.detach(), value_states.detach()))
+        self._buffers = copied(*no_tokens(key_states.detach(), value_states.detach()))
         self.tail_len = 0
         # The view whose newest tokens may not be in the buffers yet.
         self._newest: PagesView | None = None
@@ -124,7 +127,7 @@ class Int8Pages(Pages):
         if closed is not None and self.keep_tokens is not None:
             size = self._segment_capacity(1)
             segments = [closed.narrow(start, start + size).cloned() for start in range(0, closed.capacity, size)]
-        self._buffers, self.tail_len = _copied(key_tail, value_tail), key_tail.shape[2]
+        self._buffers, self.tail_len = copied(key_tail, value_tail), key_tail.shape[2]
         self._segments, self.num_pages = segments, 0 if closed is None else closed.capacity
         self.first_page, self.row_table, self._closed = first_page, None, None
 
@@ -181,7 +184,7 @@ class Int8Pages(Pages):
             key_tail, value_tail = buffers = key_states, value_states
         else:
             buffers = self._buffers_for(total)
-            _write(key_states, value_states, *buffers, self.tail_len, self._append_backend)
+            write_tail(key_states, value_states, *buffers, self.tail_len, self._append_backend)
             key_tail, value_tail = (buffer.narrow(2, 0, total) for buffer in buffers)
         view = self._view_with(key_tail, value_tail)
 
@@ -190,7 +193,7 @@ class Int8Pages(Pages):
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
             start = closing * PAGE_SIZE
-            buffers = _copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
+            buffers = copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and not skipped and not self._room():
             held = self._without_room()
@@ -219,7 +222,7 @@ class Int8Pages(Pages):
         if dispatch.BACKENDS[backend[0]].WRITES_ON_READ:
             pending = key_states, value_states
         else:
-            _write(key_states, value_states, *buffers, self.tail_len, self._append_backend)
+            write_tail(key_states, value_states, *buffers, self.tail_len, self._append_backend)
         view = PagesView(closed, *buffers, total, backend, pending)
         self._buffers, self._newest, self.tail_len = buffers, view if pending else None, total
         return view
@@ -227,7 +230,7 @@ class Int8Pages(Pages):
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
         """The tail's buffers, or larger ones with the same tokens if ``total`` do not fit."""
         if total > self._buffers[0].shape[2]:
-            return _roomier(*self._buffers, self.tail_len, total, self._append_backend)
+            return roomier(*self._buffers, self.tail_len, total, self._append_backend)
         return self._buffers
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -243,7 +246,7 @@ class Int8Pages(Pages):
             reopened = tuple(self.row_table.narrow(pages, pages + 1).select(reopened))
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
-        buffers = _copied(key_states[:, :, :rest], value_states[:, :, :rest])
+        buffers = copied(key_states[:, :, :rest], value_states[:, :, :rest])
         self._buffers, self.tail_len = buffers, rest
         self.num_pages, self._closed = pages, None
         while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
@@ -399,28 +402,3 @@ class Int8Pages(Pages):
                 writes.store_pages(*states, target.narrow(0, stop - page), backend)
             page = stop
         return new_segments
-
-
-def _write(
-    key_states: Tensor, value_states: Tensor, key_buffer: Tensor, value_buffer: Tensor, used: int, backend: str
-) -> None:
-    """Write new tokens behind the first ``used`` of the buffers."""
-    with write_access(key_buffer):
-        writes.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
-
-
-def _roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, tokens: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Larger buffers, for at least ``tokens`` tokens, that begin with the first ``used`` of these."""
-    capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
-    key_made, value_made = (
-        buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in (key_buffer, value_buffer)
-    )
-    if used:
-        writes.append_tail(key_buffer[:, :, :used], value_buffer[:, :, :used], key_made, value_made, 0, backend)
-    return key_made, value_made
-
-
-def _copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-    """Buffers of their own for some tokens."""
-    tokens = key_states.shape[2]
-    return _roomier(key_states, value_states, tokens, tokens, backend)

@@ -1,4 +1,7 @@
-"""The Qwen v1 decoder with the released parameter names, over transformers' Cache API."""
+"""The Qwen v1 decoder with the released parameter names, over transformers' Cache API.
+
+One file for one model, as transformers has it.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any

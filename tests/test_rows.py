@@ -1,0 +1,156 @@
+"""Do batch operations share stored rows, and read and give back the right ones?"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantcache.backends import dispatch
+from quantcache.quantization import reference
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store import reads
+from quantcache.store.growing import Int8Pages
+from quantcache.store.segments import ClosedPages, RowTable, Segment
+from quantcache.store.view import PagesView
+from tests.strategies import random_states
+
+
+def filled(batch: int = 4, tokens: int = 300) -> Int8Pages:
+    key, _ = random_states(batch, 2, tokens, 16, seed=1)
+    value, _ = random_states(batch, 2, tokens, 24, seed=2)
+    pages = Int8Pages(key, value)
+    pages.append(key, value)
+    return pages
+
+
+def addresses(pages: Int8Pages) -> list[int]:
+    return [part.data_ptr() for segment in pages.segments for part in segment]
+
+
+def rows_of(dense: tuple[Tensor, Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
+    return dense[0][rows], dense[1][rows]
+
+
+@pytest.fixture
+def reads_row_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
+
+
+@given(data=st.data(), pages=st.integers(0, 5), rows=st.integers(1, 4), batch=st.integers(1, 6))
+def test_a_sequence_reads_of_every_page_the_row_that_the_table_says(
+    data: st.DataObject, pages: int, rows: int, batch: int
+) -> None:
+    table = torch.tensor(
+        [[data.draw(st.integers(0, rows - 1)) for _ in range(pages)] for _ in range(batch)], dtype=torch.int32
+    ).view(batch, pages)
+    part = torch.randint(-128, 128, (pages, rows, 2, 3), dtype=torch.int8)
+    selected = reference.select_rows(part, table)
+    assert selected.shape == (pages, batch, 2, 3)
+    for page in range(pages):
+        for sequence in range(batch):
+            assert torch.equal(selected[page, sequence], part[page, table[sequence, page]])
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+@pytest.mark.parametrize("order", [[1, 0, 3, 2], [0, 0, 2, 3], [3, 1], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_batch_operations_copy_no_page(order: list[int]) -> None:
+    pages = filled()
+    where, dense = addresses(pages), pages.restore()
+    pages.index_select(torch.tensor(order))
+    assert addresses(pages) == where
+    assert pages.row_table is not None
+    for have, want in zip(pages.restore(), rows_of(dense, order), strict=True):
+        assert torch.equal(have, want)
+    query, _ = random_states(len(order), 4, 1, 16, seed=3)
+    expected = reference.attend(query, *rows_of(dense, order))
+    torch.testing.assert_close(reads.attention(query, pages.view()), expected)
+    # Pages closed from here on have a row for each sequence.
+    newer = [random_states(len(order), 2, 100, width, seed=4)[0] for width in (16, 24)]
+    pages.append(newer[0], newer[1])
+    assert addresses(pages)[: len(where)] == where or len(order) != 4
+    for have, want, new in zip(pages.restore(), rows_of(dense, order), newer, strict=True):
+        assert torch.equal(have[:, :, :300], want) or (have[:, :, :256] == want[:, :, :256]).all()
+        assert (have[:, :, 300:] - new).abs().max() < 0.05
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+def test_the_order_there_was_needs_no_table() -> None:
+    pages = filled()
+    for order in ([1, 0, 3, 2], [1, 0, 3, 2]):
+        pages.index_select(torch.tensor(order))
+    assert pages.row_table is None
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+def test_memory_is_given_back_once_fewer_than_half_of_the_rows_are_read() -> None:
+    pages = filled()
+    nbytes, dense = pages.nbytes, pages.restore()
+    pages.index_select(torch.tensor([3, 1]))
+    assert pages.row_table is not None, "half of the rows are read"
+    pages.index_select(torch.tensor([1]))
+    assert pages.row_table is None
+    assert pages.nbytes < 0.3 * nbytes
+    for have, want in zip(pages.restore(), rows_of(dense, [1]), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_kernels_that_read_no_table_get_the_pages_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "cpu")
+    if dispatch.cpu_backend.unavailable():
+        pytest.skip("no C++ compiler")
+    pages = filled()
+    dense = pages.restore()
+    for order in ([1, 0, 3, 2], [2, 2, 0, 1]):
+        pages.index_select(torch.tensor(order))
+        dense = rows_of(dense, order)
+    where = addresses(pages)
+    query, _ = random_states(4, 4, 1, 16, seed=3)
+    torch.testing.assert_close(reads.attention(query, pages.view()), reference.attend(query, *dense))
+    assert pages.row_table is None
+    assert addresses(pages) != where
+    assert addresses(pages) == addresses(pages), "once, and not for each read"
+
+
+def test_registered_operations_read_a_table_on_every_backend() -> None:
+    pages = filled()
+    table = torch.tensor([[0, 1, 2, 3], [3, 3, 1, 0]], dtype=torch.int32)
+    buffers = pages.key_tail[:2], pages.value_tail[:2]
+    view = PagesView(ClosedPages(pages.stored().segments, table), *buffers)
+    query, _ = random_states(2, 4, 1, 16, seed=3)
+    segment = Segment(*(torch.cat(parts) for parts in zip(*pages.stored().segments, strict=True)))
+    resolved = PagesView(ClosedPages((Segment(*(reference.select_rows(part, table) for part in segment)),)), *buffers)
+    options = AttentionOptions(is_causal=True)
+    packed = reads.packed(view)
+    output = torch.ops.quantcache.attention(query, *packed, *options)
+    torch.testing.assert_close(output, reference.attend(query, *reads.restore_both(resolved), options))
+    for is_key in (True, False):
+        restored = torch.ops.quantcache.restore(*packed, torch.float32, is_key)
+        assert torch.equal(restored, reads.restore(resolved, is_key))
+
+
+def test_a_table_counts_what_is_read() -> None:
+    segments = filled().segments
+    table = RowTable.identity(4, sum(segment.capacity for segment in segments))
+    assert table.is_identity(segments)
+    assert table.share_read(segments) == 1
+    assert RowTable(table.rows[[0, 0, 1, 1]]).share_read(segments) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.tensor([0, 4]), IndexError, r"indices must be below the batch of 4 sequences, got 4\."),
+        (torch.tensor([-5]), IndexError, r"indices must be below the batch of 4 sequences, got -5\."),
+        (torch.tensor([0.0]), TypeError, r"indices must be integers or bool, got torch\.float32\."),
+        (torch.tensor([[0]]), IndexError, r"indices must be 1-D, bool ones \(4,\), got \(1, 1\)\."),
+        (torch.tensor([True]), IndexError, r"indices must be 1-D, bool ones \(4,\), got \(1,\)\."),
+    ],
+)
+def test_sequences_that_are_not_there_are_refused(indices: Tensor, error: type[Exception], message: str) -> None:
+    pages = filled()
+    dense = pages.restore()
+    with pytest.raises(error, match=message):
+        pages.index_select(indices)
+    for have, want in zip(pages.restore(), dense, strict=True):
+        assert torch.equal(have, want)
