@@ -134,7 +134,8 @@ class StaticInt8Pages(Pages):
             ValueError: see ``check_room``.
         """
         new_tokens = key_states.shape[2]
-        check_room(self.capacity, new_tokens, self.seq_len)
+        self.synchronize()
+        check_room(self.layout.shape.capacity, new_tokens, self._pages * PAGE_SIZE + self._tail_len)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         if new_tokens == 1:
@@ -251,6 +252,12 @@ class StaticInt8Pages(Pages):
             self._closed = closed
         self._pages, self._tail_len = pages, tail_len
         self.is_stale = self.was_recorded = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored."""
+        self.synchronize()
+        return not self._pages and not self._tail_len
 
     def _view(self, pages: int, key_tail: Tensor, value_tail: Tensor, tail_len: int) -> PagesView:
         closed = self._pages_until(pages)
