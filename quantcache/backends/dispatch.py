@@ -87,6 +87,18 @@ def why_torch(device: torch.device) -> str:
     return f"this version has no kernels for {device.type} devices"
 
 
+def why_chosen(device: torch.device, name: str) -> str:
+    """Why ``choose_backend`` picked the backend ``name`` for ``device``."""
+    if os.environ.get(BACKEND_VARIABLE):
+        return f"{BACKEND_VARIABLE} asks for it"
+    return why_torch(device) if name == "torch" else "the fastest there is for this device"
+
+
+def tail_writer(device: torch.device) -> str | None:
+    """What writes a few tokens on a CPU, no work for which kernels need be built; elsewhere None: what reads them."""
+    return "torch" if device.type == "cpu" else None
+
+
 def backend_for(*states: Tensor) -> tuple[str, str | None]:
     """Which backend takes operations on ``states``, and why it is not the chosen one, or None if it is.
 

@@ -1,6 +1,5 @@
 """``quantcache doctor``: which backend would run here, and why not another."""
 
-import os
 import platform
 from dataclasses import dataclass
 
@@ -66,11 +65,5 @@ def examine() -> list[Finding]:
         except ValueError as error:
             findings.append(Finding(name, "none", str(error)))
             continue
-        if os.environ.get(dispatch.BACKEND_VARIABLE):
-            reason = f"{dispatch.BACKEND_VARIABLE} asks for it"
-        elif backend == "torch":
-            reason = dispatch.why_torch(torch.device(name))
-        else:
-            reason = "the fastest there is for this device"
-        findings.append(Finding(name, backend, reason))
+        findings.append(Finding(name, backend, dispatch.why_chosen(torch.device(name), backend)))
     return findings

@@ -314,8 +314,7 @@ class Int8Pages(Pages):
 
     @property
     def _append_backend(self) -> str:
-        """Writing a few tokens is no work for the CPU kernels, which need not be built for it."""
-        return "torch" if self.device.type == "cpu" else self.backend[0]
+        return dispatch.tail_writer(self.device) or self.backend[0]
 
     def _write_pending(self) -> None:
         """Have the newest tokens in the buffers of the tail."""
