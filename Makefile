@@ -23,7 +23,7 @@ test: $(STAMP) ## run the tests (TEST_ARGS="-k crop")
 
 # What shows a host that is not as assumed: its contract, generate, the matrix in its short form, Qwen v1, prompt caches,
 # routing; four minutes at most.
-HOST_TESTS := tests/test_host.py tests/test_layer_contract.py tests/test_generate.py tests/test_matrix.py \
+HOST_TESTS := tests/test_host.py tests/test_host_private.py tests/test_layer_contract.py tests/test_generate.py tests/test_matrix.py \
 	tests/test_qwen_model.py tests/test_qwen_chat.py tests/test_files.py tests/test_attention.py
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed

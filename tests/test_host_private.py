@@ -94,16 +94,16 @@ def test_a_model_tells_how_many_ranks_share_it() -> None:
 
 
 def test_weights_that_accelerate_brings_tell_where_they_go() -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    hooks = pytest.importorskip("accelerate.hooks")
 
-    class Waiting(AlignDevicesHook):
+    class Waiting(hooks.AlignDevicesHook):
         def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
             return module  # nothing is moved, so that no GPU is needed
 
     for place, device in ((0, "cuda:0"), ("cpu", "cpu"), (torch.device("cpu"), "cpu")):
         module = torch.nn.Linear(2, 2)
         assert _host.brought_to(module) is None
-        add_hook_to_module(module, Waiting(execution_device=place))
+        hooks.add_hook_to_module(module, Waiting(execution_device=place))
         assert _host.brought_to(module) == torch.device(device)
 
 
