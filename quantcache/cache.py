@@ -338,7 +338,7 @@ class QuantizedInt8Cache(DynamicCache):
         """Forget the newest tokens of every layer; see ``BaseInt8Layer.crop``.
 
         Args:
-            tokens_to_remove: minus the number of tokens. With 0 layers that record their past let go of it.
+            tokens_to_remove: minus the number of tokens. With 0 layers that record their past drop it.
 
         Raises:
             ValueError: a positive number, more tokens than a layer holds, or a layer that cannot go back; every layer

@@ -104,7 +104,7 @@ def test_two_processes_at_once_both_get_the_kernels(tmp_path: Path) -> None:
 def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler found")
-    dispatch._cpu_is_available.cache_clear()
+    dispatch._kernels_run.cache_clear()
     try:
         with pytest.warns(FallbackWarning, match=r"no C\+\+ compiler found"):
             assert dispatch.choose_backend(torch.device("cpu")) == "torch"
@@ -113,7 +113,7 @@ def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytes
         with pytest.raises(ValueError, match="QUANTCACHE_BACKEND: cpu cannot run here: no C"):
             dispatch.choose_backend(torch.device("cpu"))
     finally:
-        dispatch._cpu_is_available.cache_clear()
+        dispatch._kernels_run.cache_clear()
 
 
 def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler found")
-    dispatch._cpu_is_available.cache_clear()
+    dispatch._kernels_run.cache_clear()
     try:
         assert doctor.examine()[0] == doctor.Finding("cpu", "torch", "no C++ compiler found")
     finally:
-        dispatch._cpu_is_available.cache_clear()
+        dispatch._kernels_run.cache_clear()

@@ -31,9 +31,7 @@ def choose_backend(device: torch.device) -> str:
     """
     forced = os.environ.get(BACKEND_VARIABLE)
     if not forced:
-        if device.type == "cpu":
-            return "cpu" if _cpu_is_available() else "torch"
-        return "cuda" if device.type == "cuda" and _cuda_is_available(device) else "torch"
+        return device.type if device.type in ("cpu", "cuda") and _kernels_run(device) else "torch"
     if forced not in BACKENDS:
         raise ValueError(
             f"{BACKEND_VARIABLE}: must be one of {', '.join(BACKENDS)}, got {forced!r}. "
@@ -44,34 +42,26 @@ def choose_backend(device: torch.device) -> str:
             raise ValueError(
                 f"{BACKEND_VARIABLE}: {forced} runs on {forced.upper()} tensors, got tensors on {device}. Unset it."
             )
-        reason = cpu_backend.unavailable() if forced == "cpu" else cuda_backend.unavailable(device)
-        if reason is not None:
+        if (reason := _unavailable(device)) is not None:
             raise ValueError(f"{BACKEND_VARIABLE}: {forced} cannot run here: {reason}. Unset it, or set it to torch.")
     return forced
 
 
-@functools.cache
-def _cpu_is_available() -> bool:
-    """Whether the kernels can be built and run; if not, says why in one warning for the process."""
-    reason = cpu_backend.unavailable()
-    if reason is not None:
-        warnings.warn(
-            f"quantcache: int8 attention runs in plain torch, which is slower, because {reason}. "
-            f"Install a C++ compiler (g++ or clang++), or set {BACKEND_VARIABLE}=torch to say that this is meant.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-    return reason is None
+def _unavailable(device: torch.device) -> str | None:
+    """Why the kernels for ``device``, a CPU or a GPU, cannot run, or None."""
+    return cpu_backend.unavailable() if device.type == "cpu" else cuda_backend.unavailable(device)
 
 
 @functools.cache
-def _cuda_is_available(device: torch.device) -> bool:
-    """Whether the kernels run on ``device``; if not, says why in one warning for the device."""
-    reason = cuda_backend.unavailable(device)
+def _kernels_run(device: torch.device) -> bool:
+    """Whether the kernels for ``device`` can be built and run; if not, says why in one warning for the device."""
+    reason = _unavailable(device)
     if reason is not None:
+        is_cpu = device.type == "cpu"
+        where, advice = ("", "Install a C++ compiler (g++ or clang++), or set") if is_cpu else (f" on {device}", "Set")
         warnings.warn(
-            f"quantcache: int8 attention on {device} runs in plain torch, which is slower, because {reason}. "
-            f"Set {BACKEND_VARIABLE}=torch to say that this is meant.",
+            f"quantcache: int8 attention{where} runs in plain torch, which is slower, because {reason}. "
+            f"{advice} {BACKEND_VARIABLE}=torch to say that this is meant.",
             FallbackWarning,
             stacklevel=2,
         )
@@ -80,11 +70,9 @@ def _cuda_is_available(device: torch.device) -> bool:
 
 def why_torch(device: torch.device) -> str:
     """Why ``choose_backend`` picks the torch backend for ``device`` where nothing is forced."""
-    if device.type == "cpu":
-        return cpu_backend.unavailable() or "nothing is against the CPU kernels"
-    if device.type == "cuda":
-        return cuda_backend.unavailable(device) or "nothing is against the CUDA kernels"
-    return f"this version has no kernels for {device.type} devices"
+    if device.type not in ("cpu", "cuda"):
+        return f"this version has no kernels for {device.type} devices"
+    return _unavailable(device) or f"nothing is against the {device.type.upper()} kernels"
 
 
 def why_chosen(device: torch.device, name: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from quantcache.files.container import Container
 from quantcache.files.header import Entry
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store.growing import PagesView, Segment
+from quantcache.store.segments import Segment
+from quantcache.store.view import PagesView
 
 LAYOUT: Final = 1
 
@@ -81,7 +82,7 @@ class StoredPages:
         num_pages: closed pages.
         batch: sequences.
         tail_len: exact tokens behind the pages.
-        first_page: pages let go before the first one stored.
+        first_page: pages dropped before the first one stored.
     """
 
     layer_idx: int
@@ -97,7 +98,7 @@ class StoredPages:
 
     @property
     def seq_len(self) -> int:
-        """Tokens fed, those let go included."""
+        """Tokens fed, those dropped included."""
         return self.first_page * PAGE_SIZE + self.held
 
 
@@ -108,7 +109,7 @@ def check_pages(container: Container, layer_idx: int, residual_length: int, firs
         container: the file.
         layer_idx: decoder layer.
         residual_length: newer tokens a page waits for.
-        first_page: pages let go before those stored.
+        first_page: pages dropped before those stored.
 
     Raises:
         CacheFileError: one is missing, or has another dtype or shape than the layout says.

@@ -21,8 +21,6 @@ from quantcache.store.segments import ClosedPages, RowTable, Segment, pages_betw
 from quantcache.store.tail import copied, roomier, write_tail
 from quantcache.store.view import PagesView
 
-__all__ = ["Int8Pages", "PagesView", "Segment"]
-
 LEAST_SHARE_READ = 0.5
 """Of the stored rows; where fewer are still read, pages are copied to give the memory back."""
 
@@ -191,7 +189,7 @@ class Int8Pages(Pages):
         skipped = min(max(self._oldest_needed(key_states.shape[2]) - self.num_pages, 0), closing)
         new_segments = self._close(key_tail, value_tail, skipped, closing) if closing else []
         if closing or is_empty:
-            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are let go.
+            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed.
             start = closing * PAGE_SIZE
             buffers = copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
@@ -253,7 +251,7 @@ class Int8Pages(Pages):
             self._segments.pop()
         if self._host is not None:
             self._host.crop(pages)
-        self._narrow_table(0, pages)
+        self.row_table = self.row_table and self.row_table.narrow(0, pages)
 
     def drop_prefix(self) -> None:
         """Free the segments that lie wholly before the newest ``keep_tokens``. Views that exist keep theirs."""
@@ -266,7 +264,7 @@ class Int8Pages(Pages):
         if self._host is not None:
             self._host.forget(segments, pages)
         self._segments, self._closed = self._segments[segments:], None
-        self._narrow_table(pages, self.num_pages)
+        self.row_table = self.row_table and self.row_table.narrow(pages, self.num_pages)
         self.first_page, self.num_pages = self.first_page + pages, self.num_pages - pages
 
     def index_select(self, indices: Tensor) -> None:
@@ -330,7 +328,7 @@ class Int8Pages(Pages):
             self._arrival = None
 
     def _oldest_needed(self, new_tokens: int) -> int:
-        """Pages, from the first one held, that are out of reach once ``new_tokens`` more are stored."""
+        """Pages, from the first one held, that are no longer needed once ``new_tokens`` more are stored."""
         if self.keep_tokens is None or self.keeps_past:
             return 0
         return max(self.seq_len + new_tokens - self.keep_tokens, 0) // PAGE_SIZE - self.first_page
@@ -352,11 +350,6 @@ class Int8Pages(Pages):
                 segments = tuple(self._segments)
         self._closed = ClosedPages(segments, table)
         return self._closed
-
-    def _narrow_table(self, start: int, stop: int) -> None:
-        """Forget the rows of pages that are gone."""
-        if self.row_table is not None:
-            self.row_table = self.row_table.narrow(start, stop)
 
     def _room(self) -> int:
         """Pages that the last segment has room for, if it has a row for each sequence."""

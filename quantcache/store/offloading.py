@@ -82,7 +82,7 @@ class HostCopy:
         return made, None if stream is None else stream.record_event()
 
     def forget(self, segments: int, pages: int) -> None:
-        """Let go of the oldest ``segments``, which hold ``pages`` pages."""
+        """Drop the oldest ``segments``, which hold ``pages`` pages."""
         self.segments = self.segments[segments:]
         self.num_pages = max(self.num_pages - pages, 0)
 

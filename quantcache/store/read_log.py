@@ -57,7 +57,6 @@ class ReadLog:
         Raises:
             FallbackError: the cache is strict.
         """
-        advice = "Read cache.report() for every layer"
         if self.policy.strict:
             raise strict_error(reason)
         self.kernel, self.reason = kernel, reason
@@ -65,7 +64,8 @@ class ReadLog:
             self.policy.warned = True
             warnings.warn(
                 f"QuantizedInt8Cache: the cache was read by restoring it to full precision ({reason}), which is "
-                f"correct but slower and needs memory for one layer. {advice}; strict=True raises instead.",
+                "correct but slower and needs memory for one layer. Read cache.report() for every layer; "
+                "strict=True raises instead.",
                 FallbackWarning,
                 stacklevel=3,
             )
