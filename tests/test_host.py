@@ -30,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from quantcache import QuantizedInt8Cache
+from quantcache.files import host_states
 from quantcache.layers import _host
 from quantcache.layers import routing as attention
 from quantcache.layers._host import (
@@ -314,3 +315,19 @@ def test_the_name_of_the_cache_is_read_off_the_host(monkeypatch: pytest.MonkeyPa
         made = eval(f"lambda self, input_ids, {name}=None, **kwargs: None")
         monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", made)
         assert _host._host_cache_name() == name
+
+
+@pytest.mark.parametrize("name", host_states._KINDS)
+def test_layers_that_files_hold_have_the_states_they_are_read_by(name: str) -> None:
+    """Their classes under their names, and the attributes of a fresh one, which ``files/host_states.py`` reads."""
+    if Version(transformers.__version__) < Version(TESTED["transformers"].newest):
+        pytest.skip("older releases lack some of them")
+    kind, made = host_states._KINDS[name], getattr(cache_utils, name)
+    options: dict[str, Any] = {"sliding_window": 8} if kind.has_window else {}
+    accepted = parameters(made.__init__)
+    layer = made(**{option: value for option, value in options.items() if option in accepted or "kwargs" in accepted})
+    missing = [state for state in kind.axes if not hasattr(layer, state)]
+    assert not missing
+    if kind.has_states:
+        for state in (*host_states._STATES, "has_previous_state", "conv_kernel_size", "number_of_states"):
+            assert hasattr(layer, state), state

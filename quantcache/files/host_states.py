@@ -53,7 +53,7 @@ def state_of(layer: Any, seq_len: int) -> dict[str, Tensor]:
     kind = _kind(layer)
     if getattr(layer, "record_past", False):
         raise HostLayerError(f"{_name(layer)} must not keep a past that waits for crop, got record_past=True")
-    found = {name: getattr(layer, name) for name in kind.axes}
+    found = {name: getattr(layer, name, None) for name in kind.axes}  # older releases lack one
     if kind.has_states:
         found.update({f"{name}.{index}": s for name in _STATES for index, s in getattr(layer, name).items()})
     tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
