@@ -17,7 +17,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, S
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, checked_indices, no_tokens
-from quantcache.store.segments import ClosedPages, RowTable, Segment, pages_between
+from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between
 from quantcache.store.tail import copied, roomier, write_tail
 from quantcache.store.view import PagesView
 
@@ -247,8 +247,7 @@ class Int8Pages(Pages):
         buffers = copied(key_states[:, :, :rest], value_states[:, :, :rest])
         self._buffers, self.tail_len = buffers, rest
         self.num_pages, self._closed = pages, None
-        while self._segments and sum(s.capacity for s in self._segments[:-1]) >= pages:
-            self._segments.pop()
+        drop_beyond(self._segments, pages)
         if self._host is not None:
             self._host.crop(pages)
         self.row_table = self.row_table and self.row_table.narrow(0, pages)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from quantcache.store.segments import Segment
+from quantcache.store.segments import Segment, drop_beyond
 
 
 @functools.cache
@@ -88,8 +88,7 @@ class HostCopy:
 
     def crop(self, num_pages: int) -> None:
         """Forget pages beyond ``num_pages``, and the segments that then hold none."""
-        while self.segments and sum(segment.capacity for segment in self.segments[:-1]) >= num_pages:
-            self.segments.pop()
+        drop_beyond(self.segments, num_pages)
         self.num_pages = min(self.num_pages, num_pages)
 
 

@@ -122,6 +122,12 @@ def pages_between(segments: Iterable[Segment], start: int, stop: int) -> tuple[S
     return tuple(narrowed)
 
 
+def drop_beyond(segments: list[Segment], num_pages: int) -> None:
+    """Drop the last segments that hold none of the first ``num_pages`` pages."""
+    while segments and sum(segment.capacity for segment in segments[:-1]) >= num_pages:
+        segments.pop()
+
+
 class RowTable(NamedTuple):
     """Which stored row each sequence of the batch reads a page from, on the host; immutable.
 
