@@ -39,6 +39,21 @@ def make_states(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
     return states.clamp(info.min, info.max).to(dtype)
 
 
+def broken(states: Tensor, seed: int = 0) -> Tensor:
+    """``states`` (batch, num_kv_heads, seq_len, head_dim) with NaN and infinities among them.
+
+    Here and there in the last sequence; in the first one a channel of its first page and a token have nothing else.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    states = states.clone()
+    kinds = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=states.dtype)
+    places = torch.rand(states[-1].shape, generator=generator) < 0.1
+    states[-1][places] = kinds[torch.randint(0, 3, (int(places.sum()),), generator=generator)]
+    states[0, 0, :PAGE_SIZE, -1] = kinds[torch.randint(0, 3, (PAGE_SIZE,), generator=generator)]
+    states[0, 0, 20] = kinds[torch.randint(0, 3, (states.shape[3],), generator=generator)]
+    return states
+
+
 SENTENCES = {
     "English": "It's 3:45 p.m.; I'll pay $1,234.50 for 2 (two) tickets — won't you?",
     "German": "Falsches Üben von Xylophonmusik quält jeden größeren Zwerg, 1987.",

@@ -14,12 +14,13 @@ from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads
+from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
 from tests.attention_cases import Case, Stored, asked_of_cuda, build
 from tests.conftest import skip_without_gpu
-from tests.strategies import make_states
+from tests.strategies import broken, make_states
 
 pytestmark = [pytest.mark.cuda, skip_without_gpu]
 
@@ -305,18 +306,40 @@ def test_what_lies_behind_the_pages_in_use_is_not_read() -> None:
     assert torch.equal(run(), clean)
 
 
-def test_a_token_that_is_not_finite_reaches_the_result() -> None:
-    """NaN is not swallowed by a maximum or a comparison."""
+def test_an_exact_token_that_is_not_finite_reaches_the_result() -> None:
+    """NaN is not swallowed by a maximum or a comparison, until its page is closed."""
     key = torch.randn(1, 1, 2 * PAGE_SIZE, 64, device="cuda").half()
     value = torch.randn_like(key)
     query = torch.randn(1, 1, 1, 64, device="cuda").half()
     for states in (key, value):
         whole = states.clone()
-        states[0, 0, 5, 7] = torch.nan
-        pages = Int8Pages(key, value, residual_length=0)
+        states[0, 0, PAGE_SIZE + 5, 7] = torch.nan
+        pages = Int8Pages(key, value, residual_length=60)
         pages.append(key, value)
-        assert reads.attention(query, pages.view()).isnan().all()
+        assert pages.tail_len == PAGE_SIZE
+        assert reads.attention(query, pages.view()).isnan().any()
+        pages.append(key[:, :, :PAGE_SIZE], value[:, :, :PAGE_SIZE])
+        assert pages.num_pages == 2
+        assert reads.attention(query, pages.view()).isfinite().all()
         states.copy_(whole)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+def test_pages_of_states_that_are_not_finite_equal_the_reference(
+    head_dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Bit for bit, by the kernel of a growing layer and by that of a fixed capacity."""
+    key, value = (broken(make_states("normal", (2, 3, 192, n), dtype, seed=n)).cuda() for n in head_dims)
+    expected = [t.contiguous() for t in (*reference.quantize_key_pages(key), *reference.quantize_value_pages(value))]
+    pages = [torch.empty_like(t) for t in expected]
+    cuda.store_pages(key, value, Segment(*pages))
+    fixed = StaticInt8Pages(key, value, 192, residual_length=0)
+    fixed.append(key, value)
+    fixed.close_due_pages()
+    for ours, advanced, theirs in zip(pages, fixed.view().segments[0], expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(advanced, theirs)
 
 
 def test_streams_do_not_share_their_partial_results() -> None:

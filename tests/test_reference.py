@@ -9,7 +9,7 @@ from torch import Tensor
 from quantcache.quantization import reference, scheme
 from quantcache.quantization.options import AttentionOptions
 from tests.bounds import assert_within, attention_bound, cast_bound
-from tests.strategies import DTYPES, kv_states, make_states, random_states
+from tests.strategies import DTYPES, broken, kv_states, make_states, random_states
 
 KEYS = (reference.quantize_key_pages, reference.restore_key_pages, -2)
 VALUES = (reference.quantize_value_pages, reference.restore_value_pages, -1)
@@ -78,21 +78,36 @@ def test_quantising_restored_states_again_moves_them_by_at_most_half_a_scale(sta
     assert_within(again, restored, 0.5 * scale.double(), unit=scale)
 
 
+@pytest.mark.parametrize(("quantize", "restore", "axis"), [KEYS, VALUES], ids=["keys", "values"])
+@given(states=kv_states(), seed=st.integers(0, 99))
+def test_finite_states_lie_within_half_a_scale_whatever_is_beside_them(
+    quantize, restore, axis, states: Tensor, seed: int
+) -> None:
+    states = broken(states, seed)
+    qdata, metadata = quantize(states)
+    scale = scale_like(states, metadata, axis)
+    restored = restore(qdata, metadata, torch.float32)
+    assert restored.isfinite().all()
+    expected = torch.where(states.isfinite(), states.float(), restored)
+    assert_within(restored, expected, 0.5 * scale.double(), unit=scale)
+
+
+@pytest.mark.parametrize(("quantize", "restore", "axis"), [KEYS, VALUES], ids=["keys", "values"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_a_broken_token_poisons_its_channel_or_itself_and_nothing_else(dtype: torch.dtype, broken: float) -> None:
-    states = make_states("normal", (1, 2, 128, 8), dtype, seed=1)
-    states[0, 1, 70, 3] = broken
-
-    keys = reference.restore_key_pages(*reference.quantize_key_pages(states), dtype)
-    expected = torch.zeros_like(states, dtype=torch.bool)
-    expected[0, 1, 64:, 3] = True
-    assert torch.equal(keys.isnan(), expected)
-
-    values = reference.restore_value_pages(*reference.quantize_value_pages(states), dtype)
-    expected = torch.zeros_like(states, dtype=torch.bool)
-    expected[0, 1, 70] = True
-    assert torch.equal(values.isnan(), expected)
+def test_what_is_not_finite_is_stored_as_an_end_of_its_group(quantize, restore, axis, dtype: torch.dtype) -> None:
+    """+inf as the largest finite number, -inf and NaN as the smallest, and in a group without one as zero."""
+    states = broken(make_states("normal", (2, 3, 128, 8), dtype, seed=1))
+    pages = reference.split_pages(states).movedim(axis, -1)
+    groups = pages.reshape(-1, pages.shape[-1]).clone()
+    for group in groups:
+        finite = group[group.isfinite()]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        group[group == torch.inf], group[~(group > -torch.inf)] = high, low
+    settled = reference.join_pages(groups.view(pages.shape).movedim(-1, axis))
+    assert settled.isfinite().all()
+    assert torch.equal(settled[states.isfinite()], states[states.isfinite()])
+    for ours, theirs in zip(quantize(states), quantize(settled), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_zeros_restore_to_exact_zeros() -> None:

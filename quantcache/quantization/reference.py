@@ -41,6 +41,29 @@ def nearest_step(states: Tensor, scale: Tensor) -> Tensor:
     return steps + (remainder > quarter).float() - (remainder < -quarter).float()
 
 
+def within_finite(states: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of ``states`` along ``dim`` with finite numbers in place of NaN and infinity, and the range of each.
+
+    What a model in float16 leaves under a mask need not be finite, and must not reach the tokens that share its scale.
+
+    Args:
+        states: float32, any shape.
+        dim: the axis of a group.
+
+    Returns:
+        states: the same, but +inf is the largest finite element of its group, -inf and NaN the smallest. A group that
+            has none is all zeros.
+        low: the smallest finite element of each group, ``dim`` kept as 1.
+        high: the largest.
+    """
+    inf = torch.inf
+    low = states.nan_to_num(inf, inf, inf).amin(dim, keepdim=True)
+    high = states.nan_to_num(-inf, -inf, -inf).amax(dim, keepdim=True)
+    has_finite = low <= high
+    low, high = torch.where(has_finite, low, 0.0), torch.where(has_finite, high, 0.0)
+    return states.nan_to_num(-inf, inf, -inf).clamp(low, high), low, high
+
+
 def quantize(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Round ``states`` to int8 with one affine map along ``dim``.
 
@@ -52,25 +75,21 @@ def quantize(states: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         qdata: int8, the shape of ``states``.
         metadata: int16, the shape of ``states`` without ``dim``, and a last axis of 2: the bits of the bfloat16
             ``scale`` and the ``zero_point``. ``|scale * (qdata - zero_point) - states| <= scale / 2`` for every
-            finite group; a group with NaN or inf gets the scale NaN and restores to NaN.
+            finite element, whatever others are in its group; ``within_finite`` says what is stored for those that
+            are not.
     """
-    states = states.float()
-    low, high = states.amin(dim, keepdim=True), states.amax(dim, keepdim=True)
+    states, low, high = within_finite(states.float(), dim)
     # Divided before they are subtracted: the range of a float32 group can exceed float32.
     spread = high / MAX_STEPS - low / MAX_STEPS
     floor = torch.maximum(high.abs(), low.abs()) / MAX_ABS_STEPS
-    wanted = torch.maximum(spread, floor).clamp_min(MIN_SCALE)
-    finite = wanted.isfinite()
-    scale = round_up_to_bfloat16(torch.where(finite, wanted, 1.0))
+    scale = round_up_to_bfloat16(torch.maximum(spread, floor).clamp_min(MIN_SCALE))
 
-    steps = nearest_step(torch.where(finite, states, 0.0), scale)
+    steps = nearest_step(states, scale)
     zero_point = QMIN - steps.amin(dim, keepdim=True)
-    qdata = torch.where(finite, steps + zero_point, 0.0).to(torch.int8)
+    qdata = (steps + zero_point).to(torch.int8)
 
-    scale = torch.where(finite, scale, torch.nan).to(torch.bfloat16)
-    zero_point = torch.where(finite, zero_point, 0.0).to(torch.int16)
-    metadata = torch.stack([scale.view(torch.int16), zero_point], dim=-1).squeeze(dim if dim >= 0 else dim - 1)
-    return qdata, metadata
+    words = scale.to(torch.bfloat16).view(torch.int16), zero_point.to(torch.int16)
+    return qdata, torch.stack(words, dim=-1).squeeze(dim if dim >= 0 else dim - 1)
 
 
 def unpack_metadata(metadata: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ namespace {
 // scheme.py explains the numbers.
 constexpr int kQMin = -128;
 constexpr float kMaxSteps = 254, kMaxAbsSteps = 32512, kMinScale = 0x1p-120f;
-constexpr int64_t kTokensAhead = 16;   // what hides the latency of memory
-constexpr uint32_t kNanPair = 0x7FC0;  // scale NaN, zero_point 0
+constexpr int64_t kTokensAhead = 16;  // what hides the latency of memory
 
 QC_INLINE Vec nearest_step(Vec states, Vec scale) {
   Vec half = 0.5f * scale, quarter = 0.25f * scale;
@@ -22,39 +21,31 @@ QC_INLINE Vec nearest_step(Vec states, Vec scale) {
 }
 
 struct Affine {
-  Vec scale, zero_point;  // scale 1 where a state is not finite
-  VecI is_finite;
+  Vec scale, zero_point;
   VecU pair;
 };
 
-// The map of groups from `low` to `high`; `widest` holds the largest |bits| of each, which shows NaN and inf.
-QC_INLINE Affine affine_of(Vec low, Vec high, VecU widest) {
-  VecI is_finite = widest < (VecU{} + 0x7F800000u);
-  low = select(is_finite, low, Vec{});
-  high = select(is_finite, high, Vec{});
+// The map of groups from `low` to `high`, which are finite.
+QC_INLINE Affine affine_of(Vec low, Vec high) {
   // Divided before they are subtracted: the range of a float32 group can exceed float32.
   Vec spread = high / kMaxSteps - low / kMaxSteps;
-  Vec floor = as_float(widest) / kMaxAbsSteps;
+  Vec floor = larger(magnitude(low), magnitude(high)) / kMaxAbsSteps;
   Vec wanted = larger(larger(spread, floor), splat(kMinScale));
   Vec scale = as_float((as_words(wanted) + 0xFFFFu) & 0xFFFF0000u);
-  scale = select(is_finite, scale, splat(1.0f));
   // The lowest state has the lowest step: equal steps of unequal states are ties of the same pair of integers.
   Vec zero_point = float(kQMin) - nearest_step(low, scale);
-  VecU pair = (as_words(scale) >> 16) | ((VecU)to_int(zero_point) << 16);
-  return {scale, zero_point, is_finite, is_finite ? pair : VecU{} + kNanPair};
+  return {scale, zero_point, (as_words(scale) >> 16) | ((VecU)to_int(zero_point) << 16)};
 }
 
 // What quantising a vector of states needs of its affine map.
 struct Quantizer {
   Vec scale, zero_point, inverse, half, quarter;
-  VecI is_finite;
-  Quantizer(Vec scale, Vec zero_point, VecI is_finite)
+  Quantizer(Vec scale, Vec zero_point)
       : scale(scale),
         zero_point(zero_point),
         inverse(1.0f / scale),
         half(0.5f * scale),
-        quarter(0.25f * scale),
-        is_finite(is_finite) {}
+        quarter(0.25f * scale) {}
 };
 
 // The nearest multiple is unique unless there is a tie, so where the remainder is below half a scale the product with
@@ -63,16 +54,37 @@ QC_INLINE VecI codes_of(const Quantizer& map, Vec states) {
   Vec steps = round_even(states * map.inverse);
   Vec remainder = 0.5f * states - steps * map.half;
   if (__builtin_expect(any_at_least(magnitude(remainder), map.quarter), 0)) steps = nearest_step(states, map.scale);
-  return to_int(select(map.is_finite, steps + map.zero_point, Vec{}));
+  return to_int(steps + map.zero_point);
 }
 
 QC_INLINE VecU wider(VecU a, VecU b) { return a > b ? a : b; }
 
-// Magnitudes are ordered by their bits as integers; compared as floats a NaN would be lost.
-QC_INLINE Vec wider_bits(Vec a, Vec b) { return as_float(wider(as_words(a), as_words(b))); }
+// `widest` holds the largest bits of a lane's magnitudes; compared as floats NaN would be lost.
+QC_INLINE bool is_any_not_finite(VecU widest) {
+  const VecU infinity = as_words(splat(kInfinity));
+  return any_at_least(as_float(widest < infinity ? widest : infinity), splat(kInfinity));
+}
+
+// For states of which not all are finite, `count` vectors that lie `step` apart: the range of the finite ones, for each
+// lane or, of a row, for all lanes. The others are moved to it: +inf to its end, -inf and NaN to its beginning.
+template <bool kIsRow>
+static __attribute__((noinline)) void saturate(float* states, int64_t count, int64_t step, Vec& low, Vec& high) {
+  low = splat(kInfinity), high = splat(-kInfinity);
+  for (int64_t i = 0; i < count; ++i) {
+    Vec x = load(states + i * step);
+    VecI is_finite = magnitude(x) < splat(kInfinity);
+    low = smaller(select(is_finite, x, low), low);
+    high = larger(select(is_finite, x, high), high);
+  }
+  if (kIsRow) low = splat(across_lanes(low, smaller)), high = splat(across_lanes(high, larger));
+  VecI has_finite = low <= high;
+  low = select(has_finite, low, Vec{}), high = select(has_finite, high, Vec{});
+  // Of larger and smaller the second argument counts where the first is NaN.
+  for (int64_t i = 0; i < count; ++i) store(states + i * step, smaller(larger(load(states + i * step), low), high));
+}
 
 // One vector of channels, tokens `width` apart: codes and pairs of `used` of its lanes.
-static void store_key_channels(const float* tile, int64_t width, int64_t head_dim, int64_t used, int8_t* qdata,
+static void store_key_channels(float* tile, int64_t width, int64_t head_dim, int64_t used, int8_t* qdata,
                                uint32_t* metadata) {
   Vec low = load(tile), high = low;
   VecU widest{};
@@ -82,11 +94,12 @@ static void store_key_channels(const float* tile, int64_t width, int64_t head_di
     high = larger(states, high);
     widest = wider(widest, as_words(magnitude(states)));
   }
-  Affine affine = affine_of(low, high, widest);
+  if (__builtin_expect(is_any_not_finite(widest), 0)) saturate<false>(tile, kPageSize, width, low, high);
+  Affine affine = affine_of(low, high);
   alignas(64) uint32_t pairs[kLanes];
   store_words(pairs, affine.pair);
   __builtin_memcpy(metadata, pairs, used * sizeof(uint32_t));
-  const Quantizer map(affine.scale, affine.zero_point, affine.is_finite);
+  const Quantizer map(affine.scale, affine.zero_point);
 #pragma GCC unroll 2
   for (int64_t token = 0; token < kPageSize; ++token) {
     VecI codes = codes_of(map, load(tile + token * width));
@@ -101,33 +114,29 @@ static void store_key_channels(const float* tile, int64_t width, int64_t head_di
 }
 
 // kLanes tokens: each has its own scale. tile is (kLanes, width); padding repeats a state of the token.
-static void store_value_tokens(const float* tile, int64_t width, int64_t head_dim, int8_t* qdata, uint32_t* metadata) {
+static void store_value_tokens(float* tile, int64_t width, int64_t head_dim, int8_t* qdata, uint32_t* metadata) {
   alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero_point[kLanes];
-  alignas(64) int32_t is_finite[kLanes];
-  alignas(64) uint32_t most_bits[kLanes];
   for (int64_t token = 0; token < kLanes; ++token) {
-    const float* row = tile + token * width;
+    float* row = tile + token * width;
     Vec lows = load(row), highs = lows;
-    VecU bits{};
+    VecU widest{};
     for (int64_t d = 0; d < width; d += kLanes) {
       Vec states = load(row + d);
       lows = smaller(states, lows);
       highs = larger(states, highs);
-      bits = wider(bits, as_words(magnitude(states)));
+      widest = wider(widest, as_words(magnitude(states)));
     }
+    if (__builtin_expect(is_any_not_finite(widest), 0)) saturate<true>(row, width / kLanes, kLanes, lows, highs);
     low[token] = across_lanes(lows, smaller);
     high[token] = across_lanes(highs, larger);
-    float most = across_lanes(as_float(bits), wider_bits);
-    __builtin_memcpy(&most_bits[token], &most, sizeof most);
   }
-  Affine affine = affine_of(load(low), load(high), load_words(most_bits));
+  Affine affine = affine_of(load(low), load(high));
   store_words(metadata, affine.pair);
   store(scale, affine.scale);
   store(zero_point, affine.zero_point);
-  __builtin_memcpy(is_finite, &affine.is_finite, sizeof is_finite);
   for (int64_t token = 0; token < kLanes; ++token) {
     const float* row = tile + token * width;
-    const Quantizer map(splat(scale[token]), splat(zero_point[token]), splat_int(is_finite[token]));
+    const Quantizer map(splat(scale[token]), splat(zero_point[token]));
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       VecI codes = codes_of(map, load(row + d));
       if (d + kLanes <= head_dim) {

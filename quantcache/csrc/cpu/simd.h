@@ -37,7 +37,6 @@ typedef int8_t VecCode __attribute__((vector_size(kLanes)));
 constexpr float kInfinity = __builtin_inff();
 
 QC_INLINE Vec splat(float x) { return Vec{} + x; }
-QC_INLINE VecI splat_int(int32_t x) { return VecI{} + x; }
 
 QC_INLINE Vec load(const float* p) {
   Vec v;

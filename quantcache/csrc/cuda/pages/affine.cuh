@@ -5,8 +5,6 @@
 // scheme.py explains the numbers.
 constexpr float kQMin = -128.0f, kMinScale = 0x1p-120f;
 constexpr int kMaxSteps = 254, kMaxAbsSteps = 32512;
-constexpr u32 kNanPair = 0x7FC0;  // scale NaN, zero_point 0
-constexpr u32 kInfinityBits = 0x7F800000u;
 
 // Range of a warp's elements. Floats in the order of integers can be reduced in one instruction; a NaN made canonical
 // is the largest, so that the maximum shows it.
@@ -30,17 +28,14 @@ DEVICE float divided(float x) {
   return fmaf(fmaf(-quotient, static_cast<float>(kDivisor), x), inverse, quotient);
 }
 
-// The affine map of a group; an inverse of 0 stands for a group that is not finite, whose codes are all 0.
+// The affine map of a group.
 struct Affine {
   float inverse, zero_point;
   float correction;  // of float32 the scale, else what the inverse lacks
 
+  // The range is finite.
   static DEVICE Affine of(const Range& range, u32& metadata) {
-    const float largest = higher(fabsf(range.low), fabsf(range.high));
-    if (!(__float_as_uint(largest) < kInfinityBits)) {
-      metadata = kNanPair;
-      return {0.0f, 0.0f, 0.0f};
-    }
+    const float largest = fmaxf(fabsf(range.low), fabsf(range.high));
     // Divided before they are subtracted: the range of a float32 group can exceed float32.
     const float spread = __fsub_rn(divided<kMaxSteps>(range.high), divided<kMaxSteps>(range.low));
     const float wanted = fmaxf(fmaxf(spread, divided<kMaxAbsSteps>(largest)), kMinScale);
@@ -65,9 +60,8 @@ struct Affine {
     return __fadd_rn(fmaf(x, inverse, __fmul_rn(x, correction)), kRounder);
 #endif
   }
-  // In the lowest byte, if the group is finite.
+  // In the lowest byte.
   DEVICE u32 code(float x) const { return __float_as_uint(__fadd_rn(steps(x), zero_point)); }
-  DEVICE u32 mask() const { return inverse == 0.0f ? 0u : ~0u; }
 };
 
 DEVICE u32 pack_codes(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410); }
@@ -75,6 +69,5 @@ DEVICE u32 pack_codes(u32 a, u32 b, u32 c, u32 d) { return prmt(prmt(a, b, 0x004
 DEVICE u32 codes_of(const Four& v, const Affine (&map)[4]) {
   float x[4];
   to_floats(v, x);
-  const u32 codes = pack_codes(map[0].code(x[0]), map[1].code(x[1]), map[2].code(x[2]), map[3].code(x[3]));
-  return codes & pack_codes(map[0].mask(), map[1].mask(), map[2].mask(), map[3].mask());
+  return pack_codes(map[0].code(x[0]), map[1].code(x[1]), map[2].code(x[2]), map[3].code(x[3]));
 }

@@ -32,6 +32,7 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   const int channels = threadIdx.x % groups, token_group = threadIdx.x / groups;
   const bool works = token_group < kTokenGroups;
   Four states[kTokensPerThread];
+  bool has_others = false;  // than finite ones
   if (works) {
     const Four* source =
         static_cast<const Four*>(args.states[0]) + (start + token_group * args.stride[0][2]) / 4 + channels;
@@ -41,11 +42,23 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
     Four lowest = states[0], highest = states[0];
 #pragma unroll
     for (int i = 1; i < kTokensPerThread; i++) lowest = lower(lowest, states[i]), highest = higher(highest, states[i]);
-    float ends[4];  // of the range of each channel
-    to_floats(lowest, ends);
-    low[token_group][channels] = make_float4(ends[0], ends[1], ends[2], ends[3]);
-    to_floats(highest, ends);
-    high[token_group][channels] = make_float4(ends[0], ends[1], ends[2], ends[3]);
+    float lows[4], highs[4];
+    to_floats(lowest, lows);
+    to_floats(highest, highs);
+    FourRanges ranges;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      ranges.of[j] = {lows[j], highs[j]};
+      has_others |= !is_finite(ranges.of[j]);
+    }
+    if (has_others) {
+      ranges.open();
+#pragma unroll 1
+      for (int i = 0; i < kTokensPerThread; i++) ranges.add(source[i * step]);
+    }
+    low[token_group][channels] = make_float4(ranges.of[0].low, ranges.of[1].low, ranges.of[2].low, ranges.of[3].low);
+    high[token_group][channels] =
+        make_float4(ranges.of[0].high, ranges.of[1].high, ranges.of[2].high, ranges.of[3].high);
   }
   __syncthreads();
   if (const int d = threadIdx.x; d < HEAD_DIM) {
@@ -55,6 +68,9 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
       range.low = lower(range.low, reinterpret_cast<const float*>(low[i])[d]);
       range.high = higher(range.high, reinterpret_cast<const float*>(high[i])[d]);
     }
+    range = or_zero(range);
+    reinterpret_cast<float*>(low[0])[d] = range.low;
+    reinterpret_cast<float*>(high[0])[d] = range.high;
     u32 metadata;
     const Affine map = Affine::of(range, metadata);
     args.metadata[0][place * HEAD_DIM + d] = metadata;
@@ -64,6 +80,12 @@ DEVICE void store_keys(const StoreArgs& args, i64 place, i64 start) {
   }
   __syncthreads();
   if (!works) return;
+  if (has_others) {
+    const float4 lows = low[0][channels], highs = high[0][channels];
+    const FourRanges ranges = {{{lows.x, highs.x}, {lows.y, highs.y}, {lows.z, highs.z}, {lows.w, highs.w}}};
+#pragma unroll
+    for (int i = 0; i < kTokensPerThread; i++) states[i] = within(states[i], ranges);
+  }
   const float4 inverses = inverse[channels], zero_points = zero_point[channels], corrections = correction[channels];
   const Affine map[4] = {{inverses.x, zero_points.x, corrections.x},
                          {inverses.y, zero_points.y, corrections.y},
@@ -82,15 +104,15 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
   static_assert(tokens <= 32, "a lane makes the map of a token");
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Four* source = static_cast<const Four*>(args.states[1]) + start / 4;
+  // A lane or a token too many reads the last one again, which changes no range.
+  auto four_of = [&](int k, int r) {
+    return source[min(warp + k * warps, kPageSize - 1) * (args.stride[1][2] / 4) + min(r * 32 + lane, groups - 1)];
+  };
   Four states[tokens][rounds];
 #pragma unroll
   for (int k = 0; k < tokens; k++)
 #pragma unroll
-    for (int r = 0; r < rounds; r++) {
-      // A lane or a token too many reads the last one again, which changes no range.
-      const int token = min(warp + k * warps, kPageSize - 1), group = min(r * 32 + lane, groups - 1);
-      states[k][r] = source[token * (args.stride[1][2] / 4) + group];
-    }
+    for (int r = 0; r < rounds; r++) states[k][r] = four_of(k, r);
   Range own = {0.0f, 0.0f};
 #pragma unroll
   for (int k = 0; k < tokens; k++) {
@@ -103,6 +125,25 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
     const Range range = warp_range({lower(lower(lows[0], lows[1]), lower(lows[2], lows[3])),
                                     higher(higher(highs[0], highs[1]), higher(highs[2], highs[3]))});
     if (lane == k) own = range;
+  }
+  if (__any_sync(~0u, !is_finite(own))) {
+#pragma unroll 1
+    for (int k = 0; k < tokens; k++) {
+      FourRanges ranges;
+      ranges.open();
+      for (int r = 0; r < rounds; r++) ranges.add(four_of(k, r));
+      Range range = ranges.of[0];
+      for (int j = 1; j < 4; j++) range = {fminf(range.low, ranges.of[j].low), fmaxf(range.high, ranges.of[j].high)};
+      range = or_zero(warp_range(range));
+      if (lane == k) own = range;
+    }
+#pragma unroll
+    for (int k = 0; k < tokens; k++) {
+      const Range range = {__shfl_sync(~0u, own.low, k), __shfl_sync(~0u, own.high, k)};
+      const FourRanges ranges = {{range, range, range, range}};
+#pragma unroll
+      for (int r = 0; r < rounds; r++) states[k][r] = within(states[k][r], ranges);
+    }
   }
   u32 metadata;
   const Affine mine = Affine::of(own, metadata);
@@ -123,8 +164,8 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
   }
 }
 
-// Four CTAs a processor hide the latency of memory, where the registers of one allow it.
-constexpr int kStoreBlocks = DTYPE != kFloat32 && kStoreThreads == 256 ? 4 : 1;
+// Four CTAs a processor, of float32 three, hide the latency of memory, where the registers of one allow it.
+constexpr int kStoreBlocks = kStoreThreads > 256 ? 1 : DTYPE == kFloat32 ? 3 : 4;
 extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
     store_pages(const __grid_constant__ StoreArgs args) {
   const int head = blockIdx.y, which = blockIdx.z;
