@@ -3,18 +3,28 @@
 Where there is no second GPU, ``meta`` is the second device: torch refuses to mix it with the CPU in an operation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StaticCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import dispatch
 from quantcache.layers._host import cache_argument
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.fixed import StaticInt8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.layers.parallel import device_of_layer
+from quantcache.quantization.options import AttentionOptions
+from quantcache.store import reads, writes
+from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.view import PagesView
+from tests.conftest import devices
 from tests.file_cases import llama, prompt, read_prompt, stored_tensors
 from tests.processes import skip_below_two_gpus
 from tests.qwen_checkpoint import write_checkpoint
@@ -97,6 +107,123 @@ def test_a_layer_refuses_states_of_another_layers_device() -> None:
     with pytest.raises(ValueError, match=r"key_states must be on the layer's device, meta, got cpu\."):
         cache.update(key, value, 2)
     assert [layer.get_seq_length() for layer in cache.layers] == [100] * 4
+
+
+LAYERS: dict[str, Callable[[], BaseInt8Layer]] = {"growing": Int8Layer, "fixed": lambda: StaticInt8Layer(300)}
+
+
+def layer_of(kind: str, device: str) -> tuple[BaseInt8Layer, PagesView]:
+    """A layer with pages and a tail, and what attention would read of it."""
+    layer = LAYERS[kind]()
+    key, value = random_states(2, 2, 200, 16, seed=1, device=device)
+    layer.update(key[:, :, :199], value[:, :, :199])
+    states, _ = layer.update(key[:, :, 199:], value[:, :, 199:])
+    return layer, states.pages_view  # type: ignore[attr-defined]
+
+
+def elsewhere(device: str) -> str:
+    return "meta" if device == "cpu" else "cpu"
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["query", "attn_mask", "sinks"])
+def test_attention_refuses_what_is_on_another_device_than_the_cache(kind: str, name: str, device: str) -> None:
+    """Kernels would take its address as if it were on theirs."""
+    _, view = layer_of(kind, device)
+    query, _ = random_states(2, 2, 1, 16, seed=2, device=device)
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool, device=device)
+    given = {"query": query, "attn_mask": mask, "sinks": torch.zeros(2, device=device)}
+    expected = reads.attention(query, view, AttentionOptions(mask, sinks=given["sinks"]))
+    away = given | {name: given[name].to(elsewhere(device))}
+    options = AttentionOptions(away["attn_mask"], sinks=away["sinks"])
+    place = view.device
+    said = rf"ops\.attention: {name} must be on the device of the cached states, {place}, got {elsewhere(device)}\."
+    packed = reads.packed(view)
+    for ask in (
+        lambda: reads.attention(away["query"], view, options),
+        lambda: torch.ops.quantcache.attention(away["query"], *packed, *options),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
+    assert torch.equal(reads.attention(query, view, AttentionOptions(mask, sinks=given["sinks"])), expected)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("kind", LAYERS)
+def test_torchs_attention_refuses_a_query_on_another_device_than_the_cache(kind: str, device: str) -> None:
+    layer, _ = layer_of(kind, device)
+    query = torch.zeros(2, 2, 1, 16, device=elsewhere(device))
+    with pytest.raises(ValueError, match=r"ops\.attention: query must be on the device of the cached states"):
+        torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_a_recorded_read_refuses_what_is_on_another_device_than_the_cache(device: str) -> None:
+    layer, _ = layer_of("fixed", device)
+    pages = layer.pages
+    recorded = [pages.memory, dispatch.scratch_for(pages.key_tail, pages.value_tail)], pages.layout.shape
+    query = torch.zeros(2, 2, 1, 16, device=elsewhere(device))
+    said = r"query must be on the device of the cached states"
+    with pytest.raises(ValueError, match=said):
+        reads.attention_recorded(query, *recorded)
+    with pytest.raises(ValueError, match=said), FakeTensorMode(allow_non_fake_inputs=True):
+        reads.attention_recorded(query, *recorded)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("operation", ["store_pages", "append_tail", "advance"])
+def test_writes_refuse_states_on_another_device_than_the_layer(operation: str, device: str) -> None:
+    layer, _ = layer_of("fixed", device)
+    key, value = random_states(2, 2, 64, 16, seed=3, device=device)
+    pages = layer.pages
+    newest = key[:, :, :1], value[:, :, :1]
+    writes_of = {
+        "store_pages": ((key, value), tuple(pages.buffers.pages.narrow(0, 1))),
+        "append_tail": (newest, (pages.buffers.key_tail, pages.buffers.value_tail, 0)),
+        "advance": (newest, (pages.memory, pages.layout.shape, torch.float32)),
+    }
+    states, target = writes_of[operation]
+    before = pages.memory.clone()
+    for index, name in enumerate(("key_states", "value_states")):
+        away = list(states)
+        away[index] = away[index].to(elsewhere(device))
+        said = rf"ops\.{operation}: {name} must be on the device of the cached states, {pages.device}, got "
+        with pytest.raises(ValueError, match=said):
+            getattr(torch.ops.quantcache, operation)(*away, *target)
+    with pytest.raises(ValueError, match=r"ops\.append_tail: key_states must be on the device"):
+        writes.append_tail(newest[0].to(elsewhere(device)), newest[1], *writes_of["append_tail"][1])
+    with pytest.raises(ValueError, match=r"ops\.store_pages: value_states must be on the device"):
+        writes.store_pages(key, value.to(elsewhere(device)), pages.buffers.pages.narrow(0, 1))
+    assert torch.equal(pages.memory, before)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_pages_that_are_not_where_the_tail_is_are_refused(device: str) -> None:
+    """As those of a layer that is offloaded, and not fetched."""
+    _, view = layer_of("growing", device)
+    segments = tuple(Segment(*(part.to(elsewhere(device)) for part in segment)) for segment in view.segments)
+    apart = PagesView(ClosedPages(segments), *view.buffers)
+    query, _ = random_states(2, 2, 1, 16, seed=2, device=device)
+    said = f"pages and exact tail must be on one device, got {elsewhere(device)} and {view.device}"
+    if device == "cuda" or not dispatch.cpu_backend.unavailable():
+        with pytest.raises(ValueError, match=said):
+            reads.attention(query, apart)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("device", devices())
+def test_sequences_are_taken_by_indices_of_any_device_that_holds_numbers(kind: str, device: str) -> None:
+    layer, _ = layer_of(kind, device)
+    before = layer.keys.restore()
+    order = torch.tensor([1, 0])
+    layer.reorder_cache(order.to("cpu" if device == "cuda" else device))
+    layer.batch_select_indices(order.to(device))
+    layer.reorder_cache(order)
+    assert torch.equal(layer.keys.restore(), before.flip(0))
+    with pytest.raises(ValueError, match=r"indices must be on a device that holds numbers, such as the CPU, got meta"):
+        layer.reorder_cache(order.to("meta"))
+    assert torch.equal(layer.keys.restore(), before.flip(0))
 
 
 def spread(model: PreTrainedModel, layers: Any) -> None:

@@ -137,9 +137,14 @@ def checked_indices(indices: Tensor, batch: int) -> Tensor:
 
     Raises:
         TypeError: neither integers nor bool.
+        ValueError: indices on a device that holds no numbers.
         IndexError: another shape, or a sequence that is not there.
     """
     place = "Int8Layer.batch_select_indices"
+    if indices.is_meta:
+        raise ValueError(
+            f"{place}: indices must be on a device that holds numbers, such as the CPU, got {indices.device}."
+        )
     if indices.dtype != torch.bool and (indices.is_floating_point() or indices.is_complex()):
         raise TypeError(f"{place}: indices must be integers or bool, got {indices.dtype}.")
     if indices.dim() != 1 or (indices.dtype == torch.bool and len(indices) != batch):

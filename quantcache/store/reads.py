@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantcache.backends.devices import check_devices, check_pages
 from quantcache.backends.dispatch import BACKENDS, backend_for
 from quantcache.backends.protocol import Backend
 from quantcache.quantization import reference
@@ -81,7 +82,7 @@ def attention(query: Tensor, view: PagesView, options: AttentionOptions = PLAIN)
         (batch, query_len, num_q_heads, v_head_dim), contiguous, in the dtype of ``query``.
 
     Raises:
-        ValueError: shapes or numbers that do not fit together.
+        ValueError: shapes or numbers that do not fit together, or a tensor on another device than the layer.
         TypeError: a query whose dtype is not the tail's.
     """
     if view.capacity and options.attn_mask is not None:
@@ -92,7 +93,7 @@ def attention(query: Tensor, view: PagesView, options: AttentionOptions = PLAIN)
         key, value = (dense[:, :, : view.seq_len] for dense in restore_both(view))
         return reference.attend(query, key, value, options)
     if is_plain(query):
-        backend = BACKENDS[view.backend[0] if view.backend else backend_for(query, view.buffers[1])[0]]
+        backend = BACKENDS[view.backend[0] if view.backend else backend_for(*view.buffers)[0]]
         output = backend.attention(query, view, options)
         view.pending = None
         return output
@@ -130,18 +131,29 @@ def _reader(name: str, view: PagesView) -> tuple[Backend, PagesView]:
 
 
 def _run_attention(query: Tensor, tensors: list[Tensor], form: list[int], *args: Any) -> Tensor:
+    options = AttentionOptions(*args)
+    _check_places(tensors, query, options)
     view = unpacked(tensors, form, query.dtype)
     backend, view = _reader(backend_for(query, view.buffers[1])[0], view)
-    return backend.attention(query, view, AttentionOptions(*args))
+    return backend.attention(query, view, options)
+
+
+def _check_places(tensors: list[Tensor], query: Tensor, options: AttentionOptions) -> None:
+    """``check_devices`` of an attention call over the packed ``tensors``."""
+    sinks, attn_mask = options.sinks, options.attn_mask
+    check_devices("attention", tensors[0].device, query=query, attn_mask=attn_mask, sinks=sinks)
+    check_pages(tensors[0].device, [tensors])
 
 
 def _fake_attention(query: Tensor, tensors: list[Tensor], form: list[int], *args: Any) -> Tensor:
+    _check_places(tensors, query, AttentionOptions(*args))
     batch, num_q_heads, query_len, _ = query.shape
     v_head_dim = unpacked(tensors, form, query.dtype).buffers[1].shape[3]
     return query.new_empty(batch, query_len, num_q_heads, v_head_dim)
 
 
 def _run_restore(tensors: list[Tensor], form: list[int], dtype: torch.dtype, is_key: bool) -> Tensor:
+    check_pages(tensors[0].device, [tensors])
     view = unpacked(tensors, form, dtype)
     backend, view = _reader(backend_for(*view.buffers)[0], view)
     if view.lengths is None:
@@ -174,6 +186,13 @@ def _check_attention(query: Tensor, view: PagesView, options: AttentionOptions) 
     attn_mask, _, _, window, softcap, sinks = options
     key_buffer, value_buffer = view.buffers
     batch, num_kv_heads, _, head_dim = key_buffer.shape
+    device = key_buffer.device
+    if (
+        query.device != device
+        or (attn_mask is not None and attn_mask.device != device)
+        or (sinks is not None and sinks.device != device)
+    ):
+        check_devices("attention", device, query=query, attn_mask=attn_mask, sinks=sinks)
     if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim or query.shape[1] % num_kv_heads:
         raise ValueError(
             "ops.attention: query must be (batch, num_q_heads, query_len, head_dim) with batch "

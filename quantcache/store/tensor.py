@@ -243,7 +243,7 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: AttentionOptions) -> Tensor:
     """``ops.attention`` over the view, noted in the log."""
     if pages_view.backend is None:
-        pages_view.backend = dispatch.backend_for(query, pages_view.buffers[1])
+        pages_view.backend = dispatch.backend_for(*pages_view.buffers)
     backend, reason = pages_view.backend
     if reason:
         read_log.fell_back(reason, backend)

@@ -4,11 +4,10 @@ Each is registered with ``torch.library`` under the namespace ``quantcache``, fo
 tensors go to the backend at once.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from quantcache.backends.devices import check_devices
 from quantcache.backends.dispatch import BACKENDS, backend_for
 from quantcache.backends.protocol import Source
 from quantcache.store.buffer import BufferLayout, StaticShape, layout_for
@@ -49,7 +48,11 @@ def store_pages(key_states: Tensor, value_states: Tensor, target: Segment, backe
         value_states: (batch, num_kv_heads, T, v_head_dim).
         target: written; P pages.
         backend: what ``backend_for`` the states named, if it was asked already.
+
+    Raises:
+        ValueError: see ``check_devices``; nothing is written.
     """
+    check_devices("store_pages", target.key_qdata.device, key_states=key_states, value_states=value_states)
     if is_plain(key_states):
         BACKENDS[backend or backend_for(key_states, value_states)[0]].store_pages(key_states, value_states, target)
     else:
@@ -73,7 +76,12 @@ def append_tail(
         value_tail: written likewise.
         position: token of the tail that is written first.
         backend: what ``backend_for`` the states named, if it was asked already.
+
+    Raises:
+        ValueError: see ``check_devices``; nothing is written.
     """
+    if key_states.device != key_tail.device or value_states.device != key_tail.device:
+        check_devices("append_tail", key_tail.device, key_states=key_states, value_states=value_states)
     if is_plain(key_states):
         chosen = BACKENDS[backend or backend_for(key_states, value_states)[0]]
         chosen.append_tail(key_states, value_states, key_tail, value_tail, position)
@@ -99,12 +107,36 @@ def advance(
     torch.ops.quantcache.advance(key_states, value_states, memory, layout.shape, layout.dtype, *(source or ()))
 
 
+def _check_store_pages(*tensors: Tensor) -> None:
+    names = ("key_states", "value_states", *Segment._fields)
+    check_devices("store_pages", tensors[2].device, **dict(zip(names, tensors, strict=True)))
+
+
 def _run_store_pages(key_states: Tensor, value_states: Tensor, *target: Tensor) -> None:
+    _check_store_pages(key_states, value_states, *target)
     BACKENDS[backend_for(key_states, value_states)[0]].store_pages(key_states, value_states, Segment(*target))
 
 
-def _run_append_tail(key_states: Tensor, value_states: Tensor, *args: Any) -> None:
-    BACKENDS[backend_for(key_states, value_states)[0]].append_tail(key_states, value_states, *args)
+def _check_append_tail(
+    key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int
+) -> None:
+    given = {"key_states": key_states, "value_states": value_states, "value_tail": value_tail}
+    check_devices("append_tail", key_tail.device, **given)
+
+
+def _run_append_tail(
+    key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int
+) -> None:
+    _check_append_tail(key_states, value_states, key_tail, value_tail, position)
+    backend = BACKENDS[backend_for(key_states, value_states)[0]]
+    backend.append_tail(key_states, value_states, key_tail, value_tail, position)
+
+
+def _check_advance(
+    key_states: Tensor, value_states: Tensor, memory: Tensor, shape: list[int], dtype: torch.dtype, *source: Tensor
+) -> None:
+    given = dict(zip(("key_source", "value_source", "source_lengths"), source, strict=False))
+    check_devices("advance", memory.device, key_states=key_states, value_states=value_states, **given)
 
 
 def _run_advance(
@@ -117,15 +149,21 @@ def _run_advance(
     value_source: Tensor | None = None,
     source_lengths: Tensor | None = None,
 ) -> None:
-    static = StaticShape(*shape)
     source = None
     if key_source is not None and value_source is not None and source_lengths is not None:
         source = key_source, value_source, source_lengths
+    _check_advance(key_states, value_states, memory, shape, dtype, *(source or ()))
+    static = StaticShape(*shape)
     buffers = layout_for(static, dtype).unpack(memory)
     backend = BACKENDS[backend_for(key_states, value_states)[0]]
     backend.advance(source, key_states, value_states, buffers, static.residual_length)
 
 
-for _name, _run in (("store_pages", _run_store_pages), ("append_tail", _run_append_tail), ("advance", _run_advance)):
+# What traces or fakes an operation gets its check alone: nothing is returned.
+for _name, _run, _check in (
+    ("store_pages", _run_store_pages, _check_store_pages),
+    ("append_tail", _run_append_tail, _check_append_tail),
+    ("advance", _run_advance, _check_advance),
+):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quantcache::{_name}", lambda *_: None, lib=_library)
+    torch.library.register_fake(f"quantcache::{_name}", _check, lib=_library)

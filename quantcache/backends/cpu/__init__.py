@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantcache.backends import host
 from quantcache.backends.cpu import build
+from quantcache.backends.devices import check_pages
 from quantcache.backends.protocol import Buffers, SegmentLike, Source, View
 from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
@@ -209,6 +210,7 @@ def _segment_table(view: View) -> int:
             [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)]
             for s in view.segments
         ]
+        check_pages(view.buffers[0].device, contiguous)
         fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), len(parts[0]))]
         packed = (ctypes.c_int64 * len(fields))(*fields)
         found = view.memo["cpu"] = ctypes.addressof(packed), packed, contiguous

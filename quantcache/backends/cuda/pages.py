@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda.launch import DTYPES, Kernel, launch, load_kernel, readable
+from quantcache.backends.devices import check_pages
 from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
 
@@ -96,14 +97,15 @@ def segment_table(view: View) -> SegmentTable:
     """The table of a view's closed pages, made once for as long as they do not change."""
     made: SegmentTable | None = view.memo.get("cuda")
     if made is None:
-        made = view.memo["cuda"] = _make_table(view.segments)
+        made = view.memo["cuda"] = _make_table(view.segments, view.buffers[0].device)
     return made
 
 
-def _make_table(segments: Sequence[SegmentLike]) -> SegmentTable:
+def _make_table(segments: Sequence[SegmentLike], device: torch.device) -> SegmentTable:
     contiguous = [
         [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)] for s in segments
     ]
+    check_pages(device, contiguous)
     rows, first = [], 0
     for parts in contiguous:
         rows += [*(part.data_ptr() for part in parts), first]
@@ -113,7 +115,7 @@ def _make_table(segments: Sequence[SegmentLike]) -> SegmentTable:
     if len(segments) < 2:
         return SegmentTable(0, len(segments), first, first_parts, (contiguous,))
     # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-    on_device = torch.tensor(rows, dtype=torch.int64).to(contiguous[0][0].device, non_blocking=True)
+    on_device = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     return SegmentTable(on_device.data_ptr(), len(segments), first, first_parts, (on_device, contiguous))
 
 
