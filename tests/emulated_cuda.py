@@ -28,9 +28,13 @@ from quantcache.store.growing import Int8Pages
 
 H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per_block=232448)
 
+GRID_LIMITS = 2**31 - 1, 65535, 65535
+MAX_THREADS = 1024
+
 ATTENTION, PAGES, PLAN, ADVANCE = MODULES = [
     importlib.import_module(f"quantcache.backends.cuda.{name}") for name in ("attention", "pages", "plan", "advance")
 ]
+LAUNCH = importlib.import_module("quantcache.backends.cuda.launch")
 
 ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
 
@@ -100,7 +104,7 @@ class Arguments:
 
     def __init__(self, kernel: str, macros: dict[str, int], grid: tuple[int, int, int], packed: bytes) -> None:
         self.given = taken_apart(kernel, packed)
-        self.grid = grid
+        self.grid, self.macros = grid, macros
         self.widths = macros["HEAD_DIM"], macros["V_HEAD_DIM"]
         self.dtype = ELEMENT_TYPES[macros["DTYPE"]]
 
@@ -152,8 +156,10 @@ def append(args: Arguments) -> None:
 
 def store_pages(args: Arguments) -> None:
     given = args.given
-    pages, heads, _ = args.grid
-    batch = heads // given.num_kv_heads
+    pages, heads, layers = args.grid
+    assert not layers % 2
+    assert heads * layers // 2 >= given.num_heads
+    batch = given.num_heads // given.num_kv_heads
     for which, width in enumerate(args.widths):
         shape = batch, given.num_kv_heads, pages * PAGE_SIZE, width
         quantize(given, which, args.states(given.states[which], shape, given.stride[which]))
@@ -182,9 +188,12 @@ def restore(args: Arguments) -> None:
 
 def attention(args: Arguments) -> None:
     given = args.given
-    splits, rows, batch = args.grid
-    assert batch == given.batch
-    assert not rows % given.num_kv_heads
+    splits, batch = args.grid[0], given.batch
+    row_tiles = given.num_kv_heads * -(-given.group * given.query_len // (8 * args.macros["ROW_TILES"]))
+    if args.macros["FOLDS_GRID"]:
+        assert args.grid[1] * args.grid[2] >= row_tiles * batch
+    else:
+        assert args.grid[1:] == (row_tiles, batch)
     assert 1 <= given.page_splits <= given.num_splits == splits
     num_pages, tail_len = given.num_pages, given.tail_len
     if given.lengths:
@@ -218,22 +227,20 @@ def attention(args: Arguments) -> None:
     output = reference.attend(query, dense[0], dense[1], asked)
     memory(given.output, args.dtype, output.shape).copy_(output)
     if splits > 1:
-        _leave_partial_results(args)
+        _leave_partial_results(given, splits, row_tiles * batch, args.widths[1])
 
 
-def _leave_partial_results(args: Arguments) -> None:
+def _leave_partial_results(given: SimpleNamespace, splits: int, tiles: int, v_head_dim: int) -> None:
     """Partial results are garbage for whoever comes next; counters begin and end at zero."""
-    given, (splits, tiles, batch) = args.given, args.grid
     known = [*ATTENTION._workspaces.values(), *SCRATCHES]
     (workspace,) = (w for w in known if w.data_ptr() == given.counters)
-    tiles *= batch
     assert tiles <= ATTENTION.NUM_COUNTERS
     assert not memory(given.counters, torch.int32, (tiles,)).any()
-    rows = (given.partial_sums - given.partial) // 4 // args.widths[1]
+    rows = (given.partial_sums - given.partial) // 4 // v_head_dim
     assert rows >= tiles * splits
     assert given.partial == given.counters + 4 * ATTENTION.NUM_COUNTERS
     assert given.partial_sums + 8 * rows <= given.counters + workspace.nbytes
-    memory(given.partial, torch.float32, (rows * (args.widths[1] + 2),)).fill_(torch.nan)
+    memory(given.partial, torch.float32, (rows * (v_head_dim + 2),)).fill_(torch.nan)
 
 
 def advance(args: Arguments) -> None:
@@ -277,15 +284,16 @@ def load_kernel(source: str, macros: nvrtc.Macros, name: str, index: Any, thread
     """The emulation of a kernel, where the real one would run."""
     assert STRUCTURES[name][0] == source
     assert threads % 32 == 0
-    assert threads <= 1024
-    assert shared_bytes <= H200.shared_per_block
     return Kernel((name, dict(macros)), threads, shared_bytes)
 
 
 def launch(kernel: Kernel, grid: tuple[int, int, int], index: Any, form: struct.Struct, *values: Any) -> None:
     name, macros = kernel.function
     assert form is STRUCTURES[name][2]
-    assert all(1 <= size <= limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
+    if not all(1 <= size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
+        raise RuntimeError(f"{name}: no GPU takes a grid of {grid}")
+    if not 1 <= kernel.threads <= MAX_THREADS or kernel.shared_bytes > H200.shared_per_block:
+        raise RuntimeError(f"{name}: no GPU takes {kernel.threads} threads with {kernel.shared_bytes} bytes")
     KERNELS[name](Arguments(name, macros, grid, form.pack(*values)))
 
 
@@ -312,3 +320,13 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")
     monkeypatch.setattr(Int8Pages, "_append_backend", property(lambda pages: pages.backend[0]))
     return launched
+
+
+def narrow_grids(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Have grids take ``limit`` CTAs in their second and third axis, so that few heads are too many for one."""
+    monkeypatch.setitem(globals(), "GRID_LIMITS", (GRID_LIMITS[0], limit, limit))
+    for module in (*MODULES, LAUNCH):
+        if hasattr(module, "MAX_GRID"):
+            monkeypatch.setattr(module, "MAX_GRID", limit)
+    # What was planned before does not know the limit, and this must not outlive it.
+    monkeypatch.setattr(ATTENTION, "plan_for", PLAN.plan_for.__wrapped__)

@@ -16,7 +16,7 @@ from tests import emulated_cuda
 MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))
 ATTENTION_MACROS = (
     *(("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2)),
-    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1)),
+    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1), ("FOLDS_GRID", 0)),
 )
 
 
@@ -121,6 +121,7 @@ def test_the_kernels_merge_as_many_splits_as_are_planned() -> None:
         ({"KEY_STEP": 48}, "fill a page"),
         ({"STAGES": 1}, "while another is copied"),
         ({"HAS_MASK": 2}, "a yes or a no"),
+        ({"FOLDS_GRID": 2}, "a yes or a no"),
     ],
     ids=str,
 )
@@ -178,6 +179,15 @@ def test_a_refused_source_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(BuildError, match=r"NVRTC cannot build pages\.cu for sm_90"):
         nvrtc.cubin("pages.cu", MACROS, "sm_90")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folded_grid_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    if nvrtc.unavailable():
+        pytest.skip(str(nvrtc.unavailable()))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
+    macros = {**dict(MACROS), **dict(ATTENTION_MACROS), "FOLDS_GRID": 1}
+    assert nvrtc.cubin("attention.cu", tuple(macros.items()), "sm_80").startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])

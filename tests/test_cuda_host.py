@@ -155,6 +155,64 @@ def test_long_chunks_read_a_layer_restored_in_bounded_memory(
     assert launched == ["restore"] * 2 * parts
 
 
+@pytest.mark.parametrize(
+    ("grid", "threads", "shared_bytes"),
+    [
+        ((1, 65536, 1), 256, 0),
+        ((1, 1, 65536), 256, 0),
+        ((1 << 31, 1, 1), 256, 0),
+        ((1, 0, 1), 256, 0),
+        ((1, 1, 1), 1056, 0),
+        ((1, 1, 1), 256, 1 << 20),
+    ],
+)
+def test_the_stand_in_refuses_what_a_gpu_refuses(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
+    source, _, form = emulated_cuda.STRUCTURES["append"]
+    macros = (("HEAD_DIM", 16), ("V_HEAD_DIM", 16), ("DTYPE", 0))
+    kernel = emulated_cuda.load_kernel(source, macros, "append", 0, threads, shared_bytes)
+    with pytest.raises(RuntimeError, match="append: no GPU takes"):
+        emulated_cuda.launch(kernel, grid, 0, form, *[0] * len(emulated_cuda.packed_letters(form)))
+
+
+@pytest.mark.parametrize("limit", [6, 8, 10])
+@pytest.mark.parametrize(("batch", "num_kv_heads"), [(11, 1), (1, 11), (3, 4)])
+def test_more_heads_and_rows_than_a_grid_takes_side_by_side(
+    batch: int, num_kv_heads: int, limit: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention, pages, tails and what is restored are those of any number."""
+    emulated_cuda.narrow_grids(monkeypatch, limit)
+    check(build(Case(batch, num_kv_heads, 3, 9, (2, 1), 20, 32, 16)), softcap=5.0, is_causal=True)
+    key, _ = random_states(batch, num_kv_heads, 200, 32, seed=1)
+    value, _ = random_states(batch, num_kv_heads, 200, 16, seed=2)
+    fixed, growing = StaticInt8Pages(key, value, 300), Int8Pages(key, value)
+    for tokens in (slice(0, 150), slice(150, 199), slice(199, 200)):
+        fixed.append(key[:, :, tokens], value[:, :, tokens])
+        growing.append(key[:, :, tokens], value[:, :, tokens])
+    assert_same_bytes(fixed, growing)
+    for ours, quantize, restore, states in (
+        (growing.restore()[0], reference.quantize_key_pages, reference.restore_key_pages, key),
+        (growing.restore()[1], reference.quantize_value_pages, reference.restore_value_pages, value),
+    ):
+        assert torch.equal(ours[:, :, :128], restore(*quantize(states[:, :, :128]), torch.float32))
+        assert torch.equal(ours[:, :, 128:], states[:, :, 128:])
+    assert set(launched) == {"attention", "store_pages", "append", "restore", "advance"}
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize(
+    ("batch", "num_kv_heads", "group", "query_len"),
+    [(65536, 1, 4, 1), (8192, 8, 1, 1), (1, 65536, 1, 1), (1, 8, 8, 16384), (2, 8, 8, 131072), (65535, 1, 1, 1)],
+)
+def test_every_call_is_planned_within_what_a_grid_takes(
+    batch: int, num_kv_heads: int, group: int, query_len: int
+) -> None:
+    sizes = batch, num_kv_heads, group, query_len, 64, 64
+    plan = emulated_cuda.PLAN.plan_for(0, sizes, torch.bfloat16, False, False, 300, None, None)
+    assert all(1 <= size <= limit for size, limit in zip(plan.grid, emulated_cuda.GRID_LIMITS, strict=True))
+    assert plan.tiles <= plan.grid[1] * plan.grid[2] < plan.tiles + plan.grid[2]
+    assert plan.kernel.function[1]["FOLDS_GRID"] == int(plan.grid[1:] != (plan.tiles // batch, batch))
+
+
 def generated(model: torch.nn.Module, how: dict[str, Any]) -> tuple[Tensor, QuantizedInt8Cache]:
     cache = QuantizedInt8Cache(model.config, strict=True)
     generator = torch.Generator().manual_seed(3)

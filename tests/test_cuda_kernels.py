@@ -342,6 +342,60 @@ def test_pages_of_states_that_are_not_finite_equal_the_reference(
         assert torch.equal(advanced, theirs)
 
 
+@pytest.mark.parametrize(("batch", "num_kv_heads"), [(65536, 1), (8192, 8), (1, 65537)])
+def test_more_heads_than_a_grid_takes_side_by_side(batch: int, num_kv_heads: int) -> None:
+    """Stored, read and restored as few would be, growing and of fixed capacity."""
+    key = torch.randn(batch, num_kv_heads, 101, 16, device="cuda").half()
+    value = torch.randn_like(key)
+    query = torch.randn(batch, num_kv_heads, 1, 16, device="cuda").half()
+    fixed, growing = StaticInt8Pages(key, value, 160), Int8Pages(key, value)
+    for tokens in (slice(0, 95), slice(95, 100), slice(100, 101)):
+        for pages in (fixed, growing):
+            pages.append(key[:, :, tokens], value[:, :, tokens])
+    fixed.close_due_pages()
+    places = [(0, 0), (batch // 2, num_kv_heads // 2), (batch - 1, num_kv_heads - 1)]
+    for pages in (fixed, growing):
+        view = pages.view()
+        assert view.num_pages == 1
+        restored, output = reads.restore_both(view), reads.attention(query, view)
+        for b, h in places:
+            dense = [states[b : b + 1, h : h + 1, :101] for states in restored]
+            for ours, quantize, restore, states in (
+                (dense[0], reference.quantize_key_pages, reference.restore_key_pages, key),
+                (dense[1], reference.quantize_value_pages, reference.restore_value_pages, value),
+            ):
+                exact = states[b : b + 1, h : h + 1]
+                assert torch.equal(ours[:, :, :64], restore(*quantize(exact[:, :, :64]), torch.float16))
+                assert torch.equal(ours[:, :, 64:], exact[:, :, 64:])
+            expected = reference.attend(query[b : b + 1, h : h + 1].double(), *dense)
+            torch.testing.assert_close(output[b : b + 1, :, h : h + 1].double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("option", ["softcap", "sinks"])
+def test_16384_new_tokens_with_options_that_torch_lacks(option: str) -> None:
+    """As many heads as gpt-oss has; some of the queries are compared."""
+    key = torch.randn(1, 8, 16384 + 100, 64, device="cuda").bfloat16()
+    value = torch.randn_like(key)
+    pages = Int8Pages(key, value)
+    pages.append(key[:, :, :100], value[:, :, :100])
+    view = pages.append(key[:, :, 100:], value[:, :, 100:])
+    query = torch.randn(1, 64, 16384, 64, device="cuda").bfloat16()
+    options = AttentionOptions(is_causal=True, softcap=20.0)
+    if option == "sinks":
+        options = AttentionOptions(is_causal=True, sinks=torch.linspace(-1, 2, 64, device="cuda"))
+    output = reads.attention(query, view, options)
+    (page,) = view.segments
+    restored = [  # to float32, as the kernel reads them
+        torch.cat([reference.restore_key_pages(*page[:2], torch.float32), view.key_tail.float()], dim=2),
+        torch.cat([reference.restore_value_pages(*page[2:], torch.float32), view.value_tail.float()], dim=2),
+    ]
+    for place in (0, 1, 5000, 16383):
+        seen = [states[:, :, : place + 101].double() for states in restored]
+        expected = reference.attend(query[:, :, place : place + 1].double(), *seen, options)
+        error = (output[:, place : place + 1].double() - expected).norm() / expected.norm()
+        assert error <= TOLERANCE[torch.bfloat16]
+
+
 def test_streams_do_not_share_their_partial_results() -> None:
     stored = on_gpu(build(Case(1, 1, 4, 1, (300,), 60, 128, 128, torch.bfloat16)))
     expected = reads.attention(*stored.arguments)

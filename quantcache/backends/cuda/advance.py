@@ -5,7 +5,7 @@ from typing import Final
 
 from torch import Tensor
 
-from quantcache.backends.cuda.launch import gpu, launch, readable
+from quantcache.backends.cuda.launch import MAX_GRID, gpu, launch, readable
 from quantcache.backends.cuda.pages import pages_kernel
 from quantcache.backends.protocol import Buffers, Source
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -26,7 +26,9 @@ def advance(
     read = [readable(tensor) for tensor in (key_source, value_source, key_states, value_states)]
     batch, num_kv_heads, tail_capacity, head_dim = key_tail.shape
     heads = batch * num_kv_heads
-    sharing = heads if blocks > 1 else min(heads, gpu(key_tail.device.index).processors)
+    sharing = min(heads, MAX_GRID)
+    if blocks == 1:
+        sharing = min(sharing, gpu(key_tail.device.index).processors)
     launch(
         pages_kernel("advance", key_tail, head_dim, value_tail.shape[3]),
         (blocks, sharing, 2),

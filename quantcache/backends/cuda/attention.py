@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache.backends import torch as torch_backend
-from quantcache.backends.cuda.launch import DTYPES, current_stream, gpu, launch, readable
+from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, current_stream, gpu, launch, readable
 from quantcache.backends.cuda.pages import append_tail, restore_heads, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
 from quantcache.backends.protocol import View
@@ -144,7 +144,7 @@ def _attention_of_restored(query: Tensor, view: View, options: AttentionOptions,
     a_head = kv_len * (key_tail.shape[3] + value_tail.shape[3]) * query.element_size()
     at_once = max(1, scratch_bytes // a_head)
     heads_at_once = num_kv_heads if at_once >= num_kv_heads else at_once
-    rows_at_once = max(1, at_once // num_kv_heads)
+    rows_at_once = max(1, min(at_once // num_kv_heads, MAX_GRID))  # torch's kernels have sequences in an axis, too
     mask: Any = None
     if options.attn_mask is not None or options.window is not None:
         mask = torch_backend.combined_mask(query, kv_len, options)

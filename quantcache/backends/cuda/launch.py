@@ -15,6 +15,16 @@ DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types that the kernels take, and their numbers in the sources."""
 
 
+MAX_GRID: Final = 65535
+"""CTAs that a grid takes in its second axis and in its third; in the first 2**31 - 1, which no call here reaches."""
+
+
+def folded(count: int) -> tuple[int, int]:
+    """Second and third axis of a grid for ``count`` CTAs, and a few more, which must find out that they are."""
+    layers = -(-count // MAX_GRID)
+    return -(-count // layers), layers
+
+
 class Kernel(NamedTuple):
     """A kernel ready to be launched on one device."""
 

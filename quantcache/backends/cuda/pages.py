@@ -8,12 +8,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantcache.backends.cuda.launch import DTYPES, Kernel, launch, load_kernel, readable
+from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Kernel, folded, launch, load_kernel, readable
 from quantcache.backends.devices import check_pages
 from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
 
-_STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q i")
+_STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q 2i")
 _RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq")
 _APPEND_ARGS: Final = struct.Struct("2P 2P 12q P 4i")
 
@@ -26,16 +26,17 @@ def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -
     written = [[t if t.is_contiguous() else torch.empty_like(t).contiguous() for t in pair] for pair in targets]
     batch, num_kv_heads, _, head_dim = key_states.shape
     kernel = pages_kernel("store_pages", key_states, head_dim, value_states.shape[-1])
+    heads, layers = folded(batch * num_kv_heads)
     launch(
         kernel,
-        (len(target.key_qdata), batch * num_kv_heads, 2),
+        (len(target.key_qdata), heads, 2 * layers),
         key_states.device.index,
         _STORE_ARGS,
         *(key_address, value_address),
         *(t.data_ptr() for pair in written for t in pair),
         *key_strides,
         *value_strides,
-        num_kv_heads,
+        *(num_kv_heads, batch * num_kv_heads),
     )
     for pair, sources in zip(targets, written, strict=True):
         for part, source in zip(pair, sources, strict=True):
@@ -141,16 +142,16 @@ def restore_heads(
     tail, address, *strides = readable(tail)
     batch, num_kv_heads, _, width = tail.shape
     output = tail.new_empty(*shape, width)
-    blocks = table.num_pages + (tail_len > 0)
-    if blocks:
+    blocks, heads = table.num_pages + (tail_len > 0), shape[0] * shape[1]
+    for start in range(0, heads if blocks else 0, MAX_GRID):
         launch(
             pages_kernel("restore", tail, head_dim, v_head_dim),
-            (blocks, shape[0] * shape[1], 1),
+            (blocks, min(heads - start, MAX_GRID), 1),
             tail.device.index,
             _RESTORE_ARGS,
-            *(table.address, address, output.data_ptr()),
+            *(table.address, address, output.data_ptr() + start * shape[2] * width * output.element_size()),
             *strides,
-            *(num_kv_heads, batch * num_kv_heads, first_head, table.num_segments),
+            *(num_kv_heads, batch * num_kv_heads, first_head + start, table.num_segments),
             *(table.num_pages, 0, tail_len, is_key),
             *table.first,
             0,

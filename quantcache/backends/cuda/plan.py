@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from quantcache.backends.cuda.launch import DTYPES, Kernel, gpu, load_kernel
+from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Kernel, folded, gpu, load_kernel
 from quantcache.quantization.errors import BuildError
 
 HEAD_DIM_STEP: Final = 16
@@ -83,8 +83,10 @@ def plan_for(
     row_tiles = -(-rows // shape.rows)
     tiles = batch * num_kv_heads * row_tiles
     page_splits, num_splits = splits or choose_splits(index, shape, head_dim, v_head_dim, dtype, tiles, num_pages)
-    kernel = _attention_kernel(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap)
     grid = (num_splits, num_kv_heads * row_tiles, batch)
+    if folds := max(grid[1:]) > MAX_GRID:
+        grid = (num_splits, *folded(tiles))
+    kernel = _attention_kernel(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, folds)
     return Plan(kernel, grid, page_splits, num_splits, tiles, tiles * num_splits * shape.rows)
 
 
@@ -176,13 +178,20 @@ SHORT: Final = 16
 
 @functools.cache
 def _attention_kernel(
-    index: int, shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
+    index: int,
+    shape: Shape,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_softcap: bool,
+    folds_grid: bool,
 ) -> Kernel:
     macros = (
         *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
-        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap))),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("FOLDS_GRID", int(folds_grid))),
     )
     element_size = 4 if dtype == torch.float32 else 2
     shared_bytes = shape.shared_bytes(head_dim, v_head_dim, element_size, MAX_SPLITS + 1)

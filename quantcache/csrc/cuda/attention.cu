@@ -16,7 +16,7 @@
 // of metadata; the tail once; queries and output once; with several splits kRows * (V_HEAD_DIM + 2) floats of each are
 // written and read. Bandwidth bound while rows are few.
 // Launch: (num_splits, num_kv_heads * row tiles, batch) CTAs of kThreads with the shared memory of plan.py's Shape; see
-// attention/build.cuh for the macros.
+// attention/build.cuh for the macros. With FOLDS_GRID (num_splits, y, z), y * z of all row tiles of all heads or more.
 
 #include "attention/merge.cuh"
 #include "attention/page_tile.cuh"
@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   extern __shared__ __align__(128) u8 memory[];
   const Thread thread = this_thread();
   const QueryRows rows = rows_of_cta(args);
+  if (FOLDS_GRID && rows.batch >= args.batch) return;
   const PageRange range = pages_of_warp(args, rows, thread.warp);
 
   const u32 query = shared_address(memory);

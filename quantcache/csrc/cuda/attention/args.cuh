@@ -37,11 +37,17 @@ struct QueryRows {
 
 DEVICE QueryRows rows_of_cta(const AttentionArgs& args) {
   QueryRows rows;
+#if FOLDS_GRID
+  const u32 size = args.num_kv_heads * ((args.group * args.query_len + kRows - 1) / kRows);
+  const u32 place = blockIdx.z * gridDim.y + blockIdx.y, y = place % size, z = place / size;
+#else
+  const u32 size = gridDim.y, y = blockIdx.y, z = blockIdx.z;
+#endif
   rows.split = blockIdx.x;
-  rows.row_tiles = gridDim.y / args.num_kv_heads;
-  rows.row_tile = blockIdx.y % rows.row_tiles;
+  rows.row_tiles = size / args.num_kv_heads;
+  rows.row_tile = y % rows.row_tiles;
   rows.num_pages = args.lengths ? args.lengths[0] : args.num_pages;
-  rows.batch = blockIdx.z, rows.kv_head = blockIdx.y / rows.row_tiles, rows.query_len = args.query_len;
+  rows.batch = z, rows.kv_head = y / rows.row_tiles, rows.query_len = args.query_len;
   rows.first_row = rows.row_tile * kRows;
   rows.num_rows = min(kRows, args.group * args.query_len - rows.first_row);
   rows.kv_len = rows.num_pages * kPageSize + (args.lengths ? args.lengths[1] : args.tail_len);

@@ -5,6 +5,7 @@
 //   STAGES       steps in a warp's ring of copies
 //   HAS_MASK     whether there is a mask (0 or 1)
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
+//   FOLDS_GRID   whether there are more row tiles or sequences than a grid has room for side by side (0 or 1)
 // Letters in these files: g and t as in common/matrices.cuh; and the loop indices i (tile of 8 query rows), j (query
 // row or element that a lane holds of it), a (tile of 16 keys), h (half of such a tile), c (chunk of 16 elements of a
 // row), k, n, s and w (said where they loop).
@@ -15,6 +16,7 @@ static_assert(ROW_TILES >= 1 && STAGES >= 2, "a CTA holds rows; a step is attend
 static_assert(WARPS >= 1 && WARPS <= 16 && (WARPS & (WARPS - 1)) == 0, "WARPS - 1 masks a warp's place at the tail");
 static_assert(KEY_STEP > 0 && KEY_STEP % 16 == 0 && kPageSize % KEY_STEP == 0, "steps of whole MMAs fill a page");
 static_assert((HAS_MASK == 0 || HAS_MASK == 1) && (HAS_SOFTCAP == 0 || HAS_SOFTCAP == 1), "a yes or a no");
+static_assert(FOLDS_GRID == 0 || FOLDS_GRID == 1, "a yes or a no");
 
 constexpr int kThreads = 32 * WARPS;
 constexpr int kRows = 8 * ROW_TILES;

@@ -3,19 +3,19 @@
 //   qdata     (pages, batch, num_kv_heads, 64, width), contiguous
 //   metadata  (pages, batch, num_kv_heads, HEAD_DIM) of keys, (..., 64) of values
 // Traffic: an element is read once and written as a byte, and 4 bytes of metadata a channel or token: bandwidth bound.
-// Launch: (pages, batch * num_kv_heads, 2: keys, values) CTAs of kStoreThreads. advance stores pages by the same
-// functions.
+// Launch: (pages, y, 2 z: keys, values) CTAs of kStoreThreads, y * z of batch * num_kv_heads or more, since a grid is
+// limited in each. advance stores pages by the same functions.
 
 #include "pages/affine.cuh"
 
 constexpr int kTokenGroups = 8, kTokensPerThread = kPageSize / kTokenGroups;
 
 struct StoreArgs {
-  const void* states[2];  // keys and values, (batch, num_kv_heads, pages * 64, HEAD_DIM or V_HEAD_DIM)
-  i8* qdata[2];           // (pages, batch, num_kv_heads, 64, HEAD_DIM or V_HEAD_DIM)
-  u32* metadata[2];       // (pages, batch, num_kv_heads, HEAD_DIM or 64)
-  i64 stride[2][3];       // of the states: batch, head, token
-  int num_kv_heads;
+  const void* states[2];        // keys and values, (batch, num_kv_heads, pages * 64, HEAD_DIM or V_HEAD_DIM)
+  i8* qdata[2];                 // (pages, batch, num_kv_heads, 64, HEAD_DIM or V_HEAD_DIM)
+  u32* metadata[2];             // (pages, batch, num_kv_heads, HEAD_DIM or 64)
+  i64 stride[2][3];             // of the states: batch, head, token
+  int num_kv_heads, num_heads;  // num_heads counts the batch
 };
 static_assert(sizeof(StoreArgs) == 104, "as backends/cuda/pages.py packs it");
 static_assert(kTokenGroups * (HEAD_DIM / 4) <= kStoreThreads && HEAD_DIM <= kStoreThreads, "a thread for each channel");
@@ -168,8 +168,9 @@ DEVICE void store_values(const StoreArgs& args, i64 place, i64 start) {
 constexpr int kStoreBlocks = kStoreThreads > 256 ? 1 : DTYPE == kFloat32 ? 3 : 4;
 extern "C" __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
     store_pages(const __grid_constant__ StoreArgs args) {
-  const int head = blockIdx.y, which = blockIdx.z;
-  const i64 place = static_cast<i64>(blockIdx.x) * gridDim.y + head;
+  const int which = blockIdx.z % 2, head = blockIdx.z / 2 * gridDim.y + blockIdx.y;
+  if (head >= args.num_heads) return;
+  const i64 place = static_cast<i64>(blockIdx.x) * args.num_heads + head;
   const i64 start = head / args.num_kv_heads * args.stride[which][0] +
                     head % args.num_kv_heads * args.stride[which][1] +
                     static_cast<i64>(blockIdx.x) * kPageSize * args.stride[which][2];
