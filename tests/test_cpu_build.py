@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -126,10 +127,10 @@ def test_the_reason_names_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -
         build.find_compiler()
 
 
-def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list[str]:
-    """A compiler that does what ``script`` says for the AVX2 kernels and nothing for the others."""
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, otherwise: str = ":") -> list[str]:
+    """A compiler that does what ``script`` says, in ``folder``, for the AVX2 kernels and ``otherwise`` for the rest."""
     program = folder / "a compiler$"
-    program.write_text(f'#!/bin/sh\ncase "$*" in *kernels_avx2.cpp*) {script};; esac\n')
+    program.write_text(f'#!/bin/sh\ncd "{folder}"\ncase "$*" in *kernels_avx2.cpp*) {script};; *) {otherwise};; esac\n')
     program.chmod(0o755)
     monkeypatch.setenv(CACHE_VARIABLE, str(folder / "cache"))
     return [str(program)]
@@ -144,18 +145,69 @@ def test_a_failed_build_names_the_command_and_what_it_printed(tmp_path: Path, mo
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_build_that_takes_too_long_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = tmp_path / "started"
-    compiler = stand_in(tmp_path, monkeypatch, f"sleep 600 & echo $$ $! > '{started}'; wait")
-    monkeypatch.setattr(build, "BUILD_SECONDS", 2)
-    with pytest.raises(BuildError, match=r"the C\+\+ compiler took more than 2 s"):
+STUBBORN = "trap '' TERM INT HUP; "
+"""What a compiler does that cannot be told to end; it goes for what it starts, too."""
+
+ENDLESS = "sleep 600 & echo $$ $! >> started; wait"
+
+
+@pytest.mark.parametrize("script", [ENDLESS, STUBBORN + ENDLESS, f"({STUBBORN}{ENDLESS}) & wait"])
+def test_a_build_that_takes_too_long_leaves_nothing_running(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = stand_in(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(build, "BUILD_SECONDS", 1)
+    with pytest.raises(BuildError, match=r"the C\+\+ compiler took more than 1 s"):
         build.build(compiler, "library")
-    for number in map(int, started.read_text().split()):
-        deadline = time.monotonic() + 10
+    assert_ended(tmp_path / "started", 2)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_first_failure_ends_the_other_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and the reason is the failure: not the one that would take too long."""
+    until_started = "while ! [ -s started ]; do sleep 0.01; done"
+    compiler = stand_in(tmp_path, monkeypatch, f"{until_started}; echo 'error: this' >&2; exit 3", STUBBORN + ENDLESS)
+    before = time.monotonic()
+    with pytest.raises(BuildError, match=r"the C\+\+ compiler failed: .*kernels_avx2\.cpp .*\nerror: this\n$"):
+        build.build(compiler, "library")
+    assert time.monotonic() - before < 60
+    assert_ended(tmp_path / "started", 2)
+
+
+@pytest.mark.parametrize("script", [ENDLESS, STUBBORN + ENDLESS], ids=["obedient", "stubborn"])
+def test_an_interrupted_build_leaves_nothing_running(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = stand_in(tmp_path, monkeypatch, script)
+    process = run_python(f"from quantcache.backends.cpu import build; build.build({compiler!r}, 'library')")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline, "the compiler has not been started"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert output.rstrip().endswith("KeyboardInterrupt")
+    assert_ended(tmp_path / "started", 2)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_compiler_that_does_not_tell_its_version_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = stand_in(tmp_path, monkeypatch, "", STUBBORN + ENDLESS)
+    monkeypatch.setattr(build, "BUILD_SECONDS", 1)
+    with pytest.raises(BuildError, match=r"a compiler\$' cannot be run: .* timed out after 1 seconds"):
+        build.library_prefix(compiler)
+    assert_ended(tmp_path / "started", 2)
+
+
+def assert_ended(started: Path, at_least: int) -> None:
+    """Every process whose number stands in the file ``started`` ends within seconds."""
+    numbers = [int(number) for number in started.read_text().split()]
+    assert len(numbers) >= at_least
+    deadline = time.monotonic() + 10
+    for number in numbers:
         while is_running(number):
             assert time.monotonic() < deadline, f"process {number} is still there"
             time.sleep(0.01)
-    assert not (tmp_path / "cache").exists()
 
 
 def is_running(number: int) -> bool:

@@ -4,6 +4,7 @@ The shared library lies in the user's cache directory under a name made of every
 or compiler makes a new one and nothing has to be invalidated.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -12,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,16 @@ ISA_FLAGS: Final = {
 
 BUILD_SECONDS: Final = 300
 """When a compiler that does not come back is given up."""
+
+GRACE_SECONDS: Final = 1
+"""What a compiler that is told to end gets before it is killed."""
+
+_GROUP: Final = ".group"
+"""End of the files in which commands write down the numbers of their process groups."""
+
+_FAILURE: Final = re.compile(r"^FAILED: .*\n", re.MULTILINE)
+_EXEC: Final = f"{_GROUP} && exec "
+"""What stands before a command of the compiler where ninja runs it."""
 
 logger = logging.getLogger("quantcache")
 
@@ -84,7 +96,7 @@ def find_compiler() -> list[str]:
 def library_prefix(compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> str:
     """Start of the file name for these sources, flags, compiler and machine; a digest of the file ends it."""
     digest = hashlib.sha256()
-    version = _run([*compiler, "--version"]).stdout
+    version = _printed([*compiler, "--version"])
     parts = [repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags))), shlex.join(compiler), version]
     parts += [sys.platform, platform.machine()]
     for source in _source_files():
@@ -141,7 +153,7 @@ def _compile(compiler: Sequence[str], library: Path, extra_flags: Sequence[str])
     commands = compile_commands(compiler, library.parent, extra_flags)
     objects = [target.name for target, _ in commands]
     link = [*compiler, *objects, "-o", library.name, *extra_flags, *LINK_FLAGS]
-    lines = ["rule run", "  command = $line"]
+    lines = ["rule run", f"  command = echo $$$$ > $out{_EXEC}$line"]
     for target, command in [*commands, (library, link)]:
         lines += [f"build {target.name}: run {' '.join(objects) if target is library else ''}"]
         lines += ["  line = " + shlex.join(command).replace("$", "$$")]
@@ -152,44 +164,107 @@ def _compile(compiler: Sequence[str], library: Path, extra_flags: Sequence[str])
 def _run_ninja(folder: Path) -> None:
     """Build what ``build.ninja`` in ``folder`` says; whatever happens, nothing is left running.
 
+    The first command that fails ends the others, for which ninja alone would wait.
+
     Raises:
         BuildError: there is no ninja, a command fails, or all of them together take too long.
     """
+    log = folder / "output.txt"
     try:
         from ninja import BIN_DIR
 
-        process = subprocess.Popen(
-            [os.path.join(BIN_DIR, "ninja"), "--quiet"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [os.path.join(BIN_DIR, "ninja"), "--quiet"],
+                cwd=folder,
+                env={**os.environ, "TMPDIR": str(folder)},  # a compiler that is killed leaves its files
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so Ctrl-C reaches this process alone, which ends all others
+            )
     except (ImportError, OSError) as error:
         raise BuildError(f"ninja, which runs the C++ compiler, is not there: {error}. pip install ninja") from error
+    deadline = time.monotonic() + BUILD_SECONDS
     try:
-        output, _ = process.communicate(timeout=BUILD_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"the C++ compiler took more than {BUILD_SECONDS} s") from error
+        while process.poll() is None and time.monotonic() < deadline and not _FAILURE.search(_text(log)):
+            time.sleep(0.02)
+        returncode = process.returncode
     finally:
-        # Each command has a process group of its own, which ninja ends when it is told to end.
-        process.terminate()
-        process.communicate()
-    if process.returncode:
-        raise BuildError(f"the C++ compiler failed: {_first_failure(output)}")
+        _end(process, folder)
+    if returncode or _FAILURE.search(_text(log)):
+        raise BuildError(f"the C++ compiler failed: {_first_failure(_text(log))}")
+    if returncode is None:
+        raise BuildError(f"the C++ compiler took more than {BUILD_SECONDS} s")
+
+
+def _end(ninja: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """End ``ninja`` and its commands: told to end first, and then killed with all that they started.
+
+    Args:
+        ninja: a session of its own, in which each command is a process group.
+        folder: where each command has written the number of its group.
+    """
+    try:
+        ninja.terminate()
+        ninja.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for record in folder.glob(f"*{_GROUP}") if ninja.returncode != 0 else ():
+            # Not there, or not yet written by a command that ninja has ended.
+            with contextlib.suppress(OSError, ValueError):
+                _kill_group(int(_text(record)), ninja.pid)
+        ninja.kill()
+        ninja.wait()
+
+
+def _kill_group(group: int, session: int) -> None:
+    """Kill a process group, unless its number has gone to a process of another session.
+
+    Raises:
+        ProcessLookupError: there is none.
+    """
+    with contextlib.suppress(ProcessLookupError):  # the first of the group is gone, which keeps its number
+        if os.getsid(group) != session:
+            return
+    os.killpg(group, signal.SIGKILL)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _first_failure(output: str) -> str:
     """The first command that failed and the end of what it printed, out of what ninja printed."""
-    sections = re.split(r"^(?:FAILED: |ninja: build stopped).*\n", output, flags=re.MULTILINE)
+    sections = _FAILURE.split(re.sub(r"^ninja: build stopped.*\n", "", output, flags=re.MULTILINE))
     command, _, printed = "".join(sections[1:2] or sections).partition("\n")
-    return f"{command}\n{printed[-2000:]}"
+    return f"{command.rpartition(_EXEC)[2]}\n{printed[-2000:]}"
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _printed(command: Sequence[str]) -> str:
+    """What ``command`` prints; whatever happens, it is not left running.
+
+    Raises:
+        BuildError: it cannot be run, or takes too long.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                printed, _ = process.communicate(timeout=BUILD_SECONDS)
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+            return printed
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
 
