@@ -1,18 +1,22 @@
 """Are the CPU kernels built once, atomically, and is a machine without a compiler served?"""
 
+import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from quantcache.backends import cpu, dispatch
+from quantcache.backends import artifacts, cpu, dispatch
 from quantcache.backends.artifacts import CACHE_VARIABLE
 from quantcache.backends.cpu import build
 from quantcache.quantization.errors import BuildError, FallbackWarning
@@ -27,12 +31,19 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 USE = "from quantcache.backends import cpu; print(cpu.isa())"
 
 
+@pytest.fixture(scope="module")
+def library() -> bytes:
+    """The kernels, built once."""
+    prefix = build.library_prefix(build.find_compiler())
+    return artifacts.find_kept(prefix, ".so") or build.build(build.find_compiler(), prefix)
+
+
 @pytest.fixture
-def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory of the test's own, with this session's library in it, so that nothing is compiled twice."""
+def built(library: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, with the kernels in it, so that nothing is compiled twice."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    target = tmp_path / Path(cpu.library()._name).name
-    shutil.copy(cpu.library()._name, target)
+    artifacts.keep(build.library_prefix(build.find_compiler()), ".so", library)
+    (target,) = artifacts.kernel_folder().iterdir()
     return target
 
 
@@ -45,7 +56,7 @@ def test_a_library_in_the_cache_is_used_without_compiling_or_a_message(
 ) -> None:
     monkeypatch.setattr(build, "_compile", compile_nothing)
     with caplog.at_level(logging.DEBUG, "quantcache"):
-        assert build.load_library()._name == str(built)
+        assert build.load_library().quantcache_isa
     assert not caplog.records
 
 
@@ -62,6 +73,31 @@ def test_a_corrupt_library_is_built_again_with_a_message(
     assert [path.name for path in built.parent.iterdir()] == [built.name]
 
 
+def test_what_was_checked_is_loaded_whatever_lies_there_since(
+    built: Path, library: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check and the loader the file becomes one that no loader takes."""
+    find = artifacts.find_kept
+
+    def find_and_replace(prefix: str, suffix: str) -> bytes | None:
+        found = find(prefix, suffix)
+        built.write_bytes(b"another program")
+        return found
+
+    monkeypatch.setattr(build, "_compile", compile_nothing)
+    monkeypatch.setattr(artifacts, "find_kept", find_and_replace)
+    assert build.load_library().quantcache_isa
+
+
+def test_a_system_that_runs_no_files_in_memory_takes_a_private_one(
+    library: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_loaded_from_memory", lambda content: os.stat(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert build._loaded(library).quantcache_isa
+    assert not list(tmp_path.iterdir())
+
+
 def test_sources_flags_and_compiler_make_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = build.find_compiler()
     name = build.library_prefix(compiler)
@@ -74,17 +110,42 @@ def test_sources_flags_and_compiler_make_the_name(tmp_path: Path, monkeypatch: p
     assert name != build.library_prefix(compiler)
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_folder_to_keep_them_the_kernels_serve_the_process(
+    library: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    source = Path(cpu.library()._name)
-    monkeypatch.setattr(build, "_compile", lambda compiler, library, flags: shutil.copy(source, library))
-    path = Path(build.load_library()._name)
-    assert path.is_file()
-    assert tmp_path not in path.parents
-    shutil.rmtree(path.parent)
+    monkeypatch.setattr(artifacts, "_said", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda compiler, target, flags: target.write_bytes(library))
+    assert build.load_library().quantcache_isa
+    assert build.load_library().quantcache_isa
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sum("built kernels cannot be kept" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize(("owner", "name"), [(tempfile, "mkdtemp"), (Path, "write_text")])
+def test_without_room_to_build_plain_torch_runs_with_one_warning(
+    owner: Any, name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+    caches = cpu.library, cpu.unavailable, dispatch._kernels_run
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        monkeypatch.setattr(owner, name, full)
+        with pytest.warns(FallbackWarning, match=re.escape(os.strerror(number))) as warned:
+            names = [dispatch.choose_backend(torch.device("cpu")) for _ in range(2)]
+        assert names == ["torch", "torch"]
+        assert len(warned) == 1
+    finally:
+        for cached in caches:
+            cached.cache_clear()
 
 
 def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -99,7 +160,7 @@ def test_two_processes_at_once_both_get_the_kernels(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120)[0] for process in running]
     assert all(process.returncode == 0 for process in running), outputs
     assert all(output.splitlines()[-1] == cpu.isa() for output in outputs)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 
 def test_without_a_compiler_one_warning_and_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:

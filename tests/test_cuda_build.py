@@ -139,10 +139,10 @@ def test_a_build_that_the_sources_do_not_allow_is_refused(
 
 def test_a_damaged_cubin_is_built_again(compiled: list[str]) -> None:
     nvrtc.cubin("pages.cu", MACROS, "sm_90")
-    (path,) = artifacts.cache_folder().glob("*.cubin")
+    (path,) = artifacts.kernel_folder().glob("*.cubin")
     path.write_bytes(b"cut short")
     assert nvrtc.cubin("pages.cu", MACROS, "sm_90") == b"cubin 2"
-    (path,) = artifacts.cache_folder().glob("*.cubin")
+    (path,) = artifacts.kernel_folder().glob("*.cubin")
     assert path.read_bytes() == b"cubin 2"
 
 
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_made_costs_a_build_and_nothing_else(
 def test_nothing_is_left_beside_the_cubin(compiled: list[str]) -> None:
     """What is written first under another name is renamed, so that another process sees all of it or nothing."""
     nvrtc.cubin("pages.cu", MACROS, "sm_90")
-    assert [path.suffix for path in artifacts.cache_folder().iterdir()] == [".cubin"]
+    assert [path.suffix for path in artifacts.kernel_folder().iterdir()] == [".cubin"]
 
 
 def test_a_refused_source_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,11 +57,10 @@ def _kernels_run(device: torch.device) -> bool:
     """Whether the kernels for ``device`` can be built and run; if not, says why in one warning for the device."""
     reason = _unavailable(device)
     if reason is not None:
-        is_cpu = device.type == "cpu"
-        where, advice = ("", "Install a C++ compiler (g++ or clang++), or set") if is_cpu else (f" on {device}", "Set")
+        where = "" if device.type == "cpu" else f" on {device}"
         warnings.warn(
             f"quantcache: int8 attention{where} runs in plain torch, which is slower, because {reason}. "
-            f"{advice} {BACKEND_VARIABLE}=torch to say that this is meant.",
+            f"Set {BACKEND_VARIABLE}=torch to say that this is meant.",
             FallbackWarning,
             stacklevel=2,
         )

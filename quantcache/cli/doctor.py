@@ -28,7 +28,6 @@ def doctor() -> None:
     import transformers
 
     from quantcache import __version__
-    from quantcache.backends.artifacts import cache_folder
     from quantcache.layers._host import untested
 
     console = Console()
@@ -38,7 +37,7 @@ def doctor() -> None:
     )
     for sentence in untested():
         console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
-    console.print(f"built kernels and downloads: {cache_folder()}", soft_wrap=True)
+    console.print(where_kept(), soft_wrap=True, highlight=False)
     table = Table("device", "backend", "why")
     for finding in examine():
         name = finding.device
@@ -47,6 +46,19 @@ def doctor() -> None:
             name = f"{name}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
         table.add_row(name, finding.backend, finding.reason)
     console.print(table)
+
+
+def where_kept() -> str:
+    """Where built kernels and downloads are kept, or why they are not."""
+    from quantcache.backends import artifacts
+
+    reason = artifacts.why_not_kept()
+    if reason is None:
+        return f"built kernels and downloads: {artifacts.cache_folder()}"
+    return (
+        f"built kernels are not kept, every process builds its own: {reason}. "
+        f"Set {artifacts.CACHE_VARIABLE} to a folder that this user alone can write."
+    )
 
 
 def examine() -> list[Finding]:

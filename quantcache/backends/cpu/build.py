@@ -1,7 +1,7 @@
 """Builds the CPU kernels with the system's C++ compiler, which ninja runs, once, and finds them again.
 
-The shared library lies in the user's cache directory under a name made of everything it depends on, so a changed source
-or compiler makes a new one and nothing has to be invalidated.
+The shared library is kept under a name made of everything it depends on, so a changed source or compiler makes a new
+one and nothing has to be invalidated; ``artifacts`` says where, and what is checked before it is loaded.
 """
 
 import contextlib
@@ -89,7 +89,8 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise BuildError(
-        f"no C++ compiler found: {COMPILER_VARIABLE} is not set, and none of {', '.join(COMPILERS)} is there"
+        f"no C++ compiler found: {COMPILER_VARIABLE} is not set, and none of {', '.join(COMPILERS)} is there; "
+        "install g++ or clang++"
     )
 
 
@@ -106,31 +107,25 @@ def library_prefix(compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> 
     return f"quantcache_cpu-{digest.hexdigest()[:32]}"
 
 
-def build(compiler: Sequence[str], prefix: str, extra_flags: Sequence[str] = ()) -> Path:
-    """Compile and put the library into the cache in one step, so that another process sees all of it or nothing.
-
-    Returns:
-        Where it is: the system's directory for temporary files if the cache cannot be written.
+def build(compiler: Sequence[str], prefix: str, extra_flags: Sequence[str] = ()) -> bytes:
+    """Compile the library, and keep it if that can be done.
 
     Raises:
-        BuildError: the compiler fails.
+        BuildError: the compiler fails, or there is no room for its files.
     """
     started = time.perf_counter()
     logger.warning("quantcache: building the CPU kernels with %s, once ...", compiler[0])
-    with tempfile.TemporaryDirectory(prefix="quantcache-") as scratch:
-        library = Path(scratch) / f"{prefix}.so"
-        _compile(compiler, library, extra_flags)
-        content = library.read_bytes()
-        try:
-            path = artifacts.keep(prefix, ".so", content)
-        except OSError as error:
-            directory = Path(tempfile.mkdtemp(prefix="quantcache-"))
-            logger.warning(
-                "quantcache: %s cannot be written (%s); using %s.", artifacts.cache_folder(), error.strerror, directory
-            )
-            path = artifacts.keep(prefix, ".so", content, directory)
-    logger.info("quantcache: built the CPU kernels in %.1f s: %s", time.perf_counter() - started, path)
-    return path
+    try:
+        # Something that was killed may still be about to go, so the folder may not be empty at once.
+        with tempfile.TemporaryDirectory(prefix="quantcache-", ignore_cleanup_errors=True) as scratch:
+            library = Path(scratch) / f"{prefix}.so"
+            _compile(compiler, library, extra_flags)
+            content = library.read_bytes()
+    except OSError as error:
+        raise BuildError(f"the CPU kernels cannot be built: {error}") from error
+    artifacts.keep(prefix, ".so", content)
+    logger.info("quantcache: built the CPU kernels in %.1f s", time.perf_counter() - started)
+    return content
 
 
 def compile_commands(
@@ -170,10 +165,10 @@ def _run_ninja(folder: Path) -> None:
         BuildError: there is no ninja, a command fails, or all of them together take too long.
     """
     log = folder / "output.txt"
-    try:
-        from ninja import BIN_DIR
+    with log.open("wb") as output:
+        try:
+            from ninja import BIN_DIR
 
-        with log.open("wb") as output:
             process = subprocess.Popen(
                 [os.path.join(BIN_DIR, "ninja"), "--quiet"],
                 cwd=folder,
@@ -183,8 +178,8 @@ def _run_ninja(folder: Path) -> None:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so Ctrl-C reaches this process alone, which ends all others
             )
-    except (ImportError, OSError) as error:
-        raise BuildError(f"ninja, which runs the C++ compiler, is not there: {error}. pip install ninja") from error
+        except (ImportError, OSError) as error:
+            raise BuildError(f"ninja, which runs the C++ compiler, is not there: {error}. pip install ninja") from error
     deadline = time.monotonic() + BUILD_SECONDS
     try:
         while process.poll() is None and time.monotonic() < deadline and not _FAILURE.search(_text(log)):
@@ -269,11 +264,33 @@ def _printed(command: Sequence[str]) -> str:
         raise BuildError(f"the C++ compiler {command[0]!r} cannot be run: {error}") from error
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
+def _loaded(content: bytes) -> ctypes.CDLL:
+    """The library that these bytes are: loaded is what was built or checked, and no file that its name leads to.
+
+    Raises:
+        BuildError: the system does not load it.
+    """
     try:
-        return ctypes.CDLL(str(path))
+        with contextlib.suppress(AttributeError, OSError):  # not a system that runs files in memory
+            return _loaded_from_memory(content)
+        with tempfile.TemporaryDirectory(prefix="quantcache-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "quantcache_cpu.so"
+            path.write_bytes(content)
+            return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the CPU kernels were built but cannot be loaded: {error}") from error
+
+
+def _loaded_from_memory(content: bytes) -> ctypes.CDLL:
+    descriptor = os.memfd_create("quantcache_cpu")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        # It stays open: the loader takes a name that it has seen for the library it has.
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def _source_files() -> list[Path]:

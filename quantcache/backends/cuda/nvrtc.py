@@ -1,8 +1,8 @@
 """Builds the CUDA kernels with NVRTC, once, and finds them again.
 
-No compiler, toolkit or header is needed: NVRTC comes with torch. What it makes is kept in the user's cache directory
-under a name made of everything it depends on, so a changed source or NVRTC makes a new file and nothing has to be
-invalidated. Where the directory cannot be written, kernels live as long as the process.
+No compiler, toolkit or header is needed: NVRTC comes with torch. What it makes is kept under a name made of everything
+it depends on, so a changed source or NVRTC makes a new file and nothing has to be invalidated; ``artifacts`` says
+where, and what is checked before it is loaded.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import logging
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +20,6 @@ from quantcache.quantization.errors import BuildError
 SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cuda"
 
 Macros = tuple[tuple[str, int], ...]
-
-logger = logging.getLogger("quantcache")
 
 
 def cubin(source: str, macros: Macros, arch: str) -> bytes:
@@ -39,12 +36,9 @@ def cubin(source: str, macros: Macros, arch: str) -> bytes:
     prefix = f"quantcache_cuda-{digest_of(source, macros, arch)}"
     kept = artifacts.find_kept(prefix, ".cubin")
     if kept is not None:
-        return kept.read_bytes()
+        return kept
     code = _compile(source, macros, arch)
-    try:
-        artifacts.keep(prefix, ".cubin", code)
-    except OSError as error:
-        _warn_unwritable(str(error))
+    artifacts.keep(prefix, ".cubin", code)
     return code
 
 
@@ -134,11 +128,6 @@ def _compile(source: str, macros: Macros, arch: str) -> bytes:
     except Exception as error:
         raise BuildError(f"NVRTC cannot build {source} for {arch} with {dict(macros)}: {error}") from error
     return code
-
-
-@functools.cache
-def _warn_unwritable(reason: str) -> None:
-    logger.warning("quantcache: CUDA kernels are built again in every process, since they cannot be kept: %s.", reason)
 
 
 def _first_line(error: BaseException) -> str:
