@@ -157,15 +157,16 @@ class _Folder:
     def write(self, name: str, content: bytes) -> None:
         """Make a file in one step."""
         temporary = f"{secrets.token_hex(8)}.tmp"
-        descriptor = self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            with open(descriptor, "wb") as file:
+            with open(self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                 file.write(content)
             ends = {"src_dir_fd": self._descriptor, "dst_dir_fd": self._descriptor}
             os.replace(self._place(temporary), self._place(name), **ends)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 self.remove(temporary)
+            if isinstance(error, OSError):  # which names the file at most
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             raise
 
     def remove(self, name: str) -> None:
