@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import random
 import re
 import struct
@@ -19,7 +20,18 @@ from safetensors.torch import save as library_save
 from quantcache import CacheFileError, QuantizedInt8Cache
 from quantcache.files import container, save
 from quantcache.layers import factory
-from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, lfm, llama, prompt, read_prompt
+from tests.file_cases import (
+    MODELS,
+    assert_bit_equal,
+    filled_cache,
+    forged,
+    gemma,
+    lfm,
+    llama,
+    prompt,
+    read_prompt,
+    rewrite,
+)
 
 
 @pytest.fixture
@@ -87,37 +99,18 @@ def test_the_safetensors_library_reads_and_would_write_the_same_bytes(path: Path
     assert library_save(tensors, metadata=metadata) == path.read_bytes()
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    """Forge a header: change the table and the description, and give both the right checksum."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    table = json.loads(content[8 : 8 + length])
-    description = json.loads(table["__metadata__"]["quantcache"])
-    change(table, description)
-    path.write_bytes(forged(table, description) + content[8 + length :])
-
-
-def forged(table: dict[str, Any], description: object) -> bytes:
-    if isinstance(description, dict) and "header_xxh3" in description:
-        description["header_xxh3"] = "0" * 16
-    if isinstance(table.get("__metadata__"), dict) and "quantcache" in table["__metadata__"]:
-        table["__metadata__"]["quantcache"] = json.dumps(description, separators=(",", ":"))
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    digest = xxhash.xxh3_64_hexdigest(header).encode()
-    header = header.replace(b'header_xxh3\\":\\"' + b"0" * 16, b'header_xxh3\\":\\"' + digest, 1)
-    return struct.pack("<Q", len(header)) + header
-
-
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
     "newer_layout": (
         lambda table, told: told.update(layout=2, quantcache="7.0"),
         "the layout must be 1, which this version of quantcache reads, got 2, written by quantcache 7.0. Use a newer",
     ),
-    "page_size": (lambda table, told: told.update(page_size=32), "page_size must be 64, got 32."),
-    "residual_length": (lambda table, told: told.update(residual_length=-1), "'residual_length' must be at least 0"),
-    "no_model": (lambda table, told: told.pop("model"), "'model' must be dict or NoneType, got None."),
-    "layers": (lambda table, told: told.update(layers=[3]), "layer 0 must name its storage, got 3."),
+    "page_size": (lambda table, told: told.update(page_size=32), "'page_size' of the description must be 64, got 32."),
+    "residual_length": (
+        lambda table, told: told.update(residual_length=-1),
+        "'residual_length' of the description must be an int from 0 to 1073741824, got -1.",
+    ),
+    "no_model": (lambda table, told: told.pop("model"), "the description must have 'model', got none."),
+    "layers": (lambda table, told: told.update(layers=[3]), "layer 0 must be an object, got 3."),
     "fewer_layers": (lambda table, told: told["layers"].pop(), "every tensor must belong to a layer, got layers.1."),
     "more_layers": (
         lambda table, told: told["layers"].append({"storage": "int8"}),
@@ -161,7 +154,11 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], s
     ),
     "foreign_class": (
         lambda table, told: told["layers"][0].update(storage="os.system"),
-        "layers other than plain int8 must come from a cache made with a config, got os.system.",
+        "'storage' of layer 0 must be one of int8, empty, DynamicLayer, ",
+    ),
+    "metadata": (
+        lambda table, told: table["__metadata__"].update(other=1),
+        "the entry 'quantcache' must be alone in __metadata__, got ['other', 'quantcache'].",
     ),
     "ids": (
         lambda table, told: table["input_ids"].update(shape=[1, 460]),
@@ -179,12 +176,12 @@ def test_a_forged_header_is_refused_with_the_reason(path: Path, name: str) -> No
         QuantizedInt8Cache.load(path)
 
 
-def test_a_header_that_the_safetensors_library_does_not_take_is_refused_where_it_maps(path: Path) -> None:
+def test_a_file_that_the_safetensors_library_does_not_take_is_refused_where_it_maps(path: Path) -> None:
     filled_cache(230).save(path)
-    rewrite(path, lambda table, told: table["__metadata__"].update(other=1))
-    assert QuantizedInt8Cache.load(path).get_seq_length() == 230
-    with pytest.raises(CacheFileError, match="the safetensors library must take it, got "):
-        QuantizedInt8Cache.load(path, mmap=True)
+    with container.Container(path) as file:
+        os.truncate(path, 5000)
+        with pytest.raises(CacheFileError, match="the safetensors library must take it, got "):
+            file.mapped("layers.0.key_qdata")
 
 
 NATIVE_FORGERIES = {

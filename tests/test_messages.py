@@ -218,6 +218,7 @@ def test_a_layer_that_the_config_lacks_is_named() -> None:
     ("residual_length", "error", "message"),
     [
         (-1, ValueError, "QuantizedInt8Cache: residual_length must be at least 0, got -1."),
+        (10**30, ValueError, f"QuantizedInt8Cache: residual_length must be at most {1 << 30}, got {10**30}."),
         (1.5, TypeError, "QuantizedInt8Cache: residual_length must be an int, got float."),
         (True, TypeError, "QuantizedInt8Cache: residual_length must be an int, got bool."),
     ],

@@ -1,6 +1,7 @@
 """What tells one model's cache from another's."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -75,11 +76,13 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back; what JSON does not know as its text."""
+    """As JSON gives it back; what JSON does not know, numbers that are not finite among it, as its text."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 

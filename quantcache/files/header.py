@@ -22,6 +22,10 @@ METADATA_KEY: Final = "quantcache"
 MAX_HEADER_BYTES: Final = 100_000_000
 """What the safetensors library accepts."""
 
+MAX_TABLE_BYTES: Final = 4 << 20
+"""Of a header without its checksums, which take 16 bytes for each mebibyte of tensors. 128 layers take 0.2 MiB; what a
+header becomes when it is parsed may be thirty times as large, which a small file should not bring about."""
+
 LENGTH_BYTES: Final = 8
 """The file begins with the length of the header, an unsigned little-endian integer."""
 
@@ -30,6 +34,8 @@ CHUNK_BYTES: Final = 1 << 20
 
 DIGITS: Final = 16
 """Hex digits of an XXH3-64 checksum."""
+
+_HEX: Final = frozenset("0123456789abcdef")
 
 HEADER_DIGEST: Final = "header_xxh3"
 CHECKSUMS: Final = "checksums"
@@ -136,10 +142,11 @@ def header_length(path: Path, prefix: bytes, size: int) -> int:
         CacheFileError: more than the file holds.
     """
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < LENGTH_BYTES or not 2 <= length <= min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
+    longest = min(MAX_TABLE_BYTES + 2 * DIGITS * (size // CHUNK_BYTES), MAX_HEADER_BYTES)
+    if len(prefix) < LENGTH_BYTES or not 2 <= length <= min(size - LENGTH_BYTES, longest):
         raise refusal(
             path,
-            f"a safetensors file must start with the length of its header, from 2 to {MAX_HEADER_BYTES} and less than "
+            f"a safetensors file must start with the length of its header, from 2 to {longest} and less than "
             f"the {size} bytes of the file",
             length if len(prefix) == LENGTH_BYTES else f"{len(prefix)} bytes",
             "Is it a prompt cache, and all of it?",
@@ -162,6 +169,8 @@ def decode(path: Path, text: bytes, size: int) -> Header:
             "none",
             "It may be a safetensors file, but it is no prompt cache of quantcache.",
         )
+    if len(metadata) > 1:
+        raise refusal(path, f"the entry {METADATA_KEY!r} must be alone in __metadata__", _shown(sorted(metadata)))
     description = _parse(path, metadata[METADATA_KEY].encode("utf-8", "surrogatepass"), f"the entry {METADATA_KEY!r}")
     entries = {name: _entry(path, name, value) for name, value in table.items()}
     end = 0
@@ -176,17 +185,26 @@ def decode(path: Path, text: bytes, size: int) -> Header:
     digest = description.pop(HEADER_DIGEST, None)
     if not isinstance(digest, str) or digest != _digest(text, digest):
         raise refusal(path, "the header must have the checksum it names", "another", "The file is damaged.")
-    checksums = description.pop(CHECKSUMS, None)
-    for name, entry in entries.items():
-        digits = checksums.get(name) if isinstance(checksums, dict) else None
-        if not isinstance(digits, str) or len(digits) != DIGITS * entry.num_chunks:
-            raise refusal(path, f"{name} must have {entry.num_chunks} checksums of {DIGITS} digits", _shown(digits))
-    return Header(entries, description, checksums or {}, nbytes)
+    return Header(entries, description, _checksums(path, description.pop(CHECKSUMS, None), entries), nbytes)
 
 
 def refusal(path: Path, rule: str, got: object, advice: str = "") -> CacheFileError:
     """The error that says what must hold in a file."""
     return CacheFileError(f"prompt cache {path}: {rule}, got {got}.{' ' + advice if advice else ''}")
+
+
+def _checksums(path: Path, value: object, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """The checksums of every tensor, and of nothing else."""
+    if not isinstance(value, dict):
+        raise refusal(path, f"{CHECKSUMS!r} must be an object", _shown(value))
+    for name, entry in entries.items():
+        digits = value.get(name)
+        if not isinstance(digits, str) or len(digits) != DIGITS * entry.num_chunks or set(digits) - _HEX:
+            raise refusal(path, f"{name} must have {entry.num_chunks} checksums of {DIGITS} digits", _shown(digits))
+    for name in value:
+        if name not in entries:
+            raise refusal(path, "every checksum must be that of a tensor", _shown(name))
+    return value
 
 
 def _entry(path: Path, name: str, value: object) -> Entry:

@@ -25,7 +25,7 @@ class _Kind(NamedTuple):
 _KEYS_VALUES: Final = {"keys": 4, "values": 4}
 _STATES: Final = ("conv_states", "recurrent_states")
 
-_KINDS: Final = {
+KINDS: Final = {
     "DynamicLayer": _Kind(_KEYS_VALUES),
     "DynamicSlidingWindowLayer": _Kind(_KEYS_VALUES, has_window=True),
     "DynamicIndexedLayer": _Kind({**_KEYS_VALUES, "indexer_keys": 3, "indexer_position_ids": 3}),
@@ -84,6 +84,9 @@ def check_state(layer: Any, stored: Mapping[str, Spec], seq_len: int) -> None:
         known = name in kind.axes or name in {f"{state}.{index}" for state in _STATES for index in states}
         if not known or not shape or len(shape) != kind.axes.get(name, len(shape)):
             raise HostLayerError(f"{_name(layer)} must hold only what its class holds, got {name} {shape}")
+        # Where no tokens are held there is an axis of none; an empty one elsewhere would let the others be of any size.
+        if 0 in shape[:2] or 0 in shape[3:]:
+            raise HostLayerError(f"{_name(layer)} must hold states without empty axes, got {name} {shape}")
         if dtype.is_floating_point == (name == "indexer_position_ids"):
             raise HostLayerError(f"{_name(layer)} must hold states of a float dtype, got {name} in {dtype}")
     if ("keys" in stored) != ("values" in stored):
@@ -135,9 +138,9 @@ def _flags(conv_state: Tensor | None) -> tuple[bool, int | None]:
 
 
 def _kind(layer: Any) -> _Kind:
-    kind = _KINDS.get(type(layer).__name__)
+    kind = KINDS.get(type(layer).__name__)
     if kind is None or type(layer) is not getattr(cache_utils, type(layer).__name__, None):
-        raise HostLayerError(f"a layer must be int8 or one of {', '.join(_KINDS)}, got {type(layer).__name__}")
+        raise HostLayerError(f"a layer must be int8 or one of {', '.join(KINDS)}, got {type(layer).__name__}")
     return kind
 
 

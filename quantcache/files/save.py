@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from quantcache import __version__
 from quantcache.files import container, fingerprint, gathering, host_states, schema
 from quantcache.files.container import PathLike, Progress
+from quantcache.files.description import check
 from quantcache.files.header import arrange
 from quantcache.files.prompts import KnownPrompt
 from quantcache.layers.base import BaseInt8Layer
@@ -61,6 +62,7 @@ def save(
         "model": None if model is None else fingerprint.of_model(model, digest_weights),
         "layers": contents.layers,
     }
+    check(description, _refused)
     entries = arrange(contents.specs)
 
     def write(pieces: Callable[[str], Any]) -> None:
@@ -70,6 +72,11 @@ def save(
         write(lambda name: contents.pieces[name]())
     else:
         gathering.write_together(ranks, list(entries), contents.pieces, write)
+
+
+def _refused(rule: str, got: object) -> ValueError:
+    """A file that ``load`` would not take is not written, whatever a model's config has in its fields."""
+    return ValueError(f"QuantizedInt8Cache.save: {rule}, got {got}.")
 
 
 def contents_of(cache: KnownPrompt, input_ids: Tensor | None, model: PreTrainedModel | None) -> Contents:

@@ -3,7 +3,7 @@
 The page in the documentation specifies it; ``LAYOUT`` rises with any change that this code could not read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcache.files.container import Container
+from quantcache.files.description import check
 from quantcache.files.header import Entry
 from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store.segments import Segment
@@ -184,9 +185,9 @@ def check_description(container: Container) -> dict[str, Any]:
     """The description of a file, once its form is known to be right.
 
     Raises:
-        CacheFileError: a newer layout, another page size, or a field that is missing or of another kind.
+        CacheFileError: a newer layout, or a field that is missing, unknown, of another type or out of range.
     """
-    description: Mapping[str, Any] = container.description
+    description = container.description
     layout = description.get("layout")
     if type(layout) is not int or layout != LAYOUT:
         written = description.get("quantcache")
@@ -195,24 +196,5 @@ def check_description(container: Container) -> dict[str, Any]:
             f"{layout!r}, written by quantcache {written}" if isinstance(written, str) else repr(layout),
             "Use a newer quantcache." if type(layout) is int and layout > LAYOUT else "",
         )
-    if description.get("page_size") != PAGE_SIZE:
-        raise container.refuse(f"page_size must be {PAGE_SIZE}", repr(description.get("page_size")))
-    kinds: dict[str, tuple[type, ...]] = {
-        "quantcache": (str,),
-        "residual_length": (int,),
-        "from_config": (bool,),
-        "model": (dict, type(None)),
-        "layers": (list,),
-    }
-    for name, allowed in kinds.items():
-        value = description.get(name)
-        if name not in description or type(value) not in allowed:
-            raise container.refuse(
-                f"{name!r} must be {' or '.join(kind.__name__ for kind in allowed)}", repr(value)[:80]
-            )
-    if description["residual_length"] < 0:
-        raise container.refuse("'residual_length' must be at least 0", description["residual_length"])
-    for layer_idx, layer in enumerate(description["layers"]):
-        if not isinstance(layer, dict) or not isinstance(layer.get("storage"), str):
-            raise container.refuse(f"layer {layer_idx} must name its storage", repr(layer)[:80])
+    check(description, container.refuse)
     return dict(description)

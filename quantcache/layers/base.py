@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from quantcache.layers.report import LayerReport
-from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_RESIDUAL_LENGTH
 from quantcache.store import reads
 from quantcache.store.pages import Pages
 from quantcache.store.read_log import FallbackPolicy, ReadLog
@@ -95,6 +95,10 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
             )
         if residual_length < 0:
             raise ValueError(f"QuantizedInt8Cache: residual_length must be at least 0, got {residual_length}.")
+        if residual_length > MAX_RESIDUAL_LENGTH:
+            raise ValueError(
+                f"QuantizedInt8Cache: residual_length must be at most {MAX_RESIDUAL_LENGTH}, got {residual_length}."
+            )
         self.residual_length = residual_length
         self.read_log = ReadLog(policy or FallbackPolicy())
         self.pages = None

@@ -18,6 +18,9 @@ PAGE_SIZE: Final = 64
 DEFAULT_RESIDUAL_LENGTH: Final = 32
 """Newer tokens that must exist before a page is quantised."""
 
+MAX_RESIDUAL_LENGTH: Final = 1 << 30
+"""Kernels count tokens in int32, in which a page more than these must fit."""
+
 QMIN: Final = -128
 QMAX: Final = 127
 
