@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from quantcache import CacheFileError, QuantizedInt8Cache
-from quantcache.files import container
+from quantcache.files import container, fingerprint
 from quantcache.layers import factory
 from quantcache.layers._host import CACHE_NAMES, cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.growing import Int8Layer
 from tests.conftest import devices
-from tests.file_cases import MODELS, assert_bit_equal, filled_cache, gemma, llama, prompt, read_prompt, stored_tensors
+from tests.file_cases import (
+    MODELS,
+    SIZES,
+    assert_bit_equal,
+    filled_cache,
+    gemma,
+    llama,
+    prompt,
+    read_prompt,
+    stored_tensors,
+)
 
 
 @pytest.fixture
@@ -226,6 +237,16 @@ def test_another_model_is_refused(path: Path, changes: dict[str, object], messag
             QuantizedInt8Cache.load(path, **how)
     with pytest.raises(CacheFileError, match="dtype 'float32' in the file and 'bfloat16' in the model"):
         QuantizedInt8Cache.load(path, model=llama().to(torch.bfloat16))
+
+
+def test_a_field_that_differs_between_layers_is_stored_for_each(path: Path) -> None:
+    sizes = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 40, "hidden_size_per_layer_input": 0}
+    types = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma4TextConfig(**{**SIZES, **sizes, "layer_types": types, "num_kv_shared_layers": 0})
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    assert fingerprint.of_config(model.config)["head_dim"] == [8, 16]
+    read_prompt(model, prompt(100)).save(path, model=model)
+    assert_bit_equal(QuantizedInt8Cache.load(path, model=model), read_prompt(model, prompt(100)))
 
 
 def test_a_digest_of_the_weights_tells_tuned_models_apart(path: Path) -> None:

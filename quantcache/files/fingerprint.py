@@ -35,7 +35,7 @@ WEIGHTS: Final = "weights_sha256"
 def of_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of ``FIELDS`` that the config has, as JSON keeps them."""
     decoder = config.get_text_config(decoder=True)
-    found = {name: getattr(decoder, name, None) for name in FIELDS}
+    found = {name: _field(decoder, name) for name in FIELDS}
     return {name: _plain(value) for name, value in found.items() if value is not None}
 
 
@@ -73,6 +73,14 @@ def weights_digest(model: torch.nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a config; a list of one for each layer where transformers gives no one for all, since they differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _plain(value: Any) -> Any:
