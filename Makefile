@@ -18,8 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## answer a prompt with the default cache and with the int8 cache (DEMO_ARGS="--help")
 	$(BIN)/quantcache demo $(DEMO_ARGS)
 
-test: $(STAMP) ## run the tests (TEST_ARGS="-k crop")
-	$(BIN)/python -m pytest $(TEST_ARGS)
+# A process of one thread for each processor. Each begins with tests that follow one another, so that few fixtures of a
+# module are made twice; one that is done takes over some of another's. pytest-benchmark warns of company.
+RUN_TESTS := -m pytest -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
+test test-oldest test-newest: export OMP_NUM_THREADS := 1
+
+test: $(STAMP) ## run the tests (TEST_ARGS="-k crop", TEST_ARGS="-n 0" for one process)
+	$(BIN)/python $(RUN_TESTS) $(TEST_ARGS)
 
 # What shows a host that is not as assumed: its contract, generate, the matrix in its short form, Qwen v1, prompt caches,
 # routing; four minutes at most.
@@ -38,13 +43,13 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP) ## run what a host can break on the oldest torch and transformers that are supported
-	$(OLDEST)/bin/python -m pytest -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
+	$(OLDEST)/bin/python $(RUN_TESTS) -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
 
 test-newest: ## the same on the newest versions of everything that pip finds now, whatever constraints.txt says
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	@$(NEWEST)/bin/python -m pip list | grep -E "^(torch|transformers) "
-	$(NEWEST)/bin/python -m pytest -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
+	$(NEWEST)/bin/python $(RUN_TESTS) -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
 
 check: $(STAMP) ## lint, formatting, types, import rules, tables of the documentation
 	$(BIN)/ruff check .

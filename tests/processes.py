@@ -18,10 +18,12 @@ def finished(
     command: Sequence[str], timeout: float | None = 300, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """What became of ``command`` in the repository, with the package on its path and what it wrote as text."""
+    # A pytest that is run here is none of the processes that the tests are spread over.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
