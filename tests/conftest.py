@@ -18,15 +18,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
     """Every test starts and ends with transformers' own attention functions."""
-    from quantcache.files import prompts
-    from quantcache.layers import routing
+    from quantcache.layers import calls, routing
 
     routing.uninstall()
-    prompts.unwatch_generate()
+    calls.unwatch_generate()
     torch.manual_seed(0)
     yield
     routing.uninstall()
-    prompts.unwatch_generate()
+    calls.unwatch_generate()
 
 
 class _Deprecations(logging.Handler):

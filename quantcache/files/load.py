@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from quantcache.files import fingerprint, gathering, host_states, schema
 from quantcache.files.container import Container, PathLike, Progress
 from quantcache.files.header import DTYPES
-from quantcache.files.prompts import KnownPrompt, watch_generate
+from quantcache.files.prompts import KnownPrompt
 from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.calls import watch_generate
 from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.layers.parallel import device_of_layer, ranks_of
 from quantcache.layers.sliding import Int8SlidingLayer

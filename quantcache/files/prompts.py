@@ -4,8 +4,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from quantcache.layers import _host
-
 
 class KnownPrompt(Protocol):
     """What files know of a cache: the part of ``QuantizedInt8Cache`` that they read and fill."""
@@ -40,18 +38,3 @@ def check_prompt(cache: KnownPrompt, input_ids: Tensor) -> None:
             f"{place}: the prompt must begin with the {stored.shape[1]} stored tokens, got token "
             f"{int(input_ids[row, column])} for {int(stored[row, column])} at place {column} of row {row}. {advice}"
         )
-
-
-def watch_generate() -> None:
-    """Have ``generate`` check the prompt of caches that know theirs; loading such a cache does it."""
-    _host.watch_generate(_check_given)
-
-
-def unwatch_generate() -> None:
-    """Put the original ``generate`` back; one that someone wrapped again since stays."""
-    _host.unwatch_generate()
-
-
-def _check_given(cache: Any, input_ids: Any) -> None:
-    if hasattr(cache, "check_prompt") and isinstance(input_ids, Tensor):
-        cache.check_prompt(input_ids)
