@@ -111,7 +111,8 @@ REFUSED_UPDATES = {
         states(4, 3, 1, 16),
         states(4, 3, 1, 16),
         ValueError,
-        "Int8Layer.update: key_states must have the batch the layer holds, 2, got 4. Use reset() for new sequences.",
+        "Int8Layer.update: key_states must have the batch the layer holds, 2, got 4. "
+        "Use batch_repeat_interleave(2) to continue each stored sequence 2 times, or reset() for new sequences.",
     ),
     "other_heads": (
         states(2, 6, 1, 16),

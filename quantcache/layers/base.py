@@ -65,9 +65,13 @@ def check_states(key_states: Tensor, value_states: Tensor, held: "BaseInt8Layer 
             raise TypeError(f"{place}: {name} must have the dtype the layer holds, {stored.dtype}, got {states.dtype}.")
         for axis, word in ((0, "batch"), (1, "num_kv_heads"), (3, "head_dim")):
             if states.shape[axis] != stored.shape[axis]:
+                repeats, rest = divmod(states.shape[axis], stored.shape[axis])
+                go_on = f"batch_repeat_interleave({repeats}) to continue each stored sequence {repeats} times, or "
+                if held.keeps_batch:
+                    go_on = f"a cache without max_cache_len for {go_on}"
                 raise ValueError(
                     f"{place}: {name} must have the {word} the layer holds, {stored.shape[axis]}, "
-                    f"got {states.shape[axis]}. Use reset() for new sequences."
+                    f"got {states.shape[axis]}. Use {go_on if axis == 0 and not rest else ''}reset() for new sequences."
                 )
 
 
@@ -84,6 +88,8 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
     is_compileable = False
     is_sliding = False
     supports_early_init = True
+    keeps_batch = False
+    """Whether the number of sequences stays what it was at first."""
     pages: Pages | None
     """What is stored; None before the first tokens."""
 

@@ -48,6 +48,7 @@ class StaticInt8Layer(BaseInt8Layer):
     """
 
     pages: StaticInt8Pages | None
+    keeps_batch = True
     is_compileable = True
     """Whether a compiled step can run here: kernels are there that read lengths on the device. Asked before each."""
 
