@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
-from quantcache.layers import conversion, native, routing
+from quantcache.layers import calls, conversion, native, routing
 from quantcache.layers._host import CACHE_NAME, attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.factory import LayerFactory, layers_for
@@ -90,6 +90,8 @@ class QuantizedInt8Cache(DynamicCache):
 
     layers: list[Any]
     input_ids: Tensor | None = None
+    _was_asked: bool = False
+    """Whether a model asked for the sizes of its masks."""
 
     def __init__(
         self,
@@ -126,10 +128,12 @@ class QuantizedInt8Cache(DynamicCache):
         # The host's own streams are not made: on a machine without an accelerator they cannot be.
         self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
         routing.install()
+        calls.watch_generate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         routing.install()
+        calls.watch_generate()
 
     @classmethod
     def for_encoder_decoder(
@@ -277,7 +281,11 @@ class QuantizedInt8Cache(DynamicCache):
 
     def report(self) -> CacheReport:
         """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table."""
-        return CacheReport([layer_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)])
+        layers = [layer_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)]
+        lost = self._make.policy.lost
+        if lost is None and self._was_asked and native.holds_nothing(self.layers):
+            lost = "A model asked this cache for the sizes of its masks and stored nothing"
+        return CacheReport(layers, lost)
 
     def __repr__(self) -> str:
         int8 = [layer for layer in self.layers if isinstance(layer, BaseInt8Layer)]
@@ -318,6 +326,12 @@ class QuantizedInt8Cache(DynamicCache):
             self.offload(layer_idx, self.only_non_sliding)
         return states
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that ``query_length`` new tokens of a layer will see."""
+        if not self._was_asked and not torch.compiler.is_compiling():
+            self._was_asked = True
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
         if native.is_offloaded(self.layers[layer_idx], only_non_sliding):
@@ -332,7 +346,8 @@ class QuantizedInt8Cache(DynamicCache):
         """Forget everything; the cache is then as it was made, and the memory given back."""
         for layer in self.layers:
             native.reset(layer)
-        self.input_ids = None
+        self.input_ids = self._make.policy.lost = None
+        self._was_asked = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens of every layer; see ``BaseInt8Layer.crop``.
@@ -345,6 +360,7 @@ class QuantizedInt8Cache(DynamicCache):
                 is then as it was.
         """
         native.crop(self.layers, int(tokens_to_remove))  # older transformers hand over a tensor
+        self._was_asked = False
         if self.input_ids is not None and tokens_to_remove:
             self.input_ids = self.input_ids[:, : self.get_seq_length()]
 

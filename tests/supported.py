@@ -121,6 +121,8 @@ A cell that transformers refuses is refused with its own `DynamicCache` too. Bey
 | an encoder-decoder model given one cache, made with its config | `ValueError` | self- and cross-attention need one each |
 | `crop` in a full window, by more than it keeps, without `activate_past_recording()` | `ValueError` | the tokens that the next query sees are gone |
 | `crop` by a positive number, or by more tokens than there are | `ValueError` | nothing sensible can be meant |
+| a prompt that holds no token beyond those in a kept cache | `ValueError` | there is nothing to go on with |
+| `strict=True` and a model that goes on without the cache | `FallbackError` | it was asked for |
 | keys and values of two dtypes outside autocast | `TypeError` | attention cannot take them either |
 | `strict=True` and a read that restores | `FallbackError` | it was asked for |
 | a config whose model transformers cannot cache | `ValueError` | there is nothing to derive the layers from |

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
 from transformers.distributed import tensor_parallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -57,17 +64,86 @@ def test_a_config_tells_which_attention_function_its_model_uses(name: str) -> No
     assert _host.attention_implementation(None) is None
 
 
+class Watcher:
+    """Notes what it is asked and told."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache = model, cache
+        self.steps: list[_host.Step] = []
+        self.used: list[Any] = []
+
+    def prepare(self, step: _host.Step) -> None:
+        self.steps.append(step)
+
+    def end(self, used: Any) -> None:
+        self.used.append(used)
+
+
 def test_a_wrapped_generate_is_the_one_that_models_call() -> None:
     seen: list[tuple[Any, Any]] = []
+
+    def begin(model: Any, inputs: Any, arguments: Any) -> Watcher | None:
+        given = _host.caches_in(arguments)
+        if not given:
+            return None
+        seen.append((given[0], inputs))
+        return Watcher(model, given[0])
+
     model, cache, ids = llama(), DynamicCache(), prompt(3)
-    _host.watch_generate(lambda *given: seen.append(given))
-    _host.watch_generate(lambda *given: seen.append(given))
+    _host.watch_generate(begin)
+    _host.watch_generate(begin)
     model.generate(ids, **_host.cache_argument(cache), max_new_tokens=1)
     model.generate(input_ids=ids, max_new_tokens=1)
     assert [(one is cache, given is ids) for one, given in seen] == [(True, True)]
-    _host.unwatch_generate()
+    assert _host.unwatch_generate() == []
     model.generate(ids, **_host.cache_argument(DynamicCache()), max_new_tokens=1)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("stored", [0, 4])
+def test_a_watched_call_prepares_every_pass_but_decoding_steps(stored: int) -> None:
+    """What ``prepare_inputs_for_generation`` is called with, by ``generate`` and by models that override it."""
+    model, cache, ids = llama(), DynamicCache(), prompt(9)
+    if stored:
+        model(ids[:, :stored], **_host.cache_argument(cache))
+    watcher = Watcher(model, cache)
+    _host.watch_generate(lambda *_: watcher)
+    options = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 3}
+    model.generate(ids, **_host.cache_argument(cache), **options)
+    first = [(step.cache is cache, step.fed, step.new_tokens) for step in watcher.steps]
+    assert first in ([], [(True, 9, 9 - stored)], [(True, 9, None)] if not stored else [])
+    assert watcher.used == [cache]
+
+    watcher.steps.clear()
+    model.generate(ids, **_host.cache_argument(cache := DynamicCache()), **options, use_cache=False)
+    assert [step.fed for step in watcher.steps if step.new_tokens is None] == [10, 11] or [
+        step.fed for step in watcher.steps
+    ] == [9, 10, 11]
+    _host.unwatch_generate()
+
+
+def test_a_model_that_wants_a_new_cache_prepares_its_step_without_one() -> None:
+    class Drops(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            kwargs[_host.CACHE_NAME] = None
+            return super().prepare_inputs_for_generation(input_ids=input_ids, **kwargs)
+
+    fed: list[tuple[int, Any]] = []
+    model, cache = Drops(llama().config).eval(), DynamicCache()
+
+    class Keeps(Watcher):
+        def prepare(self, step: _host.Step) -> None:
+            assert step.cache is None
+            step.cache, step.new_tokens = DynamicCache(), None
+
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: fed.append((kwargs["input_ids"].shape[1], kwargs[_host.CACHE_NAME])), with_kwargs=True
+    )
+    _host.watch_generate(lambda *_: Keeps(model, cache))
+    model.generate(prompt(5), **_host.cache_argument(cache), do_sample=False, max_new_tokens=3)
+    _host.unwatch_generate()
+    assert [length for length, _ in fed] == [5, 6, 7]
+    assert all(isinstance(used, DynamicCache) and used is not cache for _, used in fed)
 
 
 def test_generate_marks_the_cache_that_it_was_given() -> None:

@@ -14,7 +14,6 @@ from quantcache.files.container import Container, PathLike, Progress
 from quantcache.files.header import DTYPES
 from quantcache.files.prompts import KnownPrompt
 from quantcache.layers.base import BaseInt8Layer
-from quantcache.layers.calls import watch_generate
 from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.layers.parallel import device_of_layer, ranks_of
 from quantcache.layers.sliding import Int8SlidingLayer
@@ -79,7 +78,6 @@ def load(
             host_states.restore_state(layer, tensors, seq_len)
         if schema.INPUT_IDS in file.entries:
             cache.input_ids = read(schema.INPUT_IDS)[:, :max_tokens].clone()
-            watch_generate()
     return cache
 
 

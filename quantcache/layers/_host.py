@@ -11,7 +11,9 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -24,12 +26,9 @@ from transformers.quantizers import auto as quantizers_auto
 
 _GIVEN: Final = "_is_user_defined"
 
-PromptCheck = Callable[[Any, Any], None]
-"""Called with a cache that ``generate`` was given, and the prompt, None where there is none."""
-
 _lock = threading.Lock()
-_generate: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-"""The original ``generate`` and the one that was put in its place."""
+_patched: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""By name, methods of ``GenerationMixin`` and what was put in their place."""
 
 
 CACHE_NAMES: Final = ("cache", "past_key_values")
@@ -169,31 +168,122 @@ def attention_implementation(config: PreTrainedConfig | None) -> str | None:
     return getattr(decoder, "_attn_implementation", None)
 
 
-def watch_generate(check: PromptCheck) -> None:
-    """Have ``generate`` of every model call ``check`` for its cache before it begins, however often this is called."""
-    global _generate
+@dataclass
+class Step:
+    """What ``generate`` is about to feed a model.
+
+    Attributes:
+        cache: what the model will read and fill; None where the model asked for a new one.
+        fed: tokens at hand, of which the newest ``new_tokens`` are fed.
+        new_tokens: see ``fed``; None for all of them.
+        total: tokens of the sequence, stored ones included, by the mask; None without one.
+    """
+
+    cache: Any
+    fed: int
+    new_tokens: int | None
+    total: int | None
+
+
+class WatchedCall(Protocol):
+    """One call of ``generate`` with a cache that is watched."""
+
+    model: Any
+    cache: Any
+
+    def prepare(self, step: Step) -> None:
+        """Called before tokens are fed, except for a decoding step with ``cache``; it may change ``step``."""
+
+    def end(self, used: Any) -> None:
+        """Called with the cache that was returned, None for none, unless ``generate`` raised."""
+
+
+BeginCall = Callable[[Any, Tensor | None, Mapping[str, Any]], WatchedCall | None]
+"""Called with a model, and the first and the keyword arguments of its ``generate``; None where nothing is watched."""
+
+_call: "ContextVar[WatchedCall | None]" = ContextVar("quantcache_call", default=None)
+"""The innermost call of ``generate``."""
+
+
+def watch_generate(begin: BeginCall) -> None:
+    """Have ``generate`` of every model ask ``begin`` for what watches the call, however often this is called."""
     with _lock:
-        original = GenerationMixin.generate
-        if _generate is not None and original is _generate[1]:
-            return
-
-        @functools.wraps(original)
-        def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            for cache in caches_in(kwargs):
-                check(cache, kwargs.get("input_ids", inputs))
-            return original(self, inputs, *args, **kwargs)
-
-        GenerationMixin.generate = generate  # type: ignore[method-assign]
-        _generate = original, generate
+        for name, wrapped in (
+            ("generate", functools.partial(_watched_generate, begin=begin)),
+            ("prepare_inputs_for_generation", _watched_prepare),
+        ):
+            original = getattr(GenerationMixin, name)
+            if name not in _patched or original is not _patched[name][1]:
+                _patched[name] = original, wrapped(original)
+                setattr(GenerationMixin, name, _patched[name][1])
 
 
-def unwatch_generate() -> None:
-    """Put the original ``generate`` back; one that someone wrapped again since stays."""
-    global _generate
+def unwatch_generate() -> list[str]:
+    """Put the original methods back.
+
+    Returns:
+        What stays as it is, because someone wrapped it again since.
+    """
+    stay = []
     with _lock:
-        if _generate is not None and GenerationMixin.generate is _generate[1]:
-            GenerationMixin.generate = _generate[0]  # type: ignore[method-assign]
-        _generate = None
+        for name, (original, wrapper) in list(_patched.items()):
+            current = getattr(GenerationMixin, name)
+            if current is not wrapper and current is not original:
+                stay.append(described(f"GenerationMixin.{name}", current))
+                continue
+            setattr(GenerationMixin, name, original)
+            del _patched[name]
+    return stay
+
+
+def described(name: str, function: Any) -> str:
+    """``name`` and where ``function``, which stands there now, was written."""
+    return f"{name} ({getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))})"
+
+
+def _watched_generate(original: Callable[..., Any], begin: BeginCall) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        call = begin(self, inputs, kwargs)
+        outer = _call.set(call)  # without a cache too: a draft model's steps are not those of the outer call
+        try:
+            output = original(self, inputs, *args, **kwargs)
+        finally:
+            _call.reset(outer)
+        if call is not None:
+            call.end(getattr(output, CACHE_NAME, None))
+        return output
+
+    return generate
+
+
+def _watched_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``prepare_inputs_for_generation``, which models override and call, often with what they want instead."""
+
+    @functools.wraps(original)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _call.get()
+        new_tokens = kwargs.get("next_sequence_length")
+        if call is None or call.model is not self or (kwargs.get(CACHE_NAME) is call.cache and new_tokens is not None):
+            return original(self, *args, **kwargs)
+        tokens, prefix = args[0] if args else kwargs.get("input_ids"), ""
+        if self.config.is_encoder_decoder:
+            prefix = "decoder_"
+        elif kwargs.get("inputs_embeds") is not None and kwargs.get("is_first_iteration"):
+            tokens = kwargs["inputs_embeds"]
+        if tokens is None or len(args) > 1:  # a way to call it that no model has
+            return original(self, *args, **kwargs)
+        given = caches_in(kwargs)
+        mask: Any = kwargs.get(f"{prefix}attention_mask")
+        total = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        step = Step(given[0] if given else None, tokens.shape[1], new_tokens, total)
+        call.prepare(step)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
+        kwargs.update({CACHE_NAME: step.cache, "next_sequence_length": step.new_tokens})
+        return original(self, *args, **kwargs)
+
+    return prepare
 
 
 def given_to_generate(check: Callable[[Any], None]) -> property:

@@ -1,22 +1,168 @@
-"""What a cache that is given to ``generate`` has checked before it begins."""
+"""What a cache sees to in a call of ``generate()`` that is given it.
 
-from typing import Any
+The prompt goes on behind what is stored, and no token is fed twice. A model that wants a new cache gets this one,
+emptied; where it goes on with another, that is said.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
 
 from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
 
-from quantcache.layers import _host
+from quantcache.layers import _host, native
+from quantcache.layers.factory import LayerFactory
+from quantcache.store.read_log import FallbackPolicy
+
+NAMES: Final = frozenset(_host.CACHE_NAMES)
+"""What the argument of a cache may be called."""
 
 
 def watch_generate() -> None:
-    """Have ``generate`` check the prompt of caches that know theirs; loading such a cache does it."""
-    _host.watch_generate(_check_given)
+    """Have ``generate`` see to the caches of this library that it is given. Constructing a cache does it."""
+    _host.watch_generate(_begin)
 
 
 def unwatch_generate() -> None:
-    """Put the original ``generate`` back; one that someone wrapped again since stays."""
-    _host.unwatch_generate()
+    """Put the original methods of ``GenerationMixin`` back; a warning names one that someone wrapped again since."""
+    if stay := _host.unwatch_generate():
+        warn_of_what_stays("unwatch_generate", stay)
 
 
-def _check_given(cache: Any, input_ids: Any) -> None:
-    if hasattr(cache, "check_prompt") and isinstance(input_ids, Tensor):
-        cache.check_prompt(input_ids)
+def check_not_passed_over(module: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a cache that came to an attention function, since its model took the argument for another's option.
+
+    Args:
+        module: the attention layer.
+        options: keyword arguments of the attention function.
+
+    Raises:
+        TypeError: there is one of this library's, and nothing was stored in it.
+    """
+    for name in NAMES.intersection(options):
+        if _policies(options[name]) and not _seq_len(options[name]):
+            raise TypeError(
+                f"{type(module).__name__}: the cache must come as {_host.CACHE_NAME}, got it as {name}, which the "
+                "model passed over."
+            )
+
+
+def warn_of_what_stays(place: str, stay: list[str]) -> None:
+    """Say which functions others put over the wrappers of this library, which are below them still."""
+    warnings.warn(
+        f"{place}: what others put over this library's wrappers since stays, and may still call them: "
+        f"{', '.join(stay)}. Call {place}() again when it is taken out.",
+        stacklevel=3,
+    )
+
+
+def _begin(model: Any, inputs: Tensor | None, arguments: Mapping[str, Any]) -> "_Call | None":
+    """Check the prompt, before anything changes, and watch the call if its cache is one of this library's."""
+    for cache in _host.caches_in(arguments):
+        if policies := _policies(cache):
+            given = [ids for ids in (arguments.get("input_ids"), inputs) if isinstance(ids, Tensor)]
+            if given and hasattr(cache, "check_prompt"):
+                cache.check_prompt(given[0])
+            return _Call(model, cache, policies, given[0] if given else None, arguments)
+    return None
+
+
+class _Call:
+    """One call of ``generate``; see ``_host.WatchedCall``."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        policies: list[FallbackPolicy],
+        input_ids: Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self.model, self.cache, self._policies = model, cache, policies
+        name, prompt, prefix = "the prompt", input_ids, ""
+        if isinstance(cache, EncoderDecoderCache):
+            name, prompt, prefix = "decoder_input_ids", arguments.get("decoder_input_ids"), "decoder_"
+        elif arguments.get("inputs_embeds") is not None:
+            name, prompt = "inputs_embeds", arguments["inputs_embeds"]
+        prompt_len = 1 if prompt is None else prompt.shape[1]  # else the model begins with one token of its own
+        mask = arguments.get(f"{prefix}attention_mask")
+        # With a longer mask the prompt is only what is new, and is not sliced.
+        self._prompt_len, self._before = prompt_len, 0 if mask is None else max(mask.shape[-1] - prompt_len, 0)
+        stored = 0 if self._before else _seq_len(cache)
+        if stored and prefix:
+            _empty(cache)  # the encoder's states in it are those of another call
+        elif stored and prompt_len <= stored:
+            raise ValueError(
+                f"QuantizedInt8Cache: {name} must go on behind the {stored} tokens in the cache, got {prompt_len}. "
+                "Pass the whole sequence, stored tokens included; take tokens back with cache.crop(-n), or empty the "
+                "cache with cache.reset()."
+            )
+        for policy in policies:
+            policy.lost = None
+
+    def prepare(self, step: _host.Step) -> None:
+        """Have the model go on with the cache, and feed it what is not stored yet."""
+        if step.cache is None:
+            # As LongRoPE does where its factors change: what is stored is no longer right, and all is fed again.
+            _empty(self.cache)
+            step.cache, step.new_tokens = self.cache, None
+        elif step.cache is not self.cache:
+            self._lost(f"it went by a {type(step.cache).__name__} of its own")
+        elif step.new_tokens is None and (stored := _seq_len(self.cache)):
+            total = step.total
+            if total is None and step.fed >= self._prompt_len:  # no chunk of it
+                total = self._before + step.fed
+            if total is None or stored + step.fed <= total:
+                return
+            if total <= stored:
+                raise ValueError(
+                    f"QuantizedInt8Cache: {type(self.model).__name__} must be fed what follows the {stored} tokens in "
+                    f"the cache, got the first {total} again, from an option of generate() that begins from the front "
+                    "over a kept cache (prefill_chunk_size, in older transformers). Leave it out, or empty the cache "
+                    "with cache.reset()."
+                )
+            step.new_tokens = total - stored
+
+    def end(self, used: Any) -> None:
+        """Notice that the cache was left out."""
+        if used is not None and used is not self.cache:
+            self._lost(f"it went by a {type(used).__name__} of its own")
+        elif all(native.holds_nothing(part.layers) for part in _parts(self.cache)):
+            self._lost("it stored nothing there")
+
+    def _lost(self, reason: str) -> None:
+        """Tell of it, once for the caches of both attentions."""
+        reason = f"{type(self.model).__name__} went on without the cache: {reason}"
+        for policy in self._policies:
+            policy.lost = reason
+        self._policies[0].went_without(reason)
+
+
+def _parts(cache: Any) -> list[Any]:
+    """The caches of which ``cache`` consists."""
+    is_pair = isinstance(cache, EncoderDecoderCache)
+    return [cache.self_attention_cache, cache.cross_attention_cache] if is_pair else [cache]
+
+
+def _policies(cache: Any) -> list[FallbackPolicy]:
+    """The policy of each cache of this library in ``cache``."""
+    makes = [getattr(part, "_make", None) for part in _parts(cache)]
+    return [make.policy for make in makes if isinstance(make, LayerFactory)]
+
+
+def _seq_len(cache: Any) -> int:
+    """Tokens stored, of the encoder where there are none of the decoder."""
+    return next(filter(None, (native.seq_len(part.layers) for part in _parts(cache))), 0)
+
+
+def _empty(cache: Any) -> None:
+    """Forget all tokens, and nothing else."""
+    for part in _parts(cache):
+        records_past = any(getattr(layer, "record_past", False) for layer in part.layers)
+        for layer in part.layers:
+            native.reset(layer)
+        if records_past:
+            part.activate_past_recording()
+    if isinstance(cache, EncoderDecoderCache):
+        cache.is_updated = dict.fromkeys(cache.is_updated, False)

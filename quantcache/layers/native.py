@@ -82,6 +82,18 @@ def prefetch_next(layers: list[Any], layer_idx: int, only_non_sliding: bool) -> 
             return
 
 
+def seq_len(layers: list[Any]) -> int:
+    """Tokens in a cache with these layers; waits for the device where only it knows the number."""
+    int8 = [layer for layer in layers if isinstance(layer, BaseInt8Layer)]
+    known = int8[:1] or [layer for layer in layers if hasattr(layer, "get_seq_length")]
+    return max((int(layer.get_seq_length()) for layer in known), default=0)
+
+
+def holds_nothing(layers: list[Any]) -> bool:
+    """Whether nothing is stored; False where a layer counts no tokens, as linear attention does not."""
+    return all(hasattr(layer, "get_seq_length") for layer in layers) and not seq_len(layers)
+
+
 def layer_nbytes(layer: Any) -> int:
     """Bytes a layer of any cache keeps in memory; transformers' layers have tensors or dicts of them as attributes."""
     if isinstance(layer, BaseInt8Layer):

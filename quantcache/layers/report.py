@@ -28,9 +28,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table."""
+    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table.
+
+    Attributes:
+        layers: a row for each.
+        lost: how the model of the last call went on without the cache, None where it did not.
+    """
 
     layers: list[LayerReport]
+    lost: str | None = None
 
     @property
     def backend(self) -> str:
@@ -45,4 +51,5 @@ class CacheReport:
         ]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+        lines += [] if self.lost is None else [f"{self.lost}."]
         return "\n".join(line.rstrip() for line in lines)

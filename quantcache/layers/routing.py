@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from quantcache.layers import _host
+from quantcache.layers import _host, calls
 from quantcache.quantization.options import PLAIN, AttentionOptions
 from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, read_recorded, shared_view
 
@@ -75,6 +75,8 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
             if uncovered is None and query.dtype == key.dtype:
                 return read_recorded(key, query, options), None
         if isinstance(key, RecordedStates) or not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
+            if not calls.NAMES.isdisjoint(kwargs):
+                calls.check_not_passed_over(module, kwargs)
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
         reason: str | None = "keys and values of different views"

@@ -13,11 +13,39 @@ def strict_error(reason: str) -> FallbackError:
 
 @dataclass
 class FallbackPolicy:
-    """What one cache does about slow reads: warn once, or raise."""
+    """What one cache does where it is read slowly or not at all: warn once, or raise.
+
+    Attributes:
+        strict: raise.
+        warned: of a slow read.
+        warned_of_gradients: that they end.
+        warned_of_loss: that a model went on without the cache.
+        lost: how it did in the last call, None where it did not.
+    """
 
     strict: bool = False
     warned: bool = False
     warned_of_gradients: bool = False
+    warned_of_loss: bool = False
+    lost: str | None = None
+
+    def went_without(self, reason: str) -> None:
+        """Note that a model was given the cache and went on without it.
+
+        Raises:
+            FallbackError: the cache is strict.
+        """
+        self.lost = reason
+        if self.strict:
+            raise FallbackError(f"QuantizedInt8Cache(strict=True): every model must keep the cache, got: {reason}.")
+        if not self.warned_of_loss:
+            self.warned_of_loss = True
+            warnings.warn(
+                f"QuantizedInt8Cache: {reason}. Its keys and values were not kept in int8, nor for a later call. "
+                "cache.report() says so, too; strict=True raises instead.",
+                FallbackWarning,
+                stacklevel=3,
+            )
 
 
 @dataclass
