@@ -273,7 +273,8 @@ def test_uninstall_leaves_a_later_registration_alone() -> None:
 
     AttentionInterface.register("sdpa", later)
     try:
-        routing.uninstall()
+        with pytest.warns(UserWarning, match="stays, and may still call them: sdpa"):
+            routing.uninstall()
         assert AttentionInterface._global_mapping["sdpa"] is later
     finally:
         AttentionInterface.register("sdpa", original)

@@ -13,6 +13,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
-from quantcache.layers import calls
+from quantcache.layers import calls, routing
 from quantcache.layers._host import CACHE_NAME, cache_argument, cache_of
 from tests.file_cases import assert_bit_equal
 from tests.test_generate import MAX_MEAN_KL, RETURN, SIZES, prompt
@@ -452,3 +453,33 @@ def test_other_caches_pass_through_untouched() -> None:
     before = cache.get_seq_length()
     model.generate(prompt(40), max_new_tokens=2, do_sample=False, **cache_argument(cache))
     assert cache.get_seq_length() > before + 2, "transformers does not feed the prompt again any more"
+
+
+def test_what_others_wrapped_since_is_named() -> None:
+    sdpa, generate = AttentionInterface._global_mapping["sdpa"], GenerationMixin.generate
+    QuantizedInt8Cache()
+    our_sdpa, our_generate = AttentionInterface._global_mapping["sdpa"], GenerationMixin.generate
+
+    def later(*args: Any, **kwargs: Any) -> Any: ...
+
+    place = re.escape(f"({__name__}.test_what_others_wrapped_since_is_named.<locals>.later)")
+    try:
+        AttentionInterface.register("sdpa", later)
+        GenerationMixin.generate = later
+        with pytest.warns(
+            UserWarning, match=rf"^uninstall: what others put .*: sdpa {place}. Call uninstall\(\) again"
+        ):
+            routing.uninstall()
+        with pytest.warns(UserWarning, match=rf"^unwatch_generate: .*: GenerationMixin.generate {place}. Call unwatch"):
+            calls.unwatch_generate()
+        assert AttentionInterface._global_mapping["sdpa"] is later
+        assert GenerationMixin.generate is later
+        AttentionInterface.register("sdpa", our_sdpa)  # the other wrapper is taken out
+        GenerationMixin.generate = our_generate
+        routing.uninstall()
+        calls.unwatch_generate()
+        assert AttentionInterface._global_mapping["sdpa"] is sdpa
+        assert GenerationMixin.generate is generate
+    finally:
+        AttentionInterface.register("sdpa", sdpa)
+        GenerationMixin.generate = generate

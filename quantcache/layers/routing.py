@@ -53,15 +53,21 @@ def install() -> None:
 def uninstall() -> None:
     """Put the original attention functions back. Caches that exist keep working, where need be on restored states.
 
-    A function that someone registered over the wrapper since is left in place.
+    A function that someone registered over the wrapper since is left in place, and a warning names it.
     """
     from transformers.modeling_utils import AttentionInterface
 
+    stay = []
     with _lock:
-        for name, (original, routed) in _wrapped.items():
-            if _host.attention_function(name) is routed:
-                AttentionInterface.register(name, original)
-        _wrapped.clear()
+        for name, (original, routed) in list(_wrapped.items()):
+            current = _host.attention_function(name)
+            if current is not routed and current is not original:
+                stay.append(_host.described(name, current))
+                continue
+            AttentionInterface.register(name, original)
+            del _wrapped[name]
+    if stay:
+        calls.warn_of_what_stays("uninstall", stay)
 
 
 def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
