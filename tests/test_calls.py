@@ -33,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
 from quantcache.layers import calls, routing
 from quantcache.layers._host import CACHE_NAME, cache_argument, cache_of
+from tests.conftest import compiler_warnings, skip_without_gpu
 from tests.file_cases import assert_bit_equal
 from tests.test_generate import MAX_MEAN_KL, RETURN, SIZES, prompt
 
@@ -137,6 +138,19 @@ def test_longrope_changes_its_factors_in_every_mode(how: dict[str, Any]) -> None
     # The newest token is stored in the next step, if there is one.
     assert output.sequences.shape[1] - cache.get_seq_length() in (0, 1)
     assert cache.layers[0].pages.num_pages
+
+
+@compiler_warnings
+@pytest.mark.cuda
+@skip_without_gpu
+@pytest.mark.parametrize("prompt_len", [100, 150])
+def test_longrope_changes_its_factors_in_a_compiled_call(prompt_len: int) -> None:
+    model, ids = longrope().to("cuda"), prompt(prompt_len).cuda()
+    cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=60, strict=True)
+    output = model.generate(ids, max_new_tokens=60, **cache_argument(cache), **WITH_LOGITS)
+    assert cache_of(output) is cache
+    assert int(cache.get_seq_length()) == prompt_len + 59
+    assert_as_exact(model, output)
 
 
 def test_a_window_that_records_its_past_goes_on_recording_it() -> None:

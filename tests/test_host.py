@@ -203,6 +203,13 @@ def test_the_config_says_which_kind_each_layer_is() -> None:
     assert static == ["StaticSlidingWindowLayer", "StaticLayer"]
 
 
+def test_steps_are_prepared_by_a_method_that_takes_what_is_looked_at() -> None:
+    """A number of new tokens that is not passed, and a cache that is left out, would otherwise go unnoticed."""
+    taken = parameters(GenerationMixin.prepare_inputs_for_generation)
+    assert {"next_sequence_length", "attention_mask", "inputs_embeds", "is_first_iteration", CACHE_NAME} <= set(taken)
+    assert taken[:3] == ["self", "input_ids", "next_sequence_length"]
+
+
 def test_rejected_drafts_are_taken_back_by_crop_with_a_negative_number(model: LlamaForCausalLM) -> None:
     taken: list[int] = []
 
