@@ -18,7 +18,7 @@ from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import calls, conversion, native, routing
 from quantcache.layers._host import CACHE_NAME, attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
-from quantcache.layers.factory import LayerFactory, layers_for
+from quantcache.layers.factory import LayerFactory, LayersOnUse, layers_for
 from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
@@ -68,7 +68,8 @@ class QuantizedInt8Cache(DynamicCache):
     Args:
         config: the model's config. Full-attention layers and windows of more than 1024 tokens are then int8, and small
             windows, linear-attention and other special layers transformers' own. Without it every layer is int8, is
-            made on first use and keeps all tokens, which suits any decoder whose layers are all attention.
+            made on first use and keeps all tokens, which suits decoders whose layers are all attention; the others
+            are refused at the first call.
         residual_length: newer tokens that must exist before a page is quantised. A rollback of up to that many tokens,
             as assisted decoding makes, leaves no trace.
         strict: raise ``FallbackError`` where a read would have to restore the cache to full precision, instead of
@@ -121,6 +122,7 @@ class QuantizedInt8Cache(DynamicCache):
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
+            self.layers = LayersOnUse()
         else:
             Cache.__init__(self, layers=layers_for(config, make))
         self._make = make
@@ -318,6 +320,8 @@ class QuantizedInt8Cache(DynamicCache):
             )
         if layer_idx >= known:
             check_states(key_states, value_states)  # before layers are made for it
+            if not known:
+                self._begin_at(layer_idx)
             self.layers += [self._make() for _ in range(known, layer_idx + 1)]
         if self.offloading:
             native.prefetch_next(self.layers, layer_idx, self.only_non_sliding)
@@ -331,6 +335,15 @@ class QuantizedInt8Cache(DynamicCache):
         if not self._was_asked and not torch.compiler.is_compiling():
             self._was_asked = True
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def _begin_at(self, layer_idx: int) -> None:
+        """Take ``layer_idx`` for the first layer, from which the host derives positions and masks of all."""
+        if layer_idx:
+            raise ValueError(
+                "QuantizedInt8Cache.update: without a config the first layer must store tokens first, "
+                f"got layer {layer_idx} in a cache of none. Use QuantizedInt8Cache(model.config)."
+            )
+        self.layers = []
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""

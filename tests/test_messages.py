@@ -1,6 +1,7 @@
 """Is each message right, number included, and the cache afterwards exactly what it was?"""
 
 import copy
+import pickle
 import re
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausa
 
 from quantcache import FallbackError, FallbackWarning, QuantizedInt8Cache
 from quantcache.layers._host import cache_argument, cache_of
+from quantcache.layers.factory import LayerFactory
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.options import AttentionOptions
@@ -299,6 +301,55 @@ def test_a_hybrid_model_without_config_says_so() -> None:
     cache = QuantizedInt8Cache(config)
     model.generate(ids, max_new_tokens=20, do_sample=False, **cache_argument(cache))
     assert [row.storage for row in cache.report().layers] == ["LinearAttentionLayer", "int8", "LinearAttentionLayer"]
+
+
+def test_a_first_layer_that_stores_nothing_is_refused_without_a_config() -> None:
+    cache = QuantizedInt8Cache()
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "QuantizedInt8Cache.update: without a config the first layer must store tokens first, got layer 2 in a "
+            "cache of none. Use QuantizedInt8Cache(model.config)."
+        ),
+    ):
+        cache.update(GOOD, GOOD, 2)
+    assert len(cache) == 0
+    cache.update(GOOD, GOOD, 0)
+    cache.update(GOOD, GOOD, 2)  # a layer further behind may store nothing
+    assert [layer.get_seq_length() for layer in cache.layers] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("again", [lambda cache: cache, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_layers_looked_up_before_there_are_any_are_told_to_come_from_a_config(
+    again: Callable[[QuantizedInt8Cache], QuantizedInt8Cache],
+) -> None:
+    cache = again(QuantizedInt8Cache())
+    with pytest.raises(
+        IndexError,
+        match=re.escape(
+            "QuantizedInt8Cache.layers: a model that looks into the layers before their first tokens needs a cache "
+            "made from its config, got layer 3 of none. Use QuantizedInt8Cache(model.config)."
+        ),
+    ):
+        cache.layers[3]
+    assert cache.get_seq_length(3) == 0
+    assert list(cache.layers) == cache.layers[:] == []
+    cache.update(GOOD, GOOD, 0)
+    assert type(cache.layers) is list
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_a_layer_asked_for_more_than_keys_and_values_names_the_config(capacity: int | None) -> None:
+    layer = LayerFactory(max_cache_len=capacity)()
+    assert not hasattr(layer, "update_index")
+    with pytest.raises(
+        AttributeError,
+        match=re.escape(
+            f"{type(layer).__name__}.update_index: an int8 layer holds keys and values alone, and has no update_index. "
+            "A model that asks for it needs a cache made from its config: QuantizedInt8Cache(model.config)."
+        ),
+    ):
+        layer.update_index  # noqa: B018
 
 
 def test_a_layer_alone_refuses_as_the_cache_does() -> None:

@@ -1,7 +1,7 @@
 """``BaseInt8Layer``: the layer contract of transformers over the store, which every int8 layer keeps."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -114,6 +114,21 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
+
+    if not TYPE_CHECKING:  # mypy would take every name for one that exists
+
+        def __getattr__(self, name: str) -> Any:
+            """Tell a model that asks a layer for more than keys and values what kind of layer this is.
+
+            Raises:
+                AttributeError: always.
+            """
+            raise AttributeError(
+                f"{type(self).__name__}.{name}: an int8 layer holds keys and values alone, and has no {name}. A model "
+                "that asks for it needs a cache made from its config: QuantizedInt8Cache(model.config).",
+                name=name,
+                obj=self,
+            )
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from quantcache.layers import _host, native
-from quantcache.layers.factory import LayerFactory
+from quantcache.layers.factory import LayerFactory, check_goes_without_config
 from quantcache.store.read_log import FallbackPolicy
 
 NAMES: Final = frozenset(_host.CACHE_NAMES)
@@ -61,6 +61,8 @@ def _begin(model: Any, inputs: Tensor | None, arguments: Mapping[str, Any]) -> "
     """Check the prompt, before anything changes, and watch the call if its cache is one of this library's."""
     for cache in _host.caches_in(arguments):
         if policies := _policies(cache):
+            if isinstance(getattr(cache, "layer_class_to_replicate", None), LayerFactory) and not cache.layers:
+                check_goes_without_config(model.config)
             given = [ids for ids in (arguments.get("input_ids"), inputs) if isinstance(ids, Tensor)]
             if given and hasattr(cache, "check_prompt"):
                 cache.check_prompt(given[0])

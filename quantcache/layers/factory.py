@@ -13,7 +13,7 @@ from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_NATIVE_WINDOW
 from quantcache.store.read_log import FallbackPolicy
 
-_OWN_CACHE: Final = {"minimax": "MiniMaxCache"}
+_OWN_CACHE: Final = {"minimax": "MiniMaxCache", "reformer": "ReformerDynamicCache", "xlstm": "xLSTMCache"}
 """Models that refuse every cache but their own, by model type."""
 
 
@@ -61,6 +61,40 @@ BY_NUMBER_OF_KEYS: Final = frozenset({"gpt_neo"})
 """Model types whose attention takes the number of keys for the position of the query, which is wrong where there is
 memory for more; transformers' ``StaticCache`` gives them wrong tokens without a word."""
 
+WINDOW_LEFT_TO_CACHE: Final = frozenset({"kyutai_speech_to_text", "moshi"})
+"""Model types without a mask for their window. They attend to all that they are given, which must be the window to the
+token."""
+
+
+def window_left_to_cache(config: PreTrainedConfig) -> int | None:
+    """Tokens of the window that the model of ``config`` leaves to its cache, None where it leaves none."""
+    return getattr(config, "sliding_window", None) if config.model_type in WINDOW_LEFT_TO_CACHE else None
+
+
+def check_goes_without_config(config: PreTrainedConfig) -> None:
+    """Refuse a model that a cache without a config would serve wrongly, unnoticed by both.
+
+    Raises:
+        ValueError: it leaves its window to the cache.
+    """
+    if (window := window_left_to_cache(config)) is not None:
+        raise ValueError(
+            f"QuantizedInt8Cache: a {config.model_type} model leaves its window of {window} tokens to the cache, which "
+            "must be made from its config, got config=None. Use QuantizedInt8Cache(model.config)."
+        )
+
+
+class LayersOnUse(list[Any]):
+    """The layers of a cache without a config, before there are any: a model that looks one up is told why."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise IndexError(
+                "QuantizedInt8Cache.layers: a model that looks into the layers before their first tokens needs a cache "
+                f"made from its config, got layer {index} of none. Use QuantizedInt8Cache(model.config)."
+            )
+        return super().__getitem__(index)
+
 
 def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
     """A layer for each decoder layer of the model of ``config``; transformers says what kind each is.
@@ -78,6 +112,12 @@ def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
             "QuantizedInt8Cache: max_cache_len needs a model that does not take the number of keys for a position, "
             f"got config.model_type={config.model_type!r}. Leave max_cache_len out."
         )
+    keeps_windows = window_left_to_cache(config) is not None  # an int8 one holds whole pages
+    if make.max_cache_len is not None and keeps_windows:
+        raise ValueError(
+            "QuantizedInt8Cache: max_cache_len needs a model that masks its window itself, "
+            f"got config.model_type={config.model_type!r}. Leave max_cache_len out."
+        )
     try:
         if make.max_cache_len is None:
             native = DynamicCache(config=config).layers
@@ -88,4 +128,5 @@ def layers_for(config: PreTrainedConfig, make: LayerFactory) -> list[Any]:
             "QuantizedInt8Cache: config must be that of a decoder whose layers transformers can cache, got "
             f"{type(config).__name__}: {type(error).__name__}: {error}."
         ) from error
-    return [make.instead_of(layer) for layer in native]
+    kept = [keeps_windows and getattr(layer, "is_sliding", False) for layer in native]
+    return [layer if keep else make.instead_of(layer) for layer, keep in zip(native, kept, strict=True)]
