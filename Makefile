@@ -26,9 +26,10 @@ test test-oldest test-newest: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop", TEST_ARGS="-n 0" for one process)
 	$(BIN)/python $(RUN_TESTS) $(TEST_ARGS)
 
-# What shows a host that is not as assumed: its contract, generate, the matrix in its short form, Qwen v1, prompt caches,
-# routing; four minutes at most.
+# What shows a host that is not as assumed: its contract, generate, the matrix and all causal models in their short forms,
+# Qwen v1, prompt caches, routing; four minutes at most.
 HOST_TESTS := tests/test_host.py tests/test_host_private.py tests/test_layer_contract.py tests/test_generate.py tests/test_matrix.py \
+	tests/test_causal_models.py \
 	tests/test_qwen_model.py tests/test_qwen_chat.py tests/test_files.py tests/test_attention.py
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantcache.layers._host import TESTED
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.causal_models import LEFT_OUT, NEEDS_CONFIG, NO_CONFIG_NEEDED, NO_FIXED_CAPACITY
 from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
 from tests.refusals import OLDER_REFUSED, REFUSED
 
@@ -75,6 +76,18 @@ def _refusals() -> str:
     )
 
 
+def listed(model_types: Iterable[str]) -> str:
+    return ", ".join(f"`{model_type}`" for model_type in sorted(model_types))
+
+
+def _by_reason(reasons: dict[str, str]) -> str:
+    """A row for each reason, with the model types that have it."""
+    rows = (
+        (listed(one for one in reasons if reasons[one] == reason), reason) for reason in dict.fromkeys(reasons.values())
+    )
+    return table(("model types", "because"), rows)
+
+
 def page() -> str:
     """The text of docs/supported.md."""
     return f"""<!-- Written by `python -m tests.supported` from the tests; a test compares them. -->
@@ -105,6 +118,26 @@ transformers on a CPU. The columns hold for a cache made with `QuantizedInt8Cach
 linear attention and convolutions are small and stay transformers' own; a "shared" layer reads the states of another.
 Encoder-decoder models take `QuantizedInt8Cache.for_encoder_decoder(model.config)`. `flash_attention_2`, `3` and `4` read
 int8 with their windows, softcaps, sinks and padding; a position bias restores.
+
+## Causal model types
+
+These are all model types that `AutoModelForCausalLM` of transformers {TESTED["transformers"].newest} knows.
+`tests/test_causal_models.py` makes a tiny random model of each and compares its logits, three windows behind the first
+token, with those of `DynamicCache(config=...)`: with `QuantizedInt8Cache(model.config)`, with its windows in int8, with
+`QuantizedInt8Cache()` and with `max_cache_len`. CI runs one of each kind, and all with `-m slow`.
+
+`QuantizedInt8Cache()` gives what `QuantizedInt8Cache(model.config)` gives with {len(NO_CONFIG_NEEDED)} of them:
+{listed(NO_CONFIG_NEEDED)}.
+
+{len(NEEDS_CONFIG)} need a cache made from their config; `QuantizedInt8Cache()` refuses them at the first call:
+
+{_by_reason({model_type: need.because for model_type, need in NEEDS_CONFIG.items()})}
+
+`max_cache_len` does not suit {listed(NO_FIXED_CAPACITY)}, nor does transformers' `StaticCache`.
+
+{len(LEFT_OUT)} cannot be compared:
+
+{_by_reason(LEFT_OUT)}
 
 ## Operations
 
