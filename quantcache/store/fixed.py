@@ -98,6 +98,11 @@ class StaticInt8Pages(Pages):
         self.synchronize()
         return self._tail_len
 
+    @property
+    def seq_len(self) -> int:  # type: ignore[override]
+        """See ``Pages.seq_len``."""
+        return self.num_pages * PAGE_SIZE + self._tail_len
+
     def _tail_buffers(self) -> tuple[Tensor, Tensor]:
         return self.buffers.key_tail, self.buffers.value_tail
 

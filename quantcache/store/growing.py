@@ -59,9 +59,10 @@ class Int8Pages(Pages):
         self.row_table: RowTable | None = None
         # Pages dropped, all older than those held; pages held.
         self.first_page, self.num_pages = first_page, 0
-        # Buffers of the tail; the first _tail_len tokens count.
+        # All tokens, those dropped included, in one number: a traced step computes with it, see ``traced``.
+        self.seq_len = first_page * PAGE_SIZE
+        # Buffers of the tail; the first tail_len tokens count.
         self._buffers = copied(*no_tokens(key_states.detach(), value_states.detach()))
-        self.tail_len = 0
         # The view whose newest tokens may not be in the buffers yet.
         self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
@@ -125,9 +126,10 @@ class Int8Pages(Pages):
         if closed is not None and self.keep_tokens is not None:
             size = self._segment_capacity(1)
             segments = [closed.narrow(start, start + size).cloned() for start in range(0, closed.capacity, size)]
-        self._buffers, self.tail_len = copied(key_tail, value_tail), key_tail.shape[2]
+        self._buffers = copied(key_tail, value_tail)
         self._segments, self.num_pages = segments, 0 if closed is None else closed.capacity
         self.first_page, self.row_table, self._closed = first_page, None, None
+        self.seq_len = (first_page + self.num_pages) * PAGE_SIZE + key_tail.shape[2]
 
     @property
     def backend(self) -> tuple[str, str | None]:
@@ -135,6 +137,11 @@ class Int8Pages(Pages):
         if self._backend is None and self.reader:
             self._backend = self.reader, None
         return super().backend
+
+    @property
+    def tail_len(self) -> int:  # type: ignore[override]
+        """See ``Pages.tail_len``."""
+        return self.seq_len - (self.first_page + self.num_pages) * PAGE_SIZE
 
     def _tail_buffers(self) -> tuple[Tensor, Tensor]:
         self._write_pending()
@@ -170,9 +177,10 @@ class Int8Pages(Pages):
         """See ``Pages.append``; the pages that this call drops are still in the view."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        total = self.tail_len + key_states.shape[2]
+        used = self.tail_len
+        total = used + key_states.shape[2]
         if self.num_pages and total < self._closes_at:
-            return self._append_to_tail(key_states, value_states, total)
+            return self._append_to_tail(key_states, value_states, used, total)
         self._write_pending()
         self._arrive()
         closing = max(0, (total - self.residual_length) // PAGE_SIZE)
@@ -182,7 +190,7 @@ class Int8Pages(Pages):
             key_tail, value_tail = buffers = key_states, value_states
         else:
             buffers = self._buffers_for(total)
-            write_tail(key_states, value_states, *buffers, self.tail_len, self._append_backend)
+            write_tail(key_states, value_states, *buffers, used, self._append_backend)
             key_tail, value_tail = (buffer.narrow(2, 0, total) for buffer in buffers)
         view = self._view_with(key_tail, value_tail)
 
@@ -205,14 +213,14 @@ class Int8Pages(Pages):
             self._segments = held + new_segments
         self._buffers, self.row_table = buffers, row_table
         self.num_pages += closing - skipped
-        self.tail_len = total - closing * PAGE_SIZE
+        self.seq_len += key_states.shape[2]
         if closing:
             self._closed = None
             self.drop_prefix()
         return view
 
-    def _append_to_tail(self, key_states: Tensor, value_states: Tensor, total: int) -> PagesView:
-        """``append`` where nothing but the tail grows, to ``total`` tokens: what a decode step does, in a few calls."""
+    def _append_to_tail(self, key_states: Tensor, value_states: Tensor, used: int, total: int) -> PagesView:
+        """``append`` where nothing but the tail grows, from ``used`` to ``total`` tokens: what a decode step does, in a few calls."""
         closed, backend = self._closed or self._make_closed(), self.backend
         self._write_pending()
         buffers = self._buffers_for(total)
@@ -220,9 +228,10 @@ class Int8Pages(Pages):
         if dispatch.BACKENDS[backend[0]].WRITES_ON_READ:
             pending = key_states, value_states
         else:
-            write_tail(key_states, value_states, *buffers, self.tail_len, self._append_backend)
+            write_tail(key_states, value_states, *buffers, used, self._append_backend)
         view = PagesView(closed, *buffers, total, backend, pending)
-        self._buffers, self._newest, self.tail_len = buffers, view if pending else None, total
+        self._buffers, self._newest = buffers, view if pending else None
+        self.seq_len += total - used
         return view
 
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +246,7 @@ class Int8Pages(Pages):
         seq_len = self.num_pages * PAGE_SIZE + self.tail_len - tokens_to_remove
         pages, rest = divmod(seq_len, PAGE_SIZE)
         if pages >= self.num_pages:
-            self.tail_len = seq_len - self.num_pages * PAGE_SIZE
+            self.seq_len -= tokens_to_remove
             return
         reopened = pages_between(self._readable_segments(), pages, pages + 1)
         if self.row_table is not None:
@@ -245,8 +254,8 @@ class Int8Pages(Pages):
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
         buffers = copied(key_states[:, :, :rest], value_states[:, :, :rest])
-        self._buffers, self.tail_len = buffers, rest
-        self.num_pages, self._closed = pages, None
+        self._buffers, self.num_pages, self._closed = buffers, pages, None
+        self.seq_len -= tokens_to_remove
         drop_beyond(self._segments, pages)
         if self._host is not None:
             self._host.crop(pages)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import dispatch
-from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads
 from quantcache.store.view import PagesView
 
@@ -28,6 +27,9 @@ class Pages(ABC):
 
     tail_len: int
     """Tokens in the tail."""
+
+    seq_len: int
+    """Tokens stored so far, those dropped included."""
 
     is_offloaded = False
     """Whether the closed pages are in host memory alone."""
@@ -83,11 +85,6 @@ class Pages(ABC):
         if self._backend is None:  # asked once, since asking takes as long as a launch
             self._backend = dispatch.backend_for(*self._tail_buffers())
         return self._backend
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens stored so far, those dropped included."""
-        return (self.first_page + self.num_pages) * PAGE_SIZE + self.tail_len
 
     @property
     def is_empty(self) -> bool:
