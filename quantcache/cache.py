@@ -23,6 +23,7 @@ from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.store import traced
 from quantcache.store.read_log import FallbackPolicy
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
@@ -77,7 +78,8 @@ class QuantizedInt8Cache(DynamicCache):
         max_cache_len: allocate memory for so many tokens at once, so that ``generate()`` compiles the decoding step, as
             it does with a ``StaticCache``. Needs ``config``. See ``for_generate``, which finds the number.
         offloading: keep closed pages in host memory and bring those of the next layer to the GPU while one is at work.
-            Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU.
+            Each page goes to the host once; a decode step moves int8 bytes one way. Nothing to do on a CPU. With
+            ``max_cache_len`` too; ``generate()`` then compiles nothing.
         offload_only_non_sliding: leave sliding-window layers where they are.
 
     Attributes:
@@ -110,15 +112,14 @@ class QuantizedInt8Cache(DynamicCache):
                 "QuantizedInt8Cache: config must be the model's config (model.config) or None, "
                 f"got {type(config).__name__}.{convert}"
             )
-        if max_cache_len is not None and (config is None or offloading):
+        if max_cache_len is not None and config is None:
             raise ValueError(
-                "QuantizedInt8Cache: max_cache_len needs the model's config and cannot be combined with offloading, "
-                f"got config={None if config is None else type(config).__name__} and offloading={offloading}. "
+                "QuantizedInt8Cache: max_cache_len needs the model's config, got config=None. "
                 "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
             )
         # Eager attention is to restore the states, so that nothing is left to warn of.
         policy = FallbackPolicy(strict, warned=attention_implementation(config) == "eager")
-        make = LayerFactory(residual_length, policy, max_cache_len)
+        make = LayerFactory(residual_length, policy, max_cache_len, offloading=offloading)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=make)  # type: ignore[arg-type]
@@ -129,11 +130,13 @@ class QuantizedInt8Cache(DynamicCache):
         self._is_encoder_decoder = config is not None and bool(getattr(config, "is_encoder_decoder", False))
         # The host's own streams are not made: on a machine without an accelerator they cannot be.
         self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
+        self._handle = traced.handle_for(self)
         routing.install()
         calls.watch_generate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._handle = traced.handle_for(self)
         routing.install()
         calls.watch_generate()
 
@@ -318,6 +321,8 @@ class QuantizedInt8Cache(DynamicCache):
                 f"QuantizedInt8Cache.update: layer_idx must be from 0 to {known - 1}, got {layer_idx}. "
                 "Is the config that of another model?"
             )
+        if torch.compiler.is_compiling() and (layer_idx >= known or self.offloading):
+            return self._update_traced(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= known:
             check_states(key_states, value_states)  # before layers are made for it
             if not known:
@@ -345,6 +350,17 @@ class QuantizedInt8Cache(DynamicCache):
             )
         self.layers = []
 
+    def _update_traced(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``update`` in a graph of torch.compile, where layers are made, and their pages moved, when it runs."""
+        if layer_idx < len(self.layers):
+            layer, kwargs["named"] = self.layers[layer_idx], (self._handle, layer_idx)
+            states: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return states
+        traced.update(self._handle, layer_idx, key_states, value_states)
+        return key_states, value_states
+
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""
         if native.is_offloaded(self.layers[layer_idx], only_non_sliding):
@@ -361,6 +377,7 @@ class QuantizedInt8Cache(DynamicCache):
             native.reset(layer)
         self.input_ids = self._make.policy.lost = None
         self._was_asked = False
+        traced.forget(self)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens of every layer; see ``BaseInt8Layer.crop``.

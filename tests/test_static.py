@@ -1,6 +1,7 @@
 """Does a cache of fixed capacity hold and read what the growing one does, compiled or not?"""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -437,10 +438,8 @@ def test_for_generate_counts_what_generate_will_store() -> None:
 
 def test_what_a_fixed_capacity_cannot_do_is_refused() -> None:
     config = Qwen2Config(**SIZES)
-    with pytest.raises(ValueError, match=r"max_cache_len needs the model's config .* got config=None and offloading=F"):
+    with pytest.raises(ValueError, match=r"max_cache_len needs the model's config, got config=None\."):
         QuantizedInt8Cache(max_cache_len=64)
-    with pytest.raises(ValueError, match=r"got config=Qwen2Config and offloading=True"):
-        QuantizedInt8Cache(config, max_cache_len=64, offloading=True)
     with pytest.raises(ValueError, match=r"max_cache_len must be at least 1 token, got 0\."):
         QuantizedInt8Cache(config, max_cache_len=0)
     with pytest.raises(TypeError, match=r"max_cache_len must be an int, got float\."):
@@ -449,14 +448,6 @@ def test_what_a_fixed_capacity_cannot_do_is_refused() -> None:
     layer.update(*new_states(5, 0))
     with pytest.raises(ValueError, match=r"keeps its batch of 2 sequences, got 1\."):
         layer.batch_select_indices(torch.tensor([1]))
-    key, value = new_states(1, 0)
-    with pytest.raises(NotImplementedError, match="keeps no gradients"):
-        layer.update(key.requires_grad_(), value)
-    assert layer.get_seq_length() == 5
-    torch._dynamo.reset()
-    new = torch.compile(Attention(StaticInt8Layer(64)), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="memory must be allocated before a compiled step"), torch.no_grad():
-        new(key, *new_states(1, 0))
 
 
 def test_a_compiled_step_that_restores_says_so() -> None:
@@ -473,3 +464,151 @@ def test_a_strict_cache_does_not_restore_in_a_compiled_step(frames: Any) -> None
     cache = QuantizedInt8Cache(model.config, max_cache_len=200, strict=True)
     with pytest.raises(Exception, match=r"QuantizedInt8Cache\(strict=True\): every read must be int8 attention"):
         generated(model, cache, prompt(100), compile_config=compiled_with("aot_eager"))
+
+
+@pytest.mark.parametrize("device", devices())
+def test_offloaded_pages_of_a_fixed_capacity_come_back_as_they_were(device: str) -> None:
+    """Offloaded before each call, in single tokens and chunks, over page ends, rollbacks and reorderings."""
+    layer, plain = StaticInt8Layer(CAPACITY), StaticInt8Layer(CAPACITY)
+    for step, tokens in enumerate([90, *[1] * 70, 130, 1, 1, 40, *[1] * 30]):
+        for each in (layer, plain):
+            each.update(*new_states(tokens, step, device))
+            if step % 20 == 0:
+                each.reorder_cache(torch.tensor([step // 20 % 2, 0]))
+            if step in (30, 71):
+                each.crop(-50)
+        layer.pages.offload()
+        assert layer.pages.is_offloaded
+        assert not layer.pages.buffers.key_qdata.numel()
+        if step % 3 == 0:
+            layer.prefetch()
+    assert layer.get_seq_length() == plain.get_seq_length()
+    for have, want in zip(layer.pages.stored().segments[0], plain.pages.stored().segments[0], strict=True):
+        assert torch.equal(have.cpu(), want.cpu())
+    for have, want in zip(layer.pages.restore(), plain.pages.restore(), strict=True):
+        assert torch.equal(have, want)
+    layer.pages.offload()
+    layer.reset()
+    layer.update(*new_states(200, 1, device))
+    growing = Int8Pages(*new_states(0, 0, device))
+    growing.append(*new_states(200, 1, device))
+    assert_same_bytes(layer.pages, growing)
+
+
+@pytest.mark.parametrize("how", ["crop", "reorder_cache"])
+def test_a_rollback_and_a_new_order_leave_offloaded_pages_in_host_memory(how: str) -> None:
+    """Of every layer at once they would need the memory that offloading saves."""
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(95, 0))
+    for index in range(64 + 32 + 1):
+        layer.update(*new_states(1, index))
+    layer.pages.offload()
+    getattr(layer, how)(-70 if how == "crop" else torch.tensor([1, 0]))
+    assert layer.pages.is_offloaded
+    assert layer.report(0).storage == "int8 static, in host memory"
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_copy_of_an_offloaded_layer_is_its_own(how: Any, is_back: bool) -> None:
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*new_states(300, 0))
+    layer.pages.offload()
+    if is_back:
+        layer.prefetch()
+    expected = layer.pages.restore()
+    branch = how(layer)
+    branch.update(*new_states(100, 1))
+    for have, want in zip(layer.pages.restore(), expected, strict=True):
+        assert torch.equal(have, want)
+    for have, want in zip(branch.pages.restore(), expected, strict=True):
+        assert torch.equal(have[:, :, :300][:, :, :192], want[:, :, :192])
+    assert branch.get_seq_length() == 400
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_offloading_cache_of_fixed_capacity_gives_the_tokens_of_a_resident_one(
+    device: str, num_beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``generate()`` compiles nothing then. On a CPU pages are moved as on a GPU, to other memory."""
+    model = tiny_model(device)
+    ids = prompt(100, batch=2).to(device)
+    resident = QuantizedInt8Cache(model.config, max_cache_len=200)
+    expected = generated(model, resident, ids, num_beams=num_beams, disable_compile=True)
+    cache = QuantizedInt8Cache(model.config, max_cache_len=200, offloading=True)
+    if device == "cpu":
+        monkeypatch.setattr(StaticInt8Layer, "offload", lambda layer: layer.pages.offload())
+    assert not cache.is_compileable
+    assert torch.equal(generated(model, cache, ids, num_beams=num_beams), expected)
+    assert not cache.is_compileable
+    assert any(layer.pages.is_offloaded for layer in cache.layers)
+    assert cache.report().layers[0].reason == "not compiled: its pages are offloaded"
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+def test_offloading_a_fixed_capacity_leaves_two_layers_on_the_gpu() -> None:
+    config = Qwen2Config(**{**SIZES, "num_hidden_layers": 8, "hidden_size": 1024, "num_attention_heads": 8})
+    held = {}
+    for offloading in (False, True):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = QuantizedInt8Cache(config, max_cache_len=8192, offloading=offloading)
+        for tokens in (4096, 1):
+            for layer_idx in range(8):
+                states = random_states(1, tokens, 8, 128, dtype=torch.float16, device="cuda")
+                cache.update(*(state.transpose(1, 2) for state in states), layer_idx)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held[offloading] = torch.cuda.memory_allocated() - before
+        del cache, states
+    assert held[True] < 0.3 * held[False]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_a_fixed_capacity_can_be_offloaded_and_prefetched_by_hand(device: str) -> None:
+    model = tiny_model(device)
+    ids = prompt(150).to(device)
+    cache = QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
+    cache.prefetch(0)
+    cache.offload(0)
+    with torch.no_grad():
+        model(ids, **cache_argument(cache))
+        twin = copy.deepcopy(cache)
+        cache.offload(0)
+        cache.prefetch(0)
+        cache.offload(1)
+        assert cache.is_compileable == (device == "cpu")
+        step = ids[:, :1]
+        actual, expected = (model(step, **cache_argument(each)).logits for each in (cache, twin))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+@pytest.mark.parametrize("prefix", [40, 150])
+def test_a_forward_pass_with_gradients_is_that_of_the_growing_cache(prefix: int) -> None:
+    """Outside of ``torch.no_grad()``, with parameters that require gradients: prompt, chunk and token."""
+    model = tiny_model()
+    outputs = []
+    for max_cache_len in (None, CAPACITY):
+        cache = QuantizedInt8Cache(model.config, max_cache_len=max_cache_len)
+        for tokens in (prefix, 5, 1):
+            model.zero_grad()
+            logits = model(prompt(tokens, seed=tokens), **cache_argument(cache)).logits
+            logits.logsumexp(-1).sum().backward()
+            outputs.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        assert cache.get_seq_length() == prefix + 6
+    for have, want in zip(outputs[3:], outputs[:3], strict=True):
+        for one, other in zip(have, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_full_cache_refuses_a_token_with_gradients_before_it_writes() -> None:
+    layer = StaticInt8Layer(64)
+    layer.update(*new_states(64, 0))
+    key, value = new_states(1, 1)
+    before = layer.pages.memory.clone()
+    with pytest.raises(ValueError, match=r"at most max_cache_len=64 tokens fit"):
+        layer.update(key.requires_grad_(), value)
+    assert torch.equal(layer.pages.memory, before)

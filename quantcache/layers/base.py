@@ -9,7 +9,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_RESIDUAL_LENGTH
-from quantcache.store import reads
+from quantcache.store import reads, traced
+from quantcache.store.offloading import copy_stream
 from quantcache.store.pages import Pages
 from quantcache.store.read_log import FallbackPolicy, ReadLog
 from quantcache.store.tensor import Int8Tensor, autocast_to
@@ -111,6 +112,11 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         self.is_initialized = False
         self._accepted: tuple[object, ...] = ()
         self._cut_gradients = False
+        self._handle = traced.handle_for(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._handle = traced.handle_for(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seq_len={self.get_seq_length()}, nbytes={self.nbytes})"
@@ -201,12 +207,40 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         with_gradient = None
         if wants_gradient:  # before they are stored: what fails then has stored nothing
             keys, values = reads.restore_both(self.pages.view())
-            with_gradient = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+            missing = max(0, (self.pages.capacity or 0) - keys.shape[2] - key_states.shape[2])
+            with_gradient = _joined(keys, key_states, missing), _joined(values, value_states, missing)
         view = self.pages.append(key_states, value_states)
         if num_pages == 0 and not (wants_gradient and self._cut_gradients):
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
         return with_gradient or self._states(view)
+
+    def _update_traced(
+        self, key_states: Tensor, value_states: Tensor, is_empty: bool, named: tuple[Tensor, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``update`` in a graph of torch.compile that looks at no length: it is called when the graph runs.
+
+        Args:
+            key_states: see ``update``.
+            value_states: likewise.
+            is_empty: whether the layer is.
+            named: handle of its cache and its place there, if the cache is to be called.
+        """
+        named = named or (self._handle, traced.ITSELF)
+        if key_states.dtype != value_states.dtype:  # as in _checked
+            kind = key_states.device.type
+            held = torch.get_autocast_dtype(kind) if self.pages is None else self.dtype
+            key_states, value_states = autocast_to(held, key_states), autocast_to(held, value_states)
+        wants_gradient = traced.wants_gradient(key_states, value_states)
+        kv_len, _ = self.get_mask_sizes(key_states.shape[2])
+        traced.update(*named, key_states, value_states, wants_gradient)
+        if is_empty:
+            return key_states, value_states
+        states = traced.newest(*named, kv_len, key_states, value_states)
+        if wants_gradient:
+            keys, values = map(traced.with_gradient, states, (key_states, value_states))
+            return keys, values
+        return states
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
@@ -259,10 +293,14 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
             self._accepted = ()
 
     def offload(self) -> None:
-        """Keep the closed pages in host memory alone, where a layer can; here they stay."""
+        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
+        if self.pages is not None and self.pages.device.type != "cpu":
+            self.pages.offload()
 
     def prefetch(self) -> None:
         """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
+        if self.pages is not None:
+            self.pages.fetch(copy_stream(self.pages.device))
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
@@ -309,3 +347,8 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         if view.segments or view.capacity:
             return Int8Tensor.pair(view, self.read_log)
         return view.key_tail, view.value_tail
+
+
+def _joined(dense: Tensor, new_states: Tensor, missing: int) -> Tensor:
+    """Dense states, new ones behind them and then zeros for ``missing`` tokens."""
+    return torch.nn.functional.pad(torch.cat([dense, new_states], dim=2), (0, 0, 0, missing))

@@ -26,12 +26,14 @@ class LayerFactory:
         policy: what the layers do about slow reads.
         max_cache_len: tokens that fit into each layer, None for layers that grow.
         commons: see ``StaticInt8Layer``.
+        offloading: likewise.
     """
 
     residual_length: int = DEFAULT_RESIDUAL_LENGTH
     policy: FallbackPolicy = field(default_factory=FallbackPolicy)
     max_cache_len: int | None = None
     commons: CommonByKind = field(default_factory=dict)
+    offloading: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a bad ``residual_length`` here, not in the middle of the first forward pass."""
@@ -40,7 +42,7 @@ class LayerFactory:
     def __call__(self) -> BaseInt8Layer:
         """A layer for full attention."""
         if self.max_cache_len is not None:
-            return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.commons)
+            return StaticInt8Layer(self.max_cache_len, self.residual_length, self.policy, self.commons, self.offloading)
         return Int8Layer(self.residual_length, self.policy)
 
     def instead_of(self, native: Any) -> Any:

@@ -1,7 +1,7 @@
 """``StaticInt8Layer``: the layer contract of transformers over ``StaticInt8Pages``, for compiled decoding."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from quantcache.layers import _host
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.store import traced
 from quantcache.store.fixed import StaticInt8Pages, check_room
 from quantcache.store.pages import Pages
 from quantcache.store.read_log import FallbackPolicy
 from quantcache.store.tensor import RecordedStates
+
+_OFFLOADED: Final = "its pages are offloaded"
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class StaticInt8Layer(BaseInt8Layer):
         residual_length: see ``BaseInt8Layer``.
         policy: see ``BaseInt8Layer``.
         commons: what this layer and others of its cache share.
+        offloading: whether its cache offloads it after each turn; a compiled step cannot run then.
     """
 
     pages: StaticInt8Pages | None
@@ -58,6 +62,7 @@ class StaticInt8Layer(BaseInt8Layer):
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         policy: FallbackPolicy | None = None,
         commons: CommonByKind | None = None,
+        offloading: bool = False,
     ) -> None:
         super().__init__(residual_length, policy)
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
@@ -67,7 +72,8 @@ class StaticInt8Layer(BaseInt8Layer):
         self.max_cache_len = max_cache_len
         self._commons: CommonByKind = {} if commons is None else commons
         self._common: Common | None = None
-        self._why_eager: str | None = None
+        self._why_eager = _OFFLOADED if offloading else None
+        self.is_compileable = not offloading
         # What was asked for masks since the host last knew the length: no fewer tokens than came. See get_mask_sizes.
         self._at_most = 0
 
@@ -90,7 +96,7 @@ class StaticInt8Layer(BaseInt8Layer):
         return "int8 static"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        super().__setstate__(state)
         self._mark_addresses()
 
     def _new_pages(self, key_states: Tensor, value_states: Tensor) -> StaticInt8Pages:
@@ -114,7 +120,7 @@ class StaticInt8Layer(BaseInt8Layer):
         tails = pages.buffers.key_tail, pages.buffers.value_tail
         kind = pages.device, tails[1].shape[3]
         common = self._commons.get(kind) or Common(dispatch.scratch_for(*tails), self.read_log.policy)
-        self._why_eager = dispatch.why_not_recorded(*tails)
+        self._why_eager = self._why_eager or dispatch.why_not_recorded(*tails)
         super()._hold(pages, key_states)
         self.is_compileable = self._why_eager is None
         self._common = self._commons[kind] = common
@@ -122,7 +128,9 @@ class StaticInt8Layer(BaseInt8Layer):
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
-        if self.pages is not None and self._common is not None and not torch.compiler.is_compiling():
+        if self.pages is None or self._common is None or torch.compiler.is_compiling():
+            return
+        if self.pages.keeps_addresses:
             for tensor in (self.pages.memory, self._common.scratch):
                 _host.mark_static_address(tensor)
 
@@ -134,14 +142,11 @@ class StaticInt8Layer(BaseInt8Layer):
                 step cannot raise; ``get_mask_sizes`` does, which ``generate()`` asks before each.
         """
         if torch.compiler.is_compiling():
+            wants_gradient = traced.wants_gradient(key_states, value_states)
+            if self.pages is None or not self.pages.keeps_addresses or wants_gradient:
+                return self._update_traced(key_states, value_states, self.pages is None, kwargs.get("named"))
             # Through the class, for an instance would have to be checked for methods of its own.
             return StaticInt8Layer._update_recorded(self, key_states, value_states)
-        wants_gradient = isinstance(key_states, Tensor) and (key_states.requires_grad or value_states.requires_grad)
-        if wants_gradient and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "StaticInt8Layer.update: a cache of fixed capacity keeps no gradients, got states that require them. "
-                "Use torch.no_grad(), or QuantizedInt8Cache without max_cache_len."
-            )
         states = super().update(key_states, value_states)
         assert self.pages is not None
         self._at_most = self.pages.seq_len
@@ -149,14 +154,12 @@ class StaticInt8Layer(BaseInt8Layer):
 
     def _update_recorded(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         pages, common = self.pages, self._common
-        if pages is None or common is None:
-            raise RuntimeError(
-                "StaticInt8Layer.update: memory must be allocated before a compiled step, got a new layer. "
-                "Run the prompt uncompiled, or call cache.early_initialization() first."
-            )
+        assert pages is not None
+        assert common is not None
+        layout = pages.layout.constant()
         parts = pages.memory, common.scratch, *StaticInt8Pages.append_recorded(pages, key_states, value_states)
         on_restore = "raise" if common.policy.strict else "quiet" if common.policy.warned else "warn"
-        kind: Any = {"shape_of_memory": pages.layout.shape, "dtype": pages.layout.dtype, "on_restore": on_restore}
+        kind: Any = {"shape_of_memory": layout.shape, "dtype": layout.dtype, "on_restore": on_restore}
         return RecordedStates(*parts, **kind, is_key=True), RecordedStates(*parts, **kind, is_key=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -166,7 +169,7 @@ class StaticInt8Layer(BaseInt8Layer):
             ValueError: they do not fit. ``generate()`` asks before each step, compiled or not.
         """
         if torch.compiler.is_compiling():
-            return self.max_cache_len, 0
+            return (query_length if self.pages is None else self.max_cache_len), 0
         if self._at_most + query_length > self.max_cache_len:
             # The host may ask twice before one step.
             self._at_most = 0 if self.pages is None else self.pages.seq_len
@@ -178,7 +181,12 @@ class StaticInt8Layer(BaseInt8Layer):
         """Tokens stored; on the device, int32 (), where the host would have to wait for the number."""
         if self.pages is None:
             return 0
-        if torch.compiler.is_compiling() or self.pages.is_stale:
+        if torch.compiler.is_compiling():
+            seq_len = self.pages.device_seq_len
+            hidden = torch.is_grad_enabled() or not self.pages.keeps_addresses  # whatever changes it in this graph
+            taken = traced.length(self._handle, seq_len) if hidden and not torch.compiler.is_exporting() else seq_len
+            return taken  # type: ignore[return-value]
+        if self.pages.is_stale:
             return self.pages.device_seq_len  # type: ignore[return-value]
         return self.pages.seq_len
 
@@ -191,6 +199,13 @@ class StaticInt8Layer(BaseInt8Layer):
         if self.pages is not None:
             self.pages.reset()
         self._at_most = 0
+        traced.forget(self)
+
+    def offload(self) -> None:
+        """See ``BaseInt8Layer.offload``. Steps that ``generate()`` compiles need the memory to stay; none runs then."""
+        super().offload()
+        if self.pages is not None and not self.pages.keeps_addresses:
+            self._why_eager, self.is_compileable = _OFFLOADED, False
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """See ``BaseInt8Layer.check_crop``."""
@@ -224,6 +239,8 @@ class StaticInt8Layer(BaseInt8Layer):
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = "empty" if self.is_empty else self.storage
+        if self.pages is not None and self.pages.is_offloaded:
+            storage += ", in host memory"
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
         seq_len, kernel = 0, self.read_log.kernel
         if self.pages is not None:

@@ -1,10 +1,13 @@
 """``Int8Layer``: an int8 layer that grows without a limit."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from quantcache.layers.base import BaseInt8Layer
+from quantcache.store import traced
 from quantcache.store.growing import Int8Pages
-from quantcache.store.offloading import copy_stream
 from quantcache.store.read_log import ReadLog
 
 
@@ -13,22 +16,23 @@ class GrowingInt8Layer(BaseInt8Layer):
 
     pages: Int8Pages | None
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See ``BaseInt8Layer.update``. In a graph of torch.compile it is called when the graph runs."""
+        if torch.compiler.is_compiling():
+            is_empty = self.get_seq_length() == 0
+            states = self._update_traced(key_states, value_states, is_empty, kwargs.get("named"))
+            if self.pages is not None:
+                self.pages.seq_len += key_states.shape[2]  # for what the graph computes with it from here on
+            return states
+        return super().update(key_states, value_states)
+
     def reset(self) -> None:
         """Forget everything, shapes included, and give the memory back."""
         self.pages = None
         self.is_initialized = False
         self._accepted = ()
         self.read_log = ReadLog(self.read_log.policy)
-
-    def offload(self) -> None:
-        """Keep the closed pages in host memory alone; whatever reads them next brings them back. No-op on a CPU."""
-        if self.pages is not None and self.pages.device.type != "cpu":
-            self.pages.offload()
-
-    def prefetch(self) -> None:
-        """Begin to bring offloaded pages back to the layer's device, beside the work queued there."""
-        if self.pages is not None:
-            self.pages.fetch(copy_stream(self.pages.device))
+        traced.forget(self)
 
 
 class Int8Layer(GrowingInt8Layer):

@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from quantcache.layers import _host, calls
 from quantcache.quantization.options import PLAIN, AttentionOptions
-from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, read_recorded, shared_view
+from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, shared_view
+from quantcache.store.traced import TracedStates, dense_in_graph, read_in_graph, wants_gradient
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -75,12 +76,15 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
     def attention_forward(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(key, RecordedStates):
+        if isinstance(key, (RecordedStates, TracedStates)):
             query = autocast_to(key.dtype, query)
             uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
-            if uncovered is None and query.dtype == key.dtype:
-                return read_recorded(key, query, options), None
-        if isinstance(key, RecordedStates) or not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
+            if wants_gradient(query):
+                key, value = dense_in_graph(key), dense_in_graph(value)
+            elif uncovered is None and query.dtype == key.dtype:
+                return read_in_graph(key, value, query, options), None
+            return original(module, query, key, value, attention_mask, **kwargs)
+        if not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
             if not calls.NAMES.isdisjoint(kwargs):
                 calls.check_not_passed_over(module, kwargs)
             return original(module, query, key, value, attention_mask, **kwargs)

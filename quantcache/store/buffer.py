@@ -6,6 +6,7 @@ for each part that took longer than all other checks together.
 
 import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -21,6 +22,10 @@ PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
 
 ALIGNMENT: Final = 16
 """Bytes that the parts are aligned to, as the kernels read them."""
+
+
+Part = tuple[int, int, torch.dtype, tuple[int, ...]]
+"""First byte, end, dtype and shape of a part of ``FixedBuffers``, but of the last."""
 
 
 class FixedBuffers(NamedTuple):
@@ -111,9 +116,15 @@ class BufferLayout:
     shape: StaticShape
     dtype: torch.dtype
 
+    def constant(self) -> "BufferLayout":
+        """The same in numbers that torch.compile takes for constants of the graph, not for its arguments."""
+        return BufferLayout(StaticShape(*map(operator.index, self.shape)), self.dtype)
+
     @functools.cached_property
-    def _parts(self) -> list[tuple[int, int, torch.dtype, tuple[int, ...]]]:
-        """First byte, end, dtype and shape of each part of ``FixedBuffers``, but the last."""
+    def _parts(self) -> list[Part]:
+        return self._made_parts()
+
+    def _made_parts(self) -> list[Part]:
         shape = self.shape
         rows = shape.num_pages, shape.batch, shape.num_kv_heads
         tail = shape.batch, shape.num_kv_heads, shape.tail_capacity
@@ -144,10 +155,20 @@ class BufferLayout:
         memory[self._parts[4][0] :].zero_()
         return memory
 
+    def with_pages(self, newest: Tensor, pages: Segment) -> FixedBuffers:
+        """The parts where the pages lie apart from ``newest``, which is shared."""
+        first = self._parts[4][0]
+        shared = [
+            newest[start - first : end - first].view(dtype).view(sizes) for start, end, dtype, sizes in self._parts[4:]
+        ]
+        return FixedBuffers(*pages, *shared, newest)  # type: ignore[call-arg]
+
     def unpack(self, memory: Tensor) -> FixedBuffers:
         """The parts, sharing the memory."""
-        parts = [memory[start:end].view(dtype).view(sizes) for start, end, dtype, sizes in self._parts]
-        return FixedBuffers(*parts, memory[self._parts[4][0] :])  # type: ignore[call-arg]
+        # torch.compile does not enter the lock of a cached property.
+        parts = self._made_parts() if torch.compiler.is_compiling() else self._parts
+        shared = [memory[start:end].view(dtype).view(sizes) for start, end, dtype, sizes in parts]
+        return FixedBuffers(*shared, memory[parts[4][0] :])  # type: ignore[call-arg]
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.buffer import PAGES, SEQ_LEN, TAIL_LEN, BufferLayout, StaticShape, layout_for
+from quantcache.store.offloading import HostCopy
 from quantcache.store.pages import Pages, checked_indices, no_tokens
-from quantcache.store.segments import ClosedPages
+from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
 
 
@@ -58,17 +59,29 @@ class StaticInt8Pages(Pages):
         self.was_recorded = False
         """Whether the last step that the host knows of was a recorded one."""
         self._pages = self._tail_len = 0
+        # Once pages were offloaded, the tail and the lengths lie apart and ``memory`` is of them alone. Copies of the
+        # pages in host memory; what to wait for before those on the device are read, while they are on the way back.
+        self._host: HostCopy | None = None
+        self.is_offloaded = False
+        self._arrival: torch.Event | None = None
         # What the views share, for as many pages as are closed.
         self._closed: ClosedPages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The memory, and not once more the parts that share it."""
-        return {name: value for name, value in vars(self).items() if name not in ("buffers", "_closed", "_backend")}
+        """The memory, and not once more the parts that share it; once offloaded, pages are those in host memory."""
+        if self._host is not None:
+            self._to_host()
+        left_out = "buffers", "_closed", "_backend", "_arrival"
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.layout = layout_for(self.layout.shape, self.layout.dtype)  # a copy would not be the one that is shared
-        self.buffers, self._closed = self.layout.unpack(self.memory), None
+        self._closed = self._arrival = None
+        if self._host is None:
+            self.buffers = self.layout.unpack(self.memory)
+        else:
+            self.buffers = self.layout.with_pages(self.memory, _no_pages(self._host.segments[0], self.memory.device))
 
     def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
@@ -77,14 +90,21 @@ class StaticInt8Pages(Pages):
         return have == (shape, key_states.dtype, key_states.device)
 
     @property
-    def capacity(self) -> int:
-        """Tokens that fit."""
+    def capacity(self) -> int:  # type: ignore[override]
+        """See ``Pages.capacity``."""
         return self.layout.shape.capacity
 
     @property
     def nbytes(self) -> int:
         """See ``Pages.nbytes``."""
-        return self.memory.nbytes
+        if self._host is None:
+            return self.memory.nbytes
+        return self.memory.nbytes + self.buffers.pages.nbytes + self._host.nbytes
+
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether all memory stays where it is, as a recorded step needs it: until pages are offloaded."""
+        return self._host is None
 
     @property
     def num_pages(self) -> int:  # type: ignore[override]
@@ -110,7 +130,8 @@ class StaticInt8Pages(Pages):
     def device_seq_len(self) -> Tensor:
         """Tokens stored, int32 () on the device; sees every later step."""
         # A recorded step takes the memory alone, not parts of it too.
-        buffers = self.layout.unpack(self.memory) if torch.compiler.is_compiling() else self.buffers
+        recorded = self.keeps_addresses and torch.compiler.is_compiling()
+        buffers = self.layout.constant().unpack(self.memory) if recorded else self.buffers
         return buffers.lengths[SEQ_LEN]
 
     def synchronize(self) -> None:
@@ -140,6 +161,7 @@ class StaticInt8Pages(Pages):
         """
         new_tokens = key_states.shape[2]
         self.synchronize()
+        self._arrive()
         check_room(self.layout.shape.capacity, new_tokens, self._pages * PAGE_SIZE + self._tail_len)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
@@ -171,7 +193,7 @@ class StaticInt8Pages(Pages):
             What is read instead of the layer's tail, see ``protocol.Source``; nothing for a single token.
         """
         self.is_stale = True
-        memory, layout, new_tokens = self.memory, self.layout, key_states.shape[2]
+        memory, layout, new_tokens = self.memory, self.layout.constant(), key_states.shape[2]
         if new_tokens == 1:
             writes.advance(key_states, value_states, memory, layout)
             return []
@@ -191,6 +213,7 @@ class StaticInt8Pages(Pages):
         """Quantise a page that has as many newer tokens as it waits for, as the next step would."""
         self.synchronize()
         if self._tail_len >= PAGE_SIZE + self.residual_length:
+            self._arrive()
             self._advance(*no_tokens(*self._tail_buffers()))
             self._count(self._pages + 1, self._tail_len - PAGE_SIZE)
 
@@ -201,25 +224,67 @@ class StaticInt8Pages(Pages):
     def stored(self) -> PagesView:
         """See ``Pages.stored``; pages that are due are closed before."""
         self.close_due_pages()
-        return self.view()
+        if not self.is_offloaded:
+            return self.view()
+        return PagesView(_first(self._pages_held(), self._pages), self.key_tail, self.value_tail)
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """See ``Pages.restore``."""
-        return reads.restore_both(self.stored())
+        self.close_due_pages()
+        return reads.restore_both(self.view())
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""
         self.buffers.lengths.zero_()
         self._count(0, 0)
+        if self._host is not None:
+            self._host.num_pages = 0
+
+    def offload(self) -> None:
+        """See ``Pages.offload``; the lengths stay, too."""
+        if self.is_offloaded:
+            return
+        self.synchronize()
+        self._arrive()
+        host, buffers = self._host or HostCopy(), self.buffers
+        host.save([buffers.pages], self._pages)
+        memory = self.memory if self._host is not None else buffers.newest.clone()
+        self.buffers = self.layout.with_pages(memory, _no_pages(buffers.pages, self.device))
+        self.memory, self._host, self._closed, self.is_offloaded = memory, host, None, True
+
+    def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
+        """See ``Pages.fetch``."""
+        if self.is_offloaded:
+            assert self._host is not None
+            (pages,), self._arrival = self._host.load(self.device, stream)
+            self.buffers = self.layout.with_pages(self.memory, pages)
+            self.is_offloaded = False
+
+    def _arrive(self) -> None:
+        """Have the pages on the device, in the order of the current stream."""
+        if self._host is None:
+            return
+        self.fetch()
+        if self._arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._arrival)
+            self._arrival = None
+
+    def _to_host(self) -> None:
+        """Have the pages in host memory alone, and wait until they are there."""
+        self.offload()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         """See ``Pages.crop``."""
+        was_offloaded = self.is_offloaded
         self.close_due_pages()
         pages, rest = divmod(self.seq_len - tokens_to_remove, PAGE_SIZE)
         made = self.buffers.like_newest()
         made.newest.copy_(self.buffers.newest)
         if pages < self._pages:
-            reopened = ClosedPages((self.buffers.pages.narrow(pages, pages + 1),))
+            page = self._pages_held().narrow(pages, pages + 1)
+            reopened = ClosedPages((Segment(*(part.to(self.device) for part in page)),))
             key_states, value_states = reads.restore_both(PagesView(reopened, *no_tokens(*self._tail_buffers())))
             writes.append_tail(key_states[:, :, :rest], value_states[:, :, :rest], made.key_tail, made.value_tail, 0)
         else:
@@ -229,23 +294,43 @@ class StaticInt8Pages(Pages):
         made.lengths.copy_(torch.tensor([pages, rest, seq_len, 0], dtype=torch.int32))
         self.buffers.newest.copy_(made.newest)
         self._count(pages, rest)
+        if self._host is not None:
+            self._host.num_pages = min(self._host.num_pages, pages)
+        if was_offloaded:
+            self.offload()  # a page that was due had it back
 
     def index_select(self, indices: Tensor) -> None:
         """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed."""
-        rows = checked_indices(indices, self.batch_size).to(self.device)
-        memory = self.memory.clone()
-        made = self.layout.unpack(memory)
-        for part, taken in zip(self.buffers.pages, made.pages, strict=True):
-            torch.index_select(part, 1, rows, out=taken)
+        rows = checked_indices(indices, self.batch_size)
+        on_device, memory, held = rows.to(self.device), self.memory.clone(), self._pages_held()
+        if self._host is None:
+            made = self.layout.unpack(memory)
+            for part, taken in zip(held, made.pages, strict=True):
+                torch.index_select(part, 1, on_device, out=taken)
+        else:
+            selected = Segment(*(part.index_select(1, rows.to(part.device)) for part in held))
+            made = self.layout.with_pages(memory, self.buffers.pages if self.is_offloaded else selected)
         for tail, taken in zip(self._tail_buffers(), (made.key_tail, made.value_tail), strict=True):
-            torch.index_select(tail, 0, rows, out=taken)
-        self.memory.copy_(memory)
+            torch.index_select(tail, 0, on_device, out=taken)
+        if self._host is None:
+            self.memory.copy_(memory)
+        else:
+            self._host = HostCopy([selected], self._pages) if self.is_offloaded else HostCopy()
+            self.memory, self.buffers, self._closed = memory, made, None
+
+    def _pages_held(self) -> Segment:
+        """All pages that there is room for, where they are."""
+        if self._host is not None and self.is_offloaded:
+            self._to_host()
+            return self._host.segments[0]
+        self._arrive()
+        return self.buffers.pages
 
     def _advance(
         self, key_states: Tensor, value_states: Tensor, source: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> None:
         """``writes.advance`` of this layer."""
-        if writes.is_plain(key_states) and not key_states.is_meta:
+        if not self.keeps_addresses or (writes.is_plain(key_states) and not key_states.is_meta):
             backend = dispatch.BACKENDS[self.backend[0]]
             backend.advance(source, key_states, value_states, self.buffers, self.residual_length)
         else:
@@ -270,11 +355,22 @@ class StaticInt8Pages(Pages):
 
     def _pages_until(self, pages: int) -> ClosedPages:
         if pages != self._pages or self._closed is None:
-            segments = (self.buffers.pages.narrow(0, pages),) if pages else ()
+            self._arrive()
+            closed = _first(self.buffers.pages, pages)
             if pages != self._pages:
-                return ClosedPages(segments)
-            self._closed = ClosedPages(segments)
+                return closed
+            self._closed = closed
         return self._closed
+
+
+def _first(pages: Segment, num_pages: int) -> ClosedPages:
+    """The first ``num_pages`` of all that there is room for."""
+    return ClosedPages((pages.narrow(0, num_pages),) if num_pages else ())
+
+
+def _no_pages(pages: Segment, device: torch.device) -> Segment:
+    """Of pages like these none, without memory."""
+    return Segment(*(part.new_empty(0, *part.shape[1:], device=device) for part in pages))
 
 
 def _with_new(lengths: Tensor, new_tokens: int) -> Tensor:

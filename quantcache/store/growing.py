@@ -220,7 +220,7 @@ class Int8Pages(Pages):
         return view
 
     def _append_to_tail(self, key_states: Tensor, value_states: Tensor, used: int, total: int) -> PagesView:
-        """``append`` where nothing but the tail grows, from ``used`` to ``total`` tokens: what a decode step does, in a few calls."""
+        """``append`` where the tail alone grows, from ``used`` to ``total``: what a decode step does, in few calls."""
         closed, backend = self._closed or self._make_closed(), self.backend
         self._write_pending()
         buffers = self._buffers_for(total)
@@ -304,7 +304,7 @@ class Int8Pages(Pages):
         self.row_table = self._closed = None
 
     def offload(self) -> None:
-        """Keep the closed pages in host memory alone; the tail stays. Views that exist keep their pages."""
+        """See ``Pages.offload``."""
         if not self.is_offloaded:
             self._arrive()
             host = self._host or HostCopy()
@@ -312,7 +312,7 @@ class Int8Pages(Pages):
             self._host, self._segments, self._closed, self.is_offloaded = host, [], None, True
 
     def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Begin to bring offloaded pages back, on ``stream`` if there is one; what reads them waits for them."""
+        """See ``Pages.fetch``."""
         if self.is_offloaded:
             assert self._host is not None
             self._segments, self._arrival = self._host.load(self.device, stream)

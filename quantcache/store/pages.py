@@ -31,6 +31,9 @@ class Pages(ABC):
     seq_len: int
     """Tokens stored so far, those dropped included."""
 
+    capacity: int | None = None
+    """Tokens that fit, which is the length that readers see; None: no limit."""
+
     is_offloaded = False
     """Whether the closed pages are in host memory alone."""
 
@@ -78,6 +81,14 @@ class Pages(ABC):
     @abstractmethod
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+
+    @abstractmethod
+    def offload(self) -> None:
+        """Keep the closed pages in host memory alone; the tail stays. Views that exist keep their pages."""
+
+    @abstractmethod
+    def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Begin to bring offloaded pages back, on ``stream`` if there is one; what reads them waits for them."""
 
     @property
     def backend(self) -> tuple[str, str | None]:

@@ -196,7 +196,7 @@ class RecordedStates(CachedStates):
 
     def restore(self) -> Tensor:
         """The values as a plain dense tensor, zeros behind the last token."""
-        return reads.restore_recorded(_parts(self), self.shape_of_memory, self.dtype, self.is_key)
+        return restore_recorded(self)
 
     def restored_for(self, reason: str) -> Tensor:
         """``restore``, with what ``on_restore`` says of it."""
@@ -218,6 +218,11 @@ def _parts(states: RecordedStates) -> list[Tensor]:
     if states.key_tail is None or states.value_tail is None or states.lengths is None:
         return [states.memory, states.scratch]
     return [states.memory, states.scratch, states.key_tail, states.value_tail, states.lengths]
+
+
+def restore_recorded(states: RecordedStates) -> Tensor:
+    """``states.restore()``, likewise."""
+    return reads.restore_recorded(_parts(states), states.shape_of_memory, states.dtype, states.is_key)
 
 
 def read_recorded(key: RecordedStates, query: Tensor, options: AttentionOptions) -> Tensor:
