@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationMixin, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument
@@ -165,6 +173,27 @@ def test_a_chunk_of_a_prompt_sees_itself_exactly(kind: str) -> None:
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_cross_attention_of_a_compiled_model_reads_what_is_stored(graphs: Callable[[], int]) -> None:
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "forced_eos_token_id": None}
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=97, **sizes, **heads, **special, decoder_start_token_id=2)
+    model = BartForConditionalGeneration(config).eval()
+    options = {"max_new_tokens": 70, "do_sample": False, "disable_compile": True}
+    ids = prompt(150)
+
+    def tokens() -> list[int]:
+        cache = QuantizedInt8Cache.for_encoder_decoder(config)
+        return model.generate(ids, **cache_argument(cache), **options)[0].tolist()
+
+    expected = tokens()
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert tokens() == expected
+    assert graphs() <= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 @pytest.mark.parametrize("trained", ["all", "queries"])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -238,6 +267,14 @@ def test_what_a_graph_reads_is_let_go_with_the_cache() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert not traced._newest
+
+
+def test_a_graph_whose_cache_is_gone_says_so() -> None:
+    from quantcache.store import traced
+
+    handle = traced.handle_for(QuantizedInt8Cache())
+    with pytest.raises(RuntimeError, match=r"a compiled graph needs the cache that it was called with, which is gone"):
+        traced.look(handle, 0)
 
 
 def test_inductor_gives_the_tokens_of_an_uncompiled_model() -> None:

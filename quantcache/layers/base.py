@@ -158,12 +158,12 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """What attention would read: the exact tail while no page is closed, else an ``Int8Tensor``."""
-        return None if self.pages is None else self._states(self.pages.view())[0]
+        return None if self.pages is None else self._stored(self.pages)[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """As ``keys``."""
-        return None if self.pages is None else self._states(self.pages.view())[1]
+        return None if self.pages is None else self._stored(self.pages)[1]
 
     @property
     def nbytes(self) -> int:
@@ -341,6 +341,10 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         check_states(key_states, value_states, self)
         self._accepted = signature
         return key_states, value_states
+
+    def _stored(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        """What attention would read of all that is stored."""
+        return self._states(pages.view())
 
     def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
         """What attention gets of a view."""

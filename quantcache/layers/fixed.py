@@ -184,7 +184,7 @@ class StaticInt8Layer(BaseInt8Layer):
         if torch.compiler.is_compiling():
             seq_len = self.pages.device_seq_len
             hidden = torch.is_grad_enabled() or not self.pages.keeps_addresses  # whatever changes it in this graph
-            taken = traced.length(self._handle, seq_len) if hidden and not torch.compiler.is_exporting() else seq_len
+            taken = traced.length(self._handle, seq_len) if hidden and not traced.is_exporting() else seq_len
             return taken  # type: ignore[return-value]
         if self.pages.is_stale:
             return self.pages.device_seq_len  # type: ignore[return-value]

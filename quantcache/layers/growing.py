@@ -8,6 +8,7 @@ from torch import Tensor
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.store import traced
 from quantcache.store.growing import Int8Pages
+from quantcache.store.pages import Pages
 from quantcache.store.read_log import ReadLog
 
 
@@ -25,6 +26,13 @@ class GrowingInt8Layer(BaseInt8Layer):
                 self.pages.seq_len += key_states.shape[2]  # for what the graph computes with it from here on
             return states
         return super().update(key_states, value_states)
+
+    def _stored(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            return super()._stored(pages)
+        assert isinstance(pages, Int8Pages)
+        traced.look(self._handle, traced.ITSELF)
+        return traced.newest(self._handle, traced.ITSELF, self.get_mask_sizes(0)[0], *pages.no_states())
 
     def reset(self) -> None:
         """Forget everything, shapes included, and give the memory back."""

@@ -159,6 +159,10 @@ class Int8Pages(Pages):
         held = sum(segment.nbytes for segment in self._segments) + sum(buffer.nbytes for buffer in self._buffers)
         return held + (self._host.nbytes if self._host is not None else 0)
 
+    def no_states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of no tokens, with the shapes, dtype and device of those stored; shares their memory."""
+        return no_tokens(*self._buffers)
+
     @property
     def batch_size(self) -> int:
         """See ``Pages.batch_size``."""

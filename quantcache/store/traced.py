@@ -127,9 +127,13 @@ def look(handle: Tensor, layer_idx: int) -> None:
 
 
 def wants_gradient(*states: Tensor) -> bool:
-    """Whether a graph of these states is to carry gradients; an exported step never is."""
-    enabled = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    return enabled and any(each.requires_grad for each in states)
+    """Whether a graph of these states is to carry gradients; an exported step is not."""
+    return torch.is_grad_enabled() and not is_exporting() and any(each.requires_grad for each in states)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces a step. Before torch 2.13 torch.compile, too, says yes to torch's own question."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def length(handle: Tensor, seq_len: Tensor) -> Tensor:
