@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from quantcache.layers import _host, calls
 from quantcache.quantization.options import PLAIN, AttentionOptions
-from quantcache.store.tensor import CachedStates, RecordedStates, autocast_to, read, shared_view
+from quantcache.store.states import CachedStates
+from quantcache.store.tensor import RecordedStates, autocast_to, read, shared_view
 from quantcache.store.traced import TracedStates, dense_in_graph, read_in_graph, wants_gradient
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

@@ -6,7 +6,6 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from quantcache.backends import dispatch
 from quantcache.quantization.errors import FallbackWarning
@@ -14,63 +13,10 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
 from quantcache.store.buffer import StaticShape
 from quantcache.store.read_log import ReadLog, strict_error
+from quantcache.store.states import CachedStates, holds_states, read_only_error
 from quantcache.store.view import PagesView
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
-
-
-class CachedStates(Tensor):
-    """The keys or the values of a layer, stored as int8 pages and an exact tail; read-only.
-
-    It has the logical shape (batch, num_kv_heads, tokens, head_dim), dtype and device of the states it stands for.
-    Attention reads the int8 bytes; every other operation sees the restored values, slower and in full size.
-
-    Attributes:
-        is_key: keys if True, values if False.
-    """
-
-    is_key: bool
-
-    def restore(self) -> Tensor:
-        """The values as a plain dense tensor."""
-        raise NotImplementedError
-
-    def restored_for(self, reason: str) -> Tensor:
-        """``restore``, said to be a fallback for ``reason``; raises ``FallbackError`` in a strict cache."""
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Results are plain tensors."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Run ``func`` on the restored values, unless it would write into them."""
-        schema, kwargs = func._schema, kwargs or {}
-        for place, argument in enumerate(schema.arguments):
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write and _holds_states(value):
-                raise read_only_error(schema.name)
-
-        def restored(states: CachedStates) -> Tensor:
-            return states.restored_for(f"{schema.name} on cached states")
-
-        args, kwargs = tree_map_only(CachedStates, restored, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _holds_states(value: object) -> bool:
-    return isinstance(value, CachedStates) or (isinstance(value, (list, tuple)) and any(map(_holds_states, value)))
-
-
-def read_only_error(operation: str) -> NotImplementedError:
-    """What an ``operation`` gets that would write into cached states."""
-    return NotImplementedError(
-        f"Int8Tensor: cached states are read-only, got {operation}. "
-        "Change a copy instead: key.restore() or key.clone()."
-    )
 
 
 class Int8Tensor(CachedStates):
@@ -131,7 +77,7 @@ class Int8Tensor(CachedStates):
             output = _int8_sdpa(*args, **kwargs)
             if output is not None:
                 return output
-        if func is Tensor.__setitem__ and _holds_states(args[:1]):
+        if func is Tensor.__setitem__ and holds_states(args[:1]):
             raise read_only_error("__setitem__")  # of a part, which the dispatcher would see as one of a copy
         return super().__torch_function__(func, types, args, kwargs)
 
