@@ -1,6 +1,7 @@
 """Is an int8 key routed to int8 attention, anything else left alone, and no fallback silent?"""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache
 from quantcache.backends import dispatch
 from quantcache.layers import routing
+from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.store.read_log import FallbackPolicy
+from quantcache.store.states import ReadOnlyTensor
+from tests.conftest import compiler_warnings
 from tests.strategies import random_states
 
 HEADS, GROUP, HEAD_DIM = 2, 3, 16
@@ -110,9 +114,11 @@ def test_direct_sdpa_reads_int8_with_torchs_own_alignment(is_causal: bool) -> No
 )
 def test_every_other_operation_sees_the_restored_values(operation) -> None:
     _, key, _ = int8_pair()
-    ours, theirs = operation(key), operation(key.restore())
+    dense = key.restore()
+    ours, theirs = operation(key), operation(dense)
     if isinstance(ours, torch.Tensor):
-        assert type(ours) is torch.Tensor
+        shares_memory = theirs.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr()
+        assert type(ours) is (ReadOnlyTensor if shares_memory else torch.Tensor)
         assert torch.equal(ours, theirs)
     else:
         assert ours == theirs
@@ -278,3 +284,39 @@ def test_uninstall_leaves_a_later_registration_alone() -> None:
         assert AttentionInterface._global_mapping["sdpa"] is later
     finally:
         AttentionInterface.register("sdpa", original)
+
+
+CHOSEN = {
+    "its own": lambda one, other: one,
+    "doubled": lambda one, other: (one[0], 2 * one[1]),
+    "of another layer": lambda one, other: (one[0], other[1]),
+    "for one another": lambda one, other: (one[1], one[0]),
+    "keys alone": lambda one, other: (one[0], one[0]),
+}
+
+
+@compiler_warnings
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_attention_is_over_the_keys_and_values_it_is_given(installed: None, kind: str, compiled: bool) -> None:
+    capacity = 200
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mask = (torch.arange(capacity if kind == "fixed" else 151) < 151)[None, None, None]
+    for choose in CHOSEN.values():
+        layers = [Int8Layer() if kind == "growing" else StaticInt8Layer(capacity) for _ in range(4)]
+        for index, layer in enumerate(layers):
+            layer.update(*random_states(2, HEADS, 150, HEAD_DIM, seed=index % 2))
+        new = random_states(2, HEADS, 1, HEAD_DIM, seed=9)
+
+        def step(query: torch.Tensor, one: Any, other: Any, choose: Any = choose, new: Any = new) -> torch.Tensor:
+            key, value = choose(one.update(*new), other.update(*new))
+            return sdpa(Module(), query, key, value, mask)[0]
+
+        torch._dynamo.reset()
+        run = torch.compile(step, backend="aot_eager", fullgraph=kind == "fixed", dynamic=False) if compiled else step
+        with torch.no_grad():
+            given = choose(*(tuple(states.clone() for states in layer.update(*new)) for layer in layers[2:]))
+            dense = [states[:, :, :151].repeat_interleave(GROUP, dim=1) for states in given]
+            expected = torch.nn.functional.scaled_dot_product_attention(query(), *dense).transpose(1, 2)
+            torch.testing.assert_close(run(query(), *layers[:2]), expected, rtol=1e-5, atol=1e-6)

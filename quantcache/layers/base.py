@@ -76,6 +76,15 @@ def check_states(key_states: Tensor, value_states: Tensor, held: "BaseInt8Layer 
                 )
 
 
+def assignment_error(name: str) -> NotImplementedError:
+    """What someone gets who would put other states in the place of those stored."""
+    return NotImplementedError(
+        f"Int8Layer.{name}: cached states are read-only, got an assignment. Change tokens that are stored within "
+        "`with cache.edit(layer_idx) as states:`; for other tokens, as after pruning, make a DynamicCache with "
+        "cache.to_dynamic() and a new cache with QuantizedInt8Cache.from_dynamic()."
+    )
+
+
 class BaseInt8Layer(CacheLayerMixin, ABC):
     """Keys and values of one decoder layer in int8.
 
@@ -156,14 +165,22 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         return self.residual_length > 0
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """What attention would read: the exact tail while no page is closed, else an ``Int8Tensor``."""
+    def keys(self) -> Tensor | None:
+        """What attention would read, a read-only ``Int8Tensor``; ``QuantizedInt8Cache.edit`` changes it."""
         return None if self.pages is None else self._stored(self.pages)[0]
 
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        raise assignment_error("keys")
+
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """As ``keys``."""
         return None if self.pages is None else self._stored(self.pages)[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        raise assignment_error("values")
 
     @property
     def nbytes(self) -> int:
@@ -344,13 +361,11 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
 
     def _stored(self, pages: Pages) -> tuple[Tensor, Tensor]:
         """What attention would read of all that is stored."""
-        return self._states(pages.view())
+        return Int8Tensor.pair(pages.view(), self.read_log)
 
     def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
         """What attention gets of a view."""
-        if view.segments or view.capacity:
-            return Int8Tensor.pair(view, self.read_log)
-        return view.key_tail, view.value_tail
+        return (view.key_tail, view.value_tail) if view.is_exact else Int8Tensor.pair(view, self.read_log)
 
 
 def _joined(dense: Tensor, new_states: Tensor, missing: int) -> Tensor:

@@ -18,7 +18,7 @@ from quantcache.layers import _host, calls
 from quantcache.quantization.options import PLAIN, AttentionOptions
 from quantcache.store.states import CachedStates
 from quantcache.store.tensor import RecordedStates, autocast_to, read, shared_view
-from quantcache.store.traced import TracedStates, dense_in_graph, read_in_graph, wants_gradient
+from quantcache.store.traced import TracedStates, dense_in_graph, is_pair_in_graph, read_in_graph, wants_gradient
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -82,7 +82,7 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
             uncovered, options = _options(name, module, query, key.shape[2], attention_mask, kwargs)
             if wants_gradient(query):
                 key, value = dense_in_graph(key), dense_in_graph(value)
-            elif uncovered is None and query.dtype == key.dtype:
+            elif uncovered is None and query.dtype == key.dtype and is_pair_in_graph(key, value):
                 return read_in_graph(key, value, query, options), None
             return original(module, query, key, value, attention_mask, **kwargs)
         if not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
@@ -93,6 +93,8 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         reason: str | None = "keys and values of different views"
         if found is not None:
             view, log = found
+            if view.is_exact:  # the cross-attention of few tokens
+                return original(module, query, view.key_tail, view.value_tail, attention_mask, **kwargs)
             reason, options = _options(name, module, query, view.capacity or view.seq_len, attention_mask, kwargs)
             query = autocast_to(view.dtype, query)
             if reason is None and query.dtype != view.dtype:

@@ -59,7 +59,7 @@ def restore(view: PagesView, is_key: bool) -> Tensor:
         (batch, num_kv_heads, tokens, head_dim) in the model's dtype: the tokens there are, or of fixed capacity as many
         as there is room for, with zeros behind the last.
     """
-    if not view.segments and not view.capacity:
+    if view.is_exact:
         return view.key_tail if is_key else view.value_tail
     restored: Tensor = torch.ops.quantcache.restore(*packed(view), view.dtype, is_key)
     return restored

@@ -13,14 +13,18 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
 from quantcache.store.buffer import StaticShape
 from quantcache.store.read_log import ReadLog, strict_error
-from quantcache.store.states import CachedStates, holds_states, read_only_error
-from quantcache.store.view import PagesView
+from quantcache.store.states import CachedStates
+from quantcache.store.view import PagesView, same_memory
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
 class Int8Tensor(CachedStates):
     """Cached states whose length the host knows.
+
+    They are read-only, and so are views of them, as ``key[:, :, 0]``: a write raises. ``key.clone()`` is a tensor to
+    write into, and ``QuantizedInt8Cache.edit`` changes what is stored. ``pickle`` and ``copy.deepcopy`` give such a
+    tensor again, ``torch.save`` writes the restored values.
 
     ``torch.nn.functional.scaled_dot_product_attention`` over a pair of them reads the int8 bytes, too.
 
@@ -31,6 +35,7 @@ class Int8Tensor(CachedStates):
     """
 
     pages_view: PagesView
+    is_key: bool
     read_log: ReadLog
 
     @staticmethod
@@ -47,12 +52,18 @@ class Int8Tensor(CachedStates):
         return cls(pages_view, True, read_log), cls(pages_view, False, read_log)
 
     def restore(self) -> Tensor:
-        """The values as a plain dense tensor."""
-        return reads.restore(self.pages_view, self.is_key)
+        """The values as a plain dense tensor of its own."""
+        dense = reads.restore(self.pages_view, self.is_key)
+        return dense.clone(memory_format=torch.contiguous_format) if self.pages_view.is_exact else dense
 
     def restored_for(self, reason: str) -> Tensor:
-        """``restore``, noted as a fallback with its ``reason``; raises ``FallbackError`` in a strict cache."""
-        self.read_log.fell_back(reason)
+        """``restore``; where that is more than a copy, noted as a fallback with its ``reason``.
+
+        Raises:
+            FallbackError: in a strict cache, likewise.
+        """
+        if not self.pages_view.is_exact:
+            self.read_log.fell_back(reason)
         return self.restore()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Tensor":
@@ -60,7 +71,10 @@ class Int8Tensor(CachedStates):
         memo[id(self)] = copied
         return copied
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if int(protocol) <= torch.serialization.DEFAULT_PROTOCOL:
+            # torch.save's, whose files torch.load takes only where plain tensors are in them.
+            return self.restore().__reduce_ex__(protocol)
         return Int8Tensor, (self.pages_view, self.is_key, self.read_log)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -77,8 +91,6 @@ class Int8Tensor(CachedStates):
             output = _int8_sdpa(*args, **kwargs)
             if output is not None:
                 return output
-        if func is Tensor.__setitem__ and holds_states(args[:1]):
-            raise read_only_error("__setitem__")  # of a part, which the dispatcher would see as one of a copy
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -95,6 +107,7 @@ class RecordedStates(CachedStates):
         value_tail: values likewise.
         lengths: of the layer with these tokens as the tail, likewise.
         shape_of_memory: see ``StaticShape``.
+        is_key: keys if True, values if False.
         on_restore: what happens where it has to be restored: "raise", "warn" or "quiet".
     """
 
@@ -104,6 +117,7 @@ class RecordedStates(CachedStates):
     value_tail: Tensor | None
     lengths: Tensor | None
     shape_of_memory: StaticShape
+    is_key: bool
     on_restore: str
 
     @staticmethod
@@ -171,6 +185,14 @@ def restore_recorded(states: RecordedStates) -> Tensor:
     return reads.restore_recorded(_parts(states), states.shape_of_memory, states.dtype, states.is_key)
 
 
+def is_recorded_pair(key: object, value: object) -> bool:
+    """Whether they are keys and values of one layer as one recorded step left it; what ``shared_view`` asks."""
+    if not (isinstance(key, RecordedStates) and isinstance(value, RecordedStates)):
+        return False
+    parts = _parts(key), _parts(value)
+    return key.is_key and not value.is_key and len(parts[0]) == len(parts[1]) and all(map(same_memory, *parts))
+
+
 def read_recorded(key: RecordedStates, query: Tensor, options: AttentionOptions) -> Tensor:
     """Attention over the layer whose keys are ``key``. The mask may be as wide as the capacity."""
     return reads.attention_recorded(query, _parts(key), key.shape_of_memory, options)
@@ -221,6 +243,8 @@ def _int8_sdpa(
     if (query.shape[1] != key.shape[1] and not enable_gqa) or (is_causal and attn_mask is not None):
         return None
     view, log = found
+    if view.is_exact:
+        return None
     if is_causal:
         # torch aligns the first query with the first key, ops.attention the last with the last.
         attn_mask = torch.ones(query.shape[2], view.seq_len, dtype=torch.bool, device=query.device).tril()

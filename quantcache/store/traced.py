@@ -15,8 +15,9 @@ from torch import Tensor
 from quantcache.quantization.options import SCHEMA, AttentionOptions
 from quantcache.store import reads
 from quantcache.store.segments import ClosedPages
-from quantcache.store.tensor import CachedStates, RecordedStates, read, read_recorded, restore_recorded, shared_view
-from quantcache.store.view import PagesView
+from quantcache.store.states import CachedStates
+from quantcache.store.tensor import RecordedStates, is_recorded_pair, read, read_recorded, restore_recorded, shared_view
+from quantcache.store.view import PagesView, same_memory
 
 States = tuple[Tensor, Tensor]
 
@@ -156,6 +157,14 @@ def with_gradient(states: Tensor, new_states: Tensor) -> Tensor:
     new_tokens, device = new_states.shape[2], new_states.device
     places: Tensor = torch.ops.quantcache.places(states.handle, states.layer_idx, new_tokens, device)
     return restored(states, "").index_copy(2, places, new_states)
+
+
+def is_pair_in_graph(key: Tensor, value: Tensor) -> bool:
+    """Whether they are the keys and the values of one layer; what ``shared_view`` asks uncompiled."""
+    if not isinstance(key, TracedStates):
+        return is_recorded_pair(key, value)
+    is_pair = isinstance(value, TracedStates) and key.is_key and not value.is_key and key.layer_idx == value.layer_idx
+    return is_pair and same_memory(key.handle, value.handle)  # type: ignore[attr-defined]
 
 
 def read_in_graph(key: Tensor, value: Tensor, query: Tensor, options: AttentionOptions) -> Tensor:

@@ -66,6 +66,11 @@ class PagesView:
         return self.closed.num_pages
 
     @property
+    def is_exact(self) -> bool:
+        """Whether readers see the exact tail and nothing else."""
+        return not self.closed.segments and not self.capacity
+
+    @property
     def row_table(self) -> Tensor | None:
         """Which stored row each sequence reads a page from, int32 (batch, num_pages); None: its own."""
         return self.closed.row_table
@@ -129,8 +134,8 @@ class PagesView:
         """Whether ``other`` is of the same tokens in the same memory, as keys and values read one by one are."""
         return self is other or (
             self.closed is other.closed
-            and _same_memory(self.key_tail, other.key_tail)
-            and _same_memory(self.value_tail, other.value_tail)
+            and same_memory(self.key_tail, other.key_tail)
+            and same_memory(self.value_tail, other.value_tail)
         )
 
     def __getstate__(self) -> tuple[object, ...]:
@@ -142,5 +147,8 @@ class PagesView:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements; of a step that is traced, where nothing has an address, one tensor."""
+    if one is other or torch.compiler.is_compiling():
+        return one is other
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
