@@ -5,6 +5,7 @@ It is long since all that a user calls is documented in this one class; what a m
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import calls, conversion, native, routing
 from quantcache.layers._host import CACHE_NAME, attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
+from quantcache.layers.editing import EditedStates, edited
 from quantcache.layers.factory import LayerFactory, LayersOnUse, layers_for
 from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
@@ -360,6 +362,31 @@ class QuantizedInt8Cache(DynamicCache):
             return states
         traced.update(self._handle, layer_idx, key_states, value_states)
         return key_states, value_states
+
+    def edit(self, layer_idx: int) -> AbstractContextManager[EditedStates]:
+        """Change the stored keys and values of a layer, which are read-only elsewhere.
+
+            with cache.edit(layer_idx) as states:
+                states.values[:, :, -1] += steering
+
+        ``states.keys`` and ``states.values`` are ordinary tensors (batch, num_kv_heads, tokens, head_dim) in the
+        model's dtype, what was quantised restored. Write into them or assign others of the same shape; the layer takes
+        them over when the block ends. Numbers that share a scale with a change, of the keys a channel of a page, of the
+        values a token, are then quantised again, within half a step. All others keep their bytes, and the newest
+        tokens are exact. In layers of transformers' own all tokens are, with its zeros where a capacity is fixed.
+
+        The layer is restored for it, and nothing is changed if the block raises.
+
+        Args:
+            layer_idx: decoder layer, from 0.
+
+        Raises:
+            IndexError: there is no such layer.
+            NotImplementedError: the layer holds no keys and values, as one of linear attention.
+            ValueError: it is empty; or what is left in ``states`` has another shape or is on another device.
+            TypeError: or another dtype.
+        """
+        return edited(self.layers, layer_idx)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begin to bring the pages of a layer back to its device, beside the work that is queued there."""

@@ -13,8 +13,9 @@ from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.buffer import PAGES, SEQ_LEN, TAIL_LEN, BufferLayout, StaticShape, layout_for
-from quantcache.store.offloading import HostCopy
+from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, checked_indices, no_tokens
+from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
 
@@ -298,6 +299,31 @@ class StaticInt8Pages(Pages):
             self._host.num_pages = min(self._host.num_pages, pages)
         if was_offloaded:
             self.offload()  # a page that was due had it back
+
+    def replace(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See ``Pages.replace``; the memory stays where it is, unless pages were offloaded once."""
+        self.synchronize()
+        self._arrive()
+        closed = self._pages * PAGE_SIZE
+        memory = self.memory.clone()
+        if self._host is None:
+            made = self.layout.unpack(memory)
+        else:
+            made = self.layout.with_pages(memory, Segment(*(part.clone() for part in self.buffers.pages)))
+        if closed:
+            held = self.buffers.pages.narrow(0, self._pages)
+            states = key_states[:, :, :closed], value_states[:, :, :closed]
+            changed = requantized(held, *states, self.backend[0])
+            for part, target in zip(changed, made.pages.narrow(0, self._pages), strict=True):
+                target.copy_(part)
+        for part, target in ((key_states, made.key_tail), (value_states, made.value_tail)):
+            target[:, :, : self._tail_len].copy_(part[:, :, closed:])
+        if self._host is None:
+            with write_access(self.memory):
+                self.memory.copy_(memory)
+        else:
+            self.memory, self.buffers, self._closed = memory, made, None
+            self._host.num_pages = 0  # what is there is of before
 
     def index_select(self, indices: Tensor) -> None:
         """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed."""

@@ -17,6 +17,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, S
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, checked_indices, no_tokens
+from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between
 from quantcache.store.tail import copied, roomier, write_tail
 from quantcache.store.view import PagesView
@@ -264,6 +265,26 @@ class Int8Pages(Pages):
         if self._host is not None:
             self._host.crop(pages)
         self.row_table = self.row_table and self.row_table.narrow(0, pages)
+
+    def replace(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See ``Pages.replace``; pages that are offloaded are brought back. Views that exist keep what they show."""
+        self._arrive()
+        held, made, start = self.stored(), [], 0
+        for segment in held.segments:
+            stop = start + segment.capacity * PAGE_SIZE
+            states = key_states[:, :, start:stop], value_states[:, :, start:stop]
+            made.append(requantized(segment, *states, None if self.reader else self.backend[0]))
+            start = stop
+        buffers = copied(key_states[:, :, start:], value_states[:, :, start:], self._append_backend)
+        if any(new is not old for new, old in zip(made, held.segments, strict=True)):
+            # Of what is kept, a part of a segment is copied, and the slack behind it given back.
+            whole = {id(segment) for segment in self._segments}
+            made = [
+                segment if id(segment) in whole or segment is not old else segment.cloned()
+                for segment, old in zip(made, held.segments, strict=True)
+            ]
+            self._take(made)
+        self._buffers, self._newest = buffers, None
 
     def drop_prefix(self) -> None:
         """Free the segments that lie wholly before the newest ``keep_tokens``. Views that exist keep theirs."""

@@ -79,6 +79,15 @@ class Pages(ABC):
         """
 
     @abstractmethod
+    def replace(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold other states for the tokens held; numbers that share no scale with a change keep their bytes.
+
+        Args:
+            key_states: (batch, num_kv_heads, tokens, head_dim), as ``view`` restores to but for the changes.
+            value_states: (batch, num_kv_heads, tokens, v_head_dim).
+        """
+
+    @abstractmethod
     def index_select(self, indices: Tensor) -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
 
