@@ -92,6 +92,7 @@ class _Call:
         # With a longer mask the prompt is only what is new, and is not sliced.
         self._prompt_len, self._before = prompt_len, 0 if mask is None else max(mask.shape[-1] - prompt_len, 0)
         stored = 0 if self._before else _seq_len(cache)
+        self._was_empty = not stored
         if stored and prefix:
             _empty(cache)  # the encoder's states in it are those of another call
         elif stored and prompt_len <= stored:
@@ -117,6 +118,8 @@ class _Call:
                 total = self._before + step.fed
             if total is None or stored + step.fed <= total:
                 return
+            if total <= stored and self._was_empty:
+                return  # a model with tokens of its own before the prompt, which it slices itself
             if total <= stored:
                 raise ValueError(
                     f"QuantizedInt8Cache: {type(self.model).__name__} must be fed what follows the {stored} tokens in "

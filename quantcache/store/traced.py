@@ -74,6 +74,7 @@ class TracedStates(CachedStates):
     handle: Tensor
     extent: Tensor
     layer_idx: int
+    is_key: bool
 
     @staticmethod
     def __new__(cls, handle: Tensor, extent: Tensor, layer_idx: int, is_key: bool) -> "TracedStates":
@@ -163,8 +164,9 @@ def is_pair_in_graph(key: Tensor, value: Tensor) -> bool:
     """Whether they are the keys and the values of one layer; what ``shared_view`` asks uncompiled."""
     if not isinstance(key, TracedStates):
         return is_recorded_pair(key, value)
-    is_pair = isinstance(value, TracedStates) and key.is_key and not value.is_key and key.layer_idx == value.layer_idx
-    return is_pair and same_memory(key.handle, value.handle)  # type: ignore[attr-defined]
+    if not isinstance(value, TracedStates) or not key.is_key or value.is_key or key.layer_idx != value.layer_idx:
+        return False
+    return same_memory(key.handle, value.handle)
 
 
 def read_in_graph(key: Tensor, value: Tensor, query: Tensor, options: AttentionOptions) -> Tensor:
