@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcache.backends import cuda
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -153,9 +152,6 @@ def asked_of_cuda(stored: Stored, tolerance: float, **options: Any) -> Tensor:
         options: of ``AttentionOptions``.
     """
     key, value = stored.exact()
-    if stored.query.shape[1] // key.shape[1] * stored.query.shape[2] > cuda.MAX_FUSED_ROWS:
-        # Such a layer is restored in its own dtype, which is the backend's contract; what follows is torch's attention.
-        key, value = key.to(stored.query.dtype).double(), value.to(stored.query.dtype).double()
     asked = AttentionOptions(**options)
     device = stored.query.device
     expected = reference.attend(stored.query.double(), key.to(device), value.to(device), asked)

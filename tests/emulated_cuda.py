@@ -31,8 +31,9 @@ H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per
 GRID_LIMITS = 2**31 - 1, 65535, 65535
 MAX_THREADS = 1024
 
-ATTENTION, PAGES, PLAN, ADVANCE = MODULES = [
-    importlib.import_module(f"quantcache.backends.cuda.{name}") for name in ("attention", "pages", "plan", "advance")
+ATTENTION, PREFILL, PAGES, PLAN, ADVANCE = MODULES = [
+    importlib.import_module(f"quantcache.backends.cuda.{name}")
+    for name in ("attention", "prefill", "pages", "plan", "advance")
 ]
 LAUNCH = importlib.import_module("quantcache.backends.cuda.launch")
 
@@ -43,6 +44,9 @@ LETTERS = {"i64": "q", "int": "i", "float": "f"}
 
 STRUCTURES = {  # kernel: source, structure, how the host packs it
     "attention": ("attention.cu", "AttentionArgs", ATTENTION._ATTENTION_ARGS),
+    "prefill": ("prefill.cu", "PrefillArgs", PREFILL._PREFILL_ARGS),
+    "merge_parts": ("prefill.cu", "PrefillArgs", PREFILL._PREFILL_ARGS),
+    "scan_mask": ("prefill.cu", "ScanArgs", PREFILL._SCAN_ARGS),
     "append": ("pages.cu", "AppendArgs", PAGES._APPEND_ARGS),
     "store_pages": ("pages.cu", "StoreArgs", PAGES._STORE_ARGS),
     "restore": ("pages.cu", "RestoreArgs", PAGES._RESTORE_ARGS),
@@ -195,26 +199,49 @@ def attention(args: Arguments) -> None:
     else:
         assert args.grid[1:] == (row_tiles, batch)
     assert 1 <= given.page_splits <= given.num_splits == splits
-    num_pages, tail_len = given.num_pages, given.tail_len
-    if given.lengths:
-        num_pages, tail_len = memory(given.lengths, torch.int32, (2,)).tolist()
+    num_pages, tail_len = live_lengths(args)
     heads = batch, given.num_kv_heads
-    dense = []
-    for which, (address, strides) in enumerate(
-        ((given.key_tail, given.key_tail_stride), (given.value_tail, given.value_tail_stride))
-    ):
-        width = args.widths[which]
-        tail = args.states(address, (*heads, tail_len, width), strides)
+    for which, (address, strides) in enumerate(tails(args)):
         if given.num_new:
+            width = args.widths[which]
+            tail = args.states(address, (*heads, tail_len, width), strides)
             new = args.states(given.new_states[which], (*heads, given.num_new, width), given.new_stride[which])
             tail[:, :, tail_len - given.num_new :] = new
+    attend(args, num_pages, tail_len)
+    if splits > 1:
+        _leave_partial_results(given, splits, row_tiles * batch, args.widths[1])
+
+
+def live_lengths(args: Arguments) -> tuple[int, int]:
+    """Pages and tokens of the tail that there are when a kernel runs."""
+    given = args.given
+    if not given.lengths:
+        return given.num_pages, given.tail_len
+    num_pages, tail_len = memory(given.lengths, torch.int32, (2,)).tolist()
+    return num_pages, tail_len
+
+
+def tails(args: Arguments) -> list[tuple[int, tuple[int, ...]]]:
+    """Addresses and strides of the keys and the values that are exact."""
+    given = args.given
+    return [(given.key_tail, given.key_tail_stride), (given.value_tail, given.value_tail_stride)]
+
+
+def attend(args: Arguments, num_pages: int, tail_len: int) -> None:
+    """Write the output that is asked for."""
+    given = args.given
+    heads = given.batch, given.num_kv_heads
+    dense = []
+    for which, (address, strides) in enumerate(tails(args)):
+        width = args.widths[which]
+        tail = args.states(address, (*heads, tail_len, width), strides)
         pages = restored(args, which == 0, num_pages, math.prod(heads), torch.float32)
         dense.append(torch.cat([pages.view(*heads, -1, width), tail.float()], dim=2))
     num_q_heads, kv_len = given.num_kv_heads * given.group, num_pages * PAGE_SIZE + tail_len
-    query = args.states(given.query, (batch, num_q_heads, given.query_len, args.widths[0]), given.query_stride)
+    query = args.states(given.query, (given.batch, num_q_heads, given.query_len, args.widths[0]), given.query_stride)
     mask = None
     if given.mask:
-        mask_shape = batch, num_q_heads, given.query_len, kv_len
+        mask_shape = given.batch, num_q_heads, given.query_len, kv_len
         mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], mask_shape, given.mask_stride)
     asked = AttentionOptions(
         mask,
@@ -226,8 +253,68 @@ def attention(args: Arguments) -> None:
     )
     output = reference.attend(query, dense[0], dense[1], asked)
     memory(given.output, args.dtype, output.shape).copy_(output)
-    if splits > 1:
-        _leave_partial_results(given, splits, row_tiles * batch, args.widths[1])
+
+
+def built_as(args: Arguments) -> Any:
+    return PREFILL.Shape(*(args.macros[name] for name in ("ROW_TILES", "WARPS", "TILE_KEYS", "BUFFERS", "WARPGROUP")))
+
+
+def prefill(args: Arguments) -> None:
+    given = args.given
+    shape = built_as(args)
+    assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths)
+    assert given.row_tiles == -(-given.group * given.query_len // shape.rows)
+    heads = given.batch * given.num_kv_heads
+    assert args.grid == (heads * given.row_tiles * given.num_splits, 1, 1)
+    num_pages, tail_len = live_lengths(args)
+    kv_len = num_pages * PAGE_SIZE + tail_len
+    if given.mask:
+        every = given.batch, given.num_kv_heads * given.group, given.query_len, kv_len
+        mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], every, given.mask_stride)
+        # Every query block that a query may look at, at the strides that the kernel uses.
+        blocks = memory(
+            given.blocks,
+            torch.uint8,
+            (*every[:2], -(-given.query_len // PREFILL.BLOCK_QUERIES), -(-kv_len // PAGE_SIZE)),
+            (*given.block_stride, 1),
+        )
+        seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+        by_query = blocks.repeat_interleave(PREFILL.BLOCK_QUERIES, 2)[:, :, : given.query_len]
+        assert (by_query.repeat_interleave(PAGE_SIZE, 3)[..., :kv_len][seen] & 1).all()
+    if given.num_splits == 1:
+        attend(args, num_pages, tail_len)
+        return
+    rows = heads * given.row_tiles * given.num_splits * shape.rows
+    assert given.sums == given.partial + 4 * rows * args.widths[1]
+    memory(given.partial, torch.float32, (rows * (args.widths[1] + 2),)).fill_(torch.nan)
+
+
+def merge_parts(args: Arguments) -> None:
+    given = args.given
+    assert given.num_splits > 1
+    warps = built_as(args).threads // 32
+    assert args.grid[0] * warps >= given.batch * given.num_kv_heads * given.group * given.query_len
+    attend(args, *live_lengths(args))
+
+
+def scan_mask(args: Arguments) -> None:
+    given = args.given
+    shape = given.batch, given.heads, given.queries, given.kv_len
+    mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], shape, given.stride)
+    blocks = -(-given.queries // PREFILL.BLOCK_QUERIES), -(-given.kv_len // PAGE_SIZE)
+    seen, whole = (mask, mask) if mask.dtype == torch.bool else (mask != -torch.inf, mask == 0)
+    padded = [
+        torch.full((*shape[:2], blocks[0] * PREFILL.BLOCK_QUERIES, blocks[1] * PAGE_SIZE), value)
+        for value in (False, True)
+    ]
+    for target, source in zip(padded, (seen, whole), strict=True):
+        target[:, :, : given.queries, : given.kv_len] = source
+    any_, all_ = (
+        part.view(*shape[:2], blocks[0], PREFILL.BLOCK_QUERIES, blocks[1], PAGE_SIZE).transpose(3, 4).flatten(4)
+        for part in padded
+    )
+    found = any_.any(-1).to(torch.uint8) + 2 * (~all_.all(-1)).to(torch.uint8)
+    memory(given.blocks, torch.uint8, found.shape).copy_(found)
 
 
 def _leave_partial_results(given: SimpleNamespace, splits: int, tiles: int, v_head_dim: int) -> None:
@@ -273,6 +360,9 @@ def make_scratch(device: torch.device, v_head_dim: int) -> Tensor:
 
 KERNELS: dict[str, Callable[[Arguments], None]] = {
     "attention": attention,
+    "prefill": prefill,
+    "merge_parts": merge_parts,
+    "scan_mask": scan_mask,
     "append": append,
     "store_pages": store_pages,
     "restore": restore,
@@ -280,8 +370,11 @@ KERNELS: dict[str, Callable[[Arguments], None]] = {
 }
 
 
-def load_kernel(source: str, macros: nvrtc.Macros, name: str, index: Any, threads: int, shared_bytes: int) -> Kernel:
+def load_kernel(
+    source: str, macros: nvrtc.Macros, name: str, index: Any, threads: int, shared_bytes: int, arch: str | None = None
+) -> Kernel:
     """The emulation of a kernel, where the real one would run."""
+    assert arch in (None, "sm_90", "sm_90a")
     assert STRUCTURES[name][0] == source
     assert threads % 32 == 0
     return Kernel((name, dict(macros)), threads, shared_bytes)
@@ -316,6 +409,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(ATTENTION, "_workspaces", {})
+    monkeypatch.setattr(PREFILL, "_known", {})
     monkeypatch.setattr(dispatch.BACKENDS["cuda"], "make_scratch", make_scratch)
     monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")
     monkeypatch.setattr(Int8Pages, "_append_backend", property(lambda pages: pages.backend[0]))

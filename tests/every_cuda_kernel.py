@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantcache.backends import cuda
 from quantcache.backends.cuda.plan import Shape
+from quantcache.backends.cuda.prefill import Shape as PrefillShape
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.quantization.options import AttentionOptions
@@ -69,19 +70,38 @@ def run(layer: Int8Layer, kind: Kind) -> None:
         key, _ = layer.update(
             random_states(num_kv_heads, tokens, head_dim, dtype), random_states(num_kv_heads, tokens, v_head_dim, dtype)
         )
-        if tokens * group > cuda.MAX_FUSED_ROWS:
-            continue  # torch reads such a chunk, from what ``restore`` below gives
         query = random_states(num_kv_heads * group, tokens, head_dim, dtype)
         if isinstance(key, Int8Tensor):
             for asked in options(query, key.shape[2]):
                 assert read(key.pages_view, layer.read_log, query, asked).isfinite().all()
-            if isinstance(layer, StaticInt8Layer):
+            if tokens * group > cuda.MAX_DECODE_ROWS and dtype != torch.float32:
+                read_in_every_shape(key.pages_view, query)
+            elif isinstance(layer, StaticInt8Layer):
                 read_recorded(layer, query)
             else:
                 read_divided(key.pages_view, query)
     for states in (layer.keys, layer.values):
         assert isinstance(states, Int8Tensor)
         assert states.restore().isfinite().all()
+
+
+PREFILL_SHAPES = [
+    *(PrefillShape(1, 2, 32, 1), PrefillShape(2, 4, 64, 1), PrefillShape(2, 8, 64, 2)),
+    *(PrefillShape(1, 8, 32, 2, True), PrefillShape(1, 4, 64, 2, True)),
+]
+
+
+def read_in_every_shape(view: PagesView, query: Tensor) -> None:
+    """The prefill kernel as other GPUs and other numbers of rows get it."""
+    widths = [buffer.shape[3] for buffer in view.buffers]
+    for shape in PREFILL_SHAPES:
+        if shape.row_tiles * max(widths) > 256 or (shape.is_warpgroup and shape.tile_keys * max(widths) > 8192):
+            continue
+        if shape.is_warpgroup and torch.cuda.get_device_capability() != (9, 0):
+            continue
+        for splits in (1, 3):
+            for asked in options(query, view.seq_len):
+                assert cuda.prefill(query, view, asked, shape, splits).isfinite().all()
 
 
 def read_recorded(layer: StaticInt8Layer, query: Tensor) -> None:
@@ -95,9 +115,9 @@ def read_recorded(layer: StaticInt8Layer, query: Tensor) -> None:
 
 def read_divided(view: PagesView, query: Tensor) -> None:
     """In divisions that only other GPUs or longer texts would get, all with the same result."""
-    expected = cuda.fused_attention(query, view, AttentionOptions(is_causal=True)).float()
+    expected = cuda.decode(query, view, AttentionOptions(is_causal=True)).float()
     for shape, splits in DIVISIONS:
-        output = cuda.fused_attention(query, view, AttentionOptions(is_causal=True), shape=shape, splits=splits)
+        output = cuda.decode(query, view, AttentionOptions(is_causal=True), shape=shape, splits=splits)
         torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 

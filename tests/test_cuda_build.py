@@ -7,9 +7,13 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantcache.backends import artifacts
 from quantcache.backends.cuda import nvrtc, plan
+from quantcache.backends.cuda.launch import Gpu
+from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
+from quantcache.backends.cuda.prefill import Shape, macros_for
 from quantcache.quantization.errors import BuildError
 from tests import emulated_cuda
 
@@ -67,7 +71,7 @@ def test_whatever_it_depends_on_makes_another(
     assert len(compiled) == 2
 
 
-PROGRAMS = ("attention.cu", "pages.cu")
+PROGRAMS = ("attention.cu", "pages.cu", "prefill.cu")
 
 
 def test_every_source_is_part_of_a_program_once() -> None:
@@ -202,3 +206,39 @@ def test_the_sources_compile_for_every_architecture(
     shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")
     assert nvrtc.cubin("attention.cu", (*shared, *ATTENTION_MACROS), arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "head_dims"),
+    [
+        ("sm_80", Shape(2, 8, 64, 1), (128, 128)),
+        ("sm_90a", Shape(1, 8, 64, 2, True), (128, 128)),
+        ("sm_90a", Shape(1, 8, 32, 2, True), (256, 256)),
+        ("sm_100", Shape(2, 8, 64, 2), (96, 80)),
+        ("sm_120", Shape(1, 2, 32, 1), (256, 256)),
+    ],
+    ids=str,
+)
+def test_the_prefill_kernel_compiles_for_every_architecture(
+    arch: str, shape: Shape, head_dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core")
+    if nvrtc.unavailable():
+        pytest.skip(str(nvrtc.unavailable()))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
+    macros = macros_for(shape, *head_dims, torch.bfloat16, has_mask=True, has_softcap=True)
+    assert nvrtc.cubin("prefill.cu", macros, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("shared_per_block", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("head_dim", range(HEAD_DIM_STEP, MAX_HEAD_DIM + 1, HEAD_DIM_STEP))
+@pytest.mark.parametrize("rows", [65, 4096])
+def test_every_gpu_has_room_for_the_prefill_kernel(
+    shared_per_block: int, head_dim: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of compute capability 8.6, 8.0 and 10.0, by CUDA's table of what a block may have of shared memory."""
+    monkeypatch.setattr(
+        emulated_cuda.PREFILL, "gpu", lambda index: Gpu("sm_80", 108, shared_per_block, shared_per_block)
+    )
+    shape = emulated_cuda.PREFILL.choose_shape(0, rows, head_dim, head_dim)
+    assert shape.shared_bytes(head_dim, head_dim) <= shared_per_block

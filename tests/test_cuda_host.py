@@ -130,29 +130,55 @@ def test_partial_results_stay_in_their_workspace(
     stored = build(Case(2, 2, 20, 1, (9, 21), 50, 128, 128, torch.float16))
     expected = reference.attend(stored.query.double(), *stored.exact())
     for _ in range(2):
-        output = cuda.fused_attention(*stored.arguments, AttentionOptions(), shape=shape, splits=splits)
+        output = cuda.decode(*stored.arguments, AttentionOptions(), shape=shape, splits=splits)
         assert (output.double() - expected).norm() <= 1e-3 * expected.norm()
     assert launched == ["attention"] * 2
 
 
-@pytest.mark.parametrize("scratch_bytes", [1 << 28, 1 << 18, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("splits", [None, 1, 5])
 @pytest.mark.parametrize(
-    "options", [{"is_causal": True}, {"window": 90, "is_causal": True}, {"mask": 1}, {"mask": 8}], ids=str
+    "options", [{"is_causal": True}, {"window": 90, "is_causal": True}, {"mask": 1}, {"mask": 8}, {"added": 8}], ids=str
 )
-def test_long_chunks_read_a_layer_restored_in_bounded_memory(
-    options: dict[str, Any], scratch_bytes: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+def test_many_query_rows_go_to_the_prefill_kernel(
+    options: dict[str, Any], splits: int | None, dtype: torch.dtype, launched: list[str]
 ) -> None:
-    """All heads at once, some at a time, and one at a time give the same."""
-    monkeypatch.setattr(emulated_cuda.ATTENTION, "SCRATCH_BYTES", scratch_bytes)
-    case = Case(3, 2, 4, 40, (2, 5), 40, 64, 80, torch.float32, transposed=True)
+    """And nothing is restored for them."""
+    case = Case(3, 2, 4, 40, (2, 5), 40, 64, 80, dtype, transposed=True)
     options = dict(options)
-    if "mask" in options:
-        options["attn_mask"] = torch.rand(3, options.pop("mask"), case.query_len, case.kv_len) > 0.3
-    check(build(case), **options)
-    a_head = case.kv_len * (64 + 80) * 4
-    parts = {1 << 28: 1, 1 << 18: 6, 1: 6}[scratch_bytes]
-    assert (scratch_bytes >= 6 * a_head) == (parts == 1)
-    assert launched == ["restore"] * 2 * parts
+    for kind in ("mask", "added"):
+        if kind in options:
+            seen = torch.rand(3, options.pop(kind), case.query_len, case.kv_len) > 0.3
+            seen[:, :, :, 64:192] = False
+            options["attn_mask"] = seen if kind == "mask" else torch.where(seen, 0.25, -torch.inf)
+    stored = build(case)
+    expected = reference.attend(stored.query.double(), *stored.exact(), AttentionOptions(**options))
+    output = cuda.prefill(*stored.arguments, AttentionOptions(**options), None, splits)
+    assert (output.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert torch.equal(reads.attention(*stored.arguments, AttentionOptions(**options)), output)
+    merged = [] if splits == 1 else ["merge_parts"]
+    scanned = ["scan_mask"] if "attn_mask" in options else []
+    assert launched[: len(scanned) + 1 + len(merged)] == [*scanned, "prefill", *merged]
+    assert launched.count("scan_mask") == len(scanned)  # once for both
+
+
+def test_float32_has_one_kernel_for_any_number_of_rows(launched: list[str]) -> None:
+    check(build(Case(2, 2, 4, 40, (2, 5), 40, 64, 80, torch.float32)), is_causal=True)
+    assert launched == ["attention"]
+
+
+def test_a_mask_is_looked_at_again_when_it_has_changed(launched: list[str]) -> None:
+    stored = build(Case(1, 2, 4, 40, (2,), 40, 64, 64, torch.bfloat16))
+    mask = torch.ones(40, 168, dtype=torch.bool)
+    check(stored, attn_mask=mask)
+    check(stored, attn_mask=mask)
+    mask[:, :64] = False
+    check(stored, attn_mask=mask)
+    check(stored, attn_mask=mask[:, : mask.shape[1]])
+    with torch.inference_mode():  # where torch counts no changes
+        for _ in range(2):
+            check(stored, attn_mask=mask.clone())
+    assert launched.count("scan_mask") == 2 + 2
 
 
 @pytest.mark.parametrize(

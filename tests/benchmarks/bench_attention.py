@@ -177,7 +177,6 @@ def chunk_row() -> Row:
         "relative_error": error,
         "relative_error_of_torch": error_of_torch,
         "extra_bytes": extra,
-        "bound_bytes": cuda.SCRATCH_BYTES,
         "ratio": round(min(t for name, t in times.items() if name != "int8") / times["int8"], 3),
         "target": 0.87,
     }

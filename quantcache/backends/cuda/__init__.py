@@ -12,22 +12,23 @@ from torch import Tensor
 
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.advance import advance
-from quantcache.backends.cuda.attention import MAX_FUSED_ROWS, SCRATCH_BYTES, attention, fused_attention, make_scratch
+from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, make_scratch
 from quantcache.backends.cuda.launch import DTYPES
 from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
+from quantcache.backends.cuda.prefill import prefill
 
 __all__ = [
-    "MAX_FUSED_ROWS",
+    "MAX_DECODE_ROWS",
     "READS_LENGTHS",
     "READS_ROW_TABLE",
-    "SCRATCH_BYTES",
     "WRITES_ON_READ",
     "advance",
     "append_tail",
     "attention",
-    "fused_attention",
+    "decode",
     "make_scratch",
+    "prefill",
     "restore",
     "segment_table",
     "store_pages",

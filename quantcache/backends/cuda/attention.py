@@ -1,57 +1,46 @@
-"""Attention over pages and tail: in one kernel, or over a layer that is restored first."""
+"""Attention over pages and tail, and the kernel for few query rows."""
 
 import struct
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache.backends import torch as torch_backend
-from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, current_stream, gpu, launch, readable
-from quantcache.backends.cuda.pages import append_tail, restore_heads, segment_table
+from quantcache.backends.cuda.launch import MASK_DTYPES, current_stream, gpu, launch, readable
+from quantcache.backends.cuda.pages import append_tail, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
+from quantcache.backends.cuda.prefill import PREFILL_DTYPES, prefill
 from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
-from quantcache.quantization.scheme import PAGE_SIZE
 
-MAX_FUSED_ROWS: Final = 64
-"""Query rows per KV head (group * query_len) from which on a layer is restored and given to torch's attention."""
+MAX_DECODE_ROWS: Final = 64
+"""Query rows per KV head (group * query_len) from which on reading a layer is arithmetic and no longer memory."""
 
-SCRATCH_BYTES: Final = 256 << 20
-"""Bound of the memory a layer is restored to, unless keys and values of a single head take more."""
-
-_MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
 _ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i")
 
 
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     """See ``reads.attention``; ``unsupported`` must be None.
 
-    Up to ``MAX_FUSED_ROWS`` query rows per KV head are attended to by the kernel. More of them are arithmetic and no
-    longer memory: the layer is restored, a bounded number of heads at a time, and torch's attention reads that.
+    There is a kernel for up to ``MAX_DECODE_ROWS`` query rows per KV head, which reads the pages once for 8 or 16 of
+    them, and one for more, see ``prefill``. float32, which tensor cores do not have, is always the first one's.
     """
-    if view.lengths is None and _is_restored(query, view, options):
+    _, num_q_heads, query_len, _ = query.shape
+    if query_len * num_q_heads > MAX_DECODE_ROWS * view.buffers[0].shape[1] and query.dtype in PREFILL_DTYPES:
         if view.pending is not None:
             append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
-        return _attention_of_restored(query, view, options, SCRATCH_BYTES)
-    return fused_attention(query, view, options)
+        return prefill(query, view, options)
+    return decode(query, view, options)
 
 
-def _is_restored(query: Tensor, view: View, options: AttentionOptions) -> bool:
-    _, num_q_heads, query_len, _ = query.shape
-    is_long = query_len * num_q_heads > MAX_FUSED_ROWS * view.buffers[0].shape[1]
-    return is_long and options.softcap is None and options.sinks is None
-
-
-def fused_attention(
+def decode(
     query: Tensor,
     view: View,
     options: AttentionOptions,
     shape: Shape | None = None,
     splits: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention in one kernel, for any number of query rows.
+    """Attention of any number of query rows, few in a CTA.
 
     Args:
         query: see ``reads.attention``, as for every argument not named here.
@@ -85,11 +74,11 @@ def fused_attention(
 
     mask, mask_strides, mask_dtype = _NO_MASK
     if attn_mask is not None:
-        if attn_mask.dtype not in _MASK_DTYPES:
+        if attn_mask.dtype not in MASK_DTYPES:
             attn_mask = attn_mask.float()
         strides = [0] * (4 - attn_mask.dim())
         strides += [s if n > 1 else 0 for n, s in zip(attn_mask.shape, attn_mask.stride(), strict=True)]
-        mask, mask_strides, mask_dtype = attn_mask.data_ptr(), tuple(strides), _MASK_DTYPES[attn_mask.dtype]
+        mask, mask_strides, mask_dtype = attn_mask.data_ptr(), tuple(strides), MASK_DTYPES[attn_mask.dtype]
     if sinks is not None:
         sinks = sinks.float().contiguous()
     partial = sums = counters = 0
@@ -133,54 +122,6 @@ def fused_attention(
 
 _NO_NEW_STATES: Final[tuple[int, ...]] = (0,) * 9
 _NO_MASK: Final[tuple[int, tuple[int, ...], int]] = (0, (0, 0, 0, 0), 0)
-
-
-def _attention_of_restored(query: Tensor, view: View, options: AttentionOptions, scratch_bytes: int) -> Tensor:
-    """Torch's attention over a few heads at a time, restored to memory that all layers take in turn."""
-    table, (key_tail, value_tail) = segment_table(view), view.buffers
-    batch, num_q_heads, query_len, _ = query.shape
-    num_kv_heads, kv_len = key_tail.shape[1], table.num_pages * PAGE_SIZE + view.tail_len
-    group = num_q_heads // num_kv_heads
-    a_head = kv_len * (key_tail.shape[3] + value_tail.shape[3]) * query.element_size()
-    at_once = max(1, scratch_bytes // a_head)
-    heads_at_once = num_kv_heads if at_once >= num_kv_heads else at_once
-    rows_at_once = max(1, min(at_once // num_kv_heads, MAX_GRID))  # torch's kernels have sequences in an axis, too
-    mask: Any = None
-    if options.attn_mask is not None or options.window is not None:
-        mask = torch_backend.combined_mask(query, kv_len, options)
-        mask = mask.expand(-1, num_q_heads if mask.shape[1] > 1 else 1, -1, -1)
-    elif options.is_causal and query_len > 1:
-        from torch.nn.attention.bias import causal_lower_right  # half a second: it brings torch's compiler
-
-        mask = causal_lower_right(query_len, kv_len)
-    output = query.new_empty(batch, query_len, num_q_heads, value_tail.shape[3])
-    for row in range(0, batch, rows_at_once):
-        rows = min(rows_at_once, batch - row)
-        for head in range(0, num_kv_heads, heads_at_once):
-            heads = min(heads_at_once, num_kv_heads - head)
-            first = row * num_kv_heads + head
-            shape = (rows, heads, kv_len)
-            widths = key_tail.shape[3], value_tail.shape[3]
-            key = restore_heads(True, table, key_tail, view.tail_len, shape, first, *widths)
-            value = restore_heads(False, table, value_tail, view.tail_len, shape, first, *widths)
-            q_heads = slice(head * group, (head + heads) * group)
-            part: Any = mask
-            if isinstance(mask, Tensor) and type(mask) is Tensor:
-                part = mask[row : row + rows] if mask.shape[0] > 1 else mask
-                part = part[:, q_heads] if part.shape[1] > 1 else part
-            attended = scaled_dot_product_attention(
-                query[row : row + rows, q_heads],
-                key,
-                value,
-                attn_mask=part,
-                scale=options.softmax_scale,
-                enable_gqa=group > 1,
-            )
-            if type(part) is Tensor:
-                attended = torch_backend.zero_where_blind(attended, part)
-            output[row : row + rows, :, q_heads] = attended.transpose(1, 2)
-            del key, value
-    return output
 
 
 NUM_COUNTERS: Final = 4096

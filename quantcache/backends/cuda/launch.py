@@ -14,6 +14,9 @@ from quantcache.backends.cuda import nvrtc
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types that the kernels take, and their numbers in the sources."""
 
+MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
+"""Element types of masks likewise."""
+
 
 MAX_GRID: Final = 65535
 """CTAs that a grid takes in its second axis and in its third; in the first 2**31 - 1, which no call here reaches."""
@@ -68,11 +71,13 @@ def readable(states: Tensor) -> tuple[Tensor, int, int, int, int]:
     return states, address, batch, heads, tokens
 
 
-def load_kernel(source: str, macros: nvrtc.Macros, name: str, index: int, threads: int, shared_bytes: int) -> Kernel:
-    """The kernel ``name`` of a source for the GPU ``index``, built if need be."""
+def load_kernel(
+    source: str, macros: nvrtc.Macros, name: str, index: int, threads: int, shared_bytes: int, arch: str | None = None
+) -> Kernel:
+    """The kernel ``name`` of a source for the GPU ``index``, built if need be, for its ``arch`` if None."""
     from cuda.bindings import driver
 
-    function = _check(driver.cuLibraryGetKernel(_library(source, macros, gpu(index).arch), name.encode()))
+    function = _check(driver.cuLibraryGetKernel(_library(source, macros, arch or gpu(index).arch), name.encode()))
     if shared_bytes:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuKernelSetAttribute(attribute, shared_bytes, function, index))

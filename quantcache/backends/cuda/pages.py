@@ -122,37 +122,23 @@ def _make_table(segments: Sequence[SegmentLike], device: torch.device) -> Segmen
 
 def restore(view: View, is_key: bool) -> Tensor:
     """See ``reads.restore``."""
-    table, buffer = segment_table(view), view.buffers[0 if is_key else 1]
-    batch, num_kv_heads, _, head_dim = buffer.shape
-    shape = (batch, num_kv_heads, table.num_pages * PAGE_SIZE + view.tail_len)
-    return restore_heads(is_key, table, buffer, view.tail_len, shape, 0, head_dim, head_dim)
-
-
-def restore_heads(
-    is_key: bool,
-    table: SegmentTable,
-    tail: Tensor,
-    tail_len: int,
-    shape: tuple[int, int, int],
-    first_head: int,
-    head_dim: int,
-    v_head_dim: int,
-) -> Tensor:
-    """(rows, heads, kv_len, head_dim) of the heads from ``first_head`` on, counted over the batch."""
-    tail, address, *strides = readable(tail)
+    table = segment_table(view)
+    widths = [buffer.shape[3] for buffer in view.buffers]
+    tail, address, *strides = readable(view.buffers[0 if is_key else 1])
     batch, num_kv_heads, _, width = tail.shape
-    output = tail.new_empty(*shape, width)
-    blocks, heads = table.num_pages + (tail_len > 0), shape[0] * shape[1]
+    tokens = table.num_pages * PAGE_SIZE + view.tail_len
+    output = tail.new_empty(batch, num_kv_heads, tokens, width)
+    blocks, heads = table.num_pages + (view.tail_len > 0), batch * num_kv_heads
     for start in range(0, heads if blocks else 0, MAX_GRID):
         launch(
-            pages_kernel("restore", tail, head_dim, v_head_dim),
+            pages_kernel("restore", tail, *widths),
             (blocks, min(heads - start, MAX_GRID), 1),
             tail.device.index,
             _RESTORE_ARGS,
-            *(table.address, address, output.data_ptr() + start * shape[2] * width * output.element_size()),
+            *(table.address, address, output.data_ptr() + start * tokens * width * output.element_size()),
             *strides,
-            *(num_kv_heads, batch * num_kv_heads, first_head + start, table.num_segments),
-            *(table.num_pages, 0, tail_len, is_key),
+            *(num_kv_heads, heads, start, table.num_segments),
+            *(table.num_pages, 0, view.tail_len, is_key),
             *table.first,
             0,
         )

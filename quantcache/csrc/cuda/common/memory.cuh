@@ -31,6 +31,12 @@ DEVICE u32 load_shared_4(u32 address) {
   return result;
 }
 
+// A barrier of its own for kThreadsThere threads.
+template <int kThreadsThere>
+DEVICE void wait_at_barrier(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreadsThere) : "memory");
+}
+
 // Loads that are made where they are written, whatever registers that takes.
 DEVICE void load_now(u32& x, const u32* source) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(source) : "memory");

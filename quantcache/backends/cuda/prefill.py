@@ -1,0 +1,296 @@
+"""Attention of many query rows over pages and tail, in tensor cores; see ``csrc/cuda/prefill.cu``."""
+
+import functools
+import struct
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from quantcache.backends.cuda import nvrtc
+from quantcache.backends.cuda.launch import (
+    DTYPES,
+    MASK_DTYPES,
+    Kernel,
+    current_stream,
+    gpu,
+    launch,
+    load_kernel,
+    readable,
+)
+from quantcache.backends.cuda.pages import segment_table
+from quantcache.backends.protocol import View
+from quantcache.quantization.errors import BuildError
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+
+PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
+
+_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq")
+_SCAN_ARGS: Final = struct.Struct("2P 4q 5i")
+
+
+class Shape(NamedTuple):
+    """How the kernel is built for one kind of call; the macros of ``prefill/build.cuh``.
+
+    Attributes:
+        row_tiles: tiles of 16 query rows that a warp holds.
+        warps: of a CTA with query rows, each its own.
+        tile_keys: keys attended to at once, a page or half of one.
+        buffers: converted tiles in shared memory.
+        is_warpgroup: whether it multiplies by the instructions that only compute capability 9.0 has; four further
+            warps then make tiles.
+    """
+
+    row_tiles: int
+    warps: int
+    tile_keys: int
+    buffers: int
+    is_warpgroup: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a CTA."""
+        return 16 * self.row_tiles * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps + (128 if self.is_warpgroup else 0)
+
+    def shared_bytes(self, head_dim: int, v_head_dim: int) -> int:
+        """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
+        keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
+        makers = 128 if self.is_warpgroup else self.threads
+        pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
+        pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
+        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces
+        queue = 40 * 64 * (PAGE_SIZE // keys) + 4 * 7 + 4 * 3 * _SLOTS
+        tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
+        metadata = _SLOTS // 2 * 4 * (head_dim + keys)
+        return tiles + -(-queue // 16) * 16 + tables + self.rows * 20 + metadata
+
+
+_SLOTS: Final = 8
+"""Tiles whose metadata is kept."""
+
+
+def choose_shape(index: int, rows: int, head_dim: int, v_head_dim: int) -> Shape:
+    """The shape for calls with ``rows`` query rows for each KV head."""
+    device = gpu(index)
+    if device.arch == WARPGROUP_ARCH:
+        return Shape(1, 8, PAGE_SIZE if head_dim <= 192 and v_head_dim <= 128 else PAGE_SIZE // 2, 2, True)
+    row_tiles = 2 if max(head_dim, v_head_dim) <= 128 else 1
+    narrow = [Shape(row_tiles, *rest) for rest in ((4, PAGE_SIZE, 1), (4, PAGE_SIZE // 2, 1), (2, PAGE_SIZE // 2, 1))]
+    wide = [Shape(row_tiles, 8, PAGE_SIZE, buffers) for buffers in (2, 1)]
+    for shape in narrow if rows <= narrow[0].rows else wide + narrow:
+        if shape.shared_bytes(head_dim, v_head_dim) <= device.shared_per_block:
+            return shape
+    raise BuildError(f"the CUDA kernels need more shared memory than the {device.shared_per_block} bytes of this GPU")
+
+
+WARPGROUP_ARCH: Final = "sm_90"
+"""What has the instructions of ``common/warpgroup.cuh``; they are built for "sm_90a"."""
+
+
+class Kernels(NamedTuple):
+    """The kernels of one build."""
+
+    shape: Shape
+    prefill: Kernel
+    merge_parts: Kernel
+    scan_mask: Kernel
+
+
+def macros_for(
+    shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
+) -> nvrtc.Macros:
+    """See ``prefill/build.cuh``."""
+    return (
+        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
+        *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
+        *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap))),
+        ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim)),
+    )
+
+
+@functools.cache
+def _kernels(
+    index: int, shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
+) -> Kernels:
+    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap)
+    arch = gpu(index).arch + "a" * shape.is_warpgroup
+
+    def load(name: str, shared_bytes: int) -> Kernel:
+        return load_kernel("prefill.cu", macros, name, index, shape.threads, shared_bytes, arch)
+
+    shared_bytes = shape.shared_bytes(head_dim, v_head_dim)
+    return Kernels(shape, load("prefill", shared_bytes), load("merge_parts", 0), load("scan_mask", 0))
+
+
+def choose_splits(index: int, shape: Shape, head_dim: int, v_head_dim: int, tiles: int, num_blocks: int) -> int:
+    """Into how many CTAs the keys of one row tile are divided: as many as run at once, each with a few pages.
+
+    Args:
+        index: of the device.
+        shape: of the kernel.
+        head_dim: of queries and keys.
+        v_head_dim: of values.
+        tiles: batch * num_kv_heads * row tiles.
+        num_blocks: pages of a head, the tail's included.
+    """
+    device = gpu(index)
+    at_once = 2 if 2 * (shape.shared_bytes(head_dim, v_head_dim) + 1024) <= device.shared_per_processor else 1
+    slots = device.processors * (at_once if shape.warps <= 4 else 1)
+    return max(1, min(slots // tiles, num_blocks // MIN_BLOCKS, MAX_SPLITS))
+
+
+MIN_BLOCKS: Final = 4
+"""Pages that a CTA should have at least: it takes as long as two of them to begin and to end."""
+
+MAX_SPLITS: Final = 32
+"""Parts of a row that are merged; more would take longer than they save."""
+
+
+class Plan(NamedTuple):
+    """How one kind of call is launched."""
+
+    kernels: Kernels
+    row_tiles: int
+    num_splits: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_for(
+    index: int,
+    sizes: tuple[int, int, int, int, int, int],
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_softcap: bool,
+    num_blocks: int,
+    shape: Shape | None,
+    splits: int | None,
+) -> Plan:
+    """The launch for a kind of call, ``sizes`` as unpacked; ``shape`` and ``splits`` go before those chosen."""
+    batch, num_kv_heads, group, query_len, head_dim, v_head_dim = sizes
+    rows = group * query_len
+    shape = shape or choose_shape(index, rows, head_dim, v_head_dim)
+    row_tiles = -(-rows // shape.rows)
+    if splits is None:
+        splits = choose_splits(index, shape, head_dim, v_head_dim, batch * num_kv_heads * row_tiles, num_blocks)
+    return Plan(_kernels(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap), row_tiles, splits)
+
+
+def prefill(
+    query: Tensor, view: View, options: AttentionOptions, shape: Shape | None = None, splits: int | None = None
+) -> Tensor:
+    """Attention of any number of query rows, in float16 or bfloat16.
+
+    Args:
+        query: see ``reads.attention``, as for every argument not named here.
+        view: what is read, nothing of it pending.
+        options: see ``AttentionOptions``.
+        shape: instead of the one chosen for the call.
+        splits: instead of the number chosen.
+    """
+    table, lengths = segment_table(view), view.lengths
+    attn_mask, is_causal, _, window, softcap, sinks = options
+    batch, num_q_heads, query_len, head_dim = query.shape
+    key_tail, value_tail = view.buffers
+    _, num_kv_heads, _, v_head_dim = value_tail.shape
+    index = query.device.index
+    query, query_address, query0, query1, query2 = readable(query)
+    key_tail, key_address, key0, key1, key2 = readable(key_tail)
+    value_tail, value_address, value0, value1, value2 = readable(value_tail)
+    group = num_q_heads // num_kv_heads
+    num_blocks = table.num_pages + -(-view.tail_len // PAGE_SIZE)
+    sizes = (batch, num_kv_heads, group, query_len, head_dim, v_head_dim)
+    plan = plan_for(index, sizes, query.dtype, attn_mask is not None, softcap is not None, num_blocks, shape, splits)
+    kernels, row_tiles, num_splits = plan
+
+    mask = blocks = mask_dtype = 0
+    mask_strides, block_strides, found = [0] * 4, [0] * 3, None
+    if attn_mask is not None:
+        if attn_mask.dtype not in MASK_DTYPES:
+            attn_mask = attn_mask.float()
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        mask, mask_dtype = attn_mask.data_ptr(), MASK_DTYPES[attn_mask.dtype]
+        mask_strides = _broadcast_strides(attn_mask)
+        # In a recorded step all that there is room for.
+        kv_len = table.num_pages * PAGE_SIZE + view.tail_len
+        found = _scanned(kernels, attn_mask, kv_len if attn_mask.shape[3] == 1 else attn_mask.shape[3])
+        blocks, block_strides = found.data_ptr(), _broadcast_strides(found)[:3]
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    heads = batch * num_kv_heads
+    partial = sums = 0
+    if num_splits > 1:
+        rows = heads * row_tiles * num_splits * kernels.shape.rows
+        workspace = torch.empty(rows * (v_head_dim + 2), dtype=torch.float32, device=query.device)
+        partial = workspace.data_ptr()
+        sums = partial + 4 * rows * v_head_dim
+    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
+    arguments = (
+        *(query_address, output.data_ptr(), table.address, key_address, value_address),
+        *(mask, blocks, 0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
+        *(partial, sums),
+        *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
+        *mask_strides,
+        *block_strides,
+        *(num_kv_heads, group, query_len, table.num_pages, view.tail_len, table.num_segments),
+        *(num_splits, is_causal, window or 0, mask_dtype, batch, row_tiles),
+        options.scale(head_dim),
+        softcap or 0.0,
+        *table.first,
+        0,
+    )
+    launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, _PREFILL_ARGS, *arguments)
+    if num_splits > 1:
+        merging = -(-heads * group * query_len // (kernels.shape.threads // 32))
+        launch(kernels.merge_parts, (merging, 1, 1), index, _PREFILL_ARGS, *arguments)
+    return output
+
+
+def _broadcast_strides(tensor: Tensor) -> list[int]:
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+BLOCK_QUERIES: Final = 32
+"""Queries whose masks are looked at together."""
+
+
+def _scanned(kernels: Kernels, mask: Tensor, kv_len: int) -> Tensor:
+    """What ``scan_mask`` finds, uint8 (batch, heads, query blocks, key blocks); once for the layers of a call."""
+    key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len, current_stream(mask.device.index))
+    base = mask if mask._base is None else mask._base
+    is_known = not base.is_inference() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if is_known:
+        known = _known.get(mask.device.index)
+        if known is not None and known.key == (*key, base._version) and known.base() is base:
+            return known.blocks
+    batch, heads, queries, _ = mask.shape
+    found = mask.new_empty(batch, heads, -(-queries // BLOCK_QUERIES), -(-kv_len // PAGE_SIZE), dtype=torch.uint8)
+    launch(
+        kernels.scan_mask,
+        (-(-found.numel() // (kernels.shape.threads // 32)), 1, 1),
+        mask.device.index,
+        _SCAN_ARGS,
+        *(mask.data_ptr(), found.data_ptr(), *_broadcast_strides(mask)),
+        *(batch, heads, queries, kv_len, MASK_DTYPES[mask.dtype]),
+    )
+    if is_known:
+        _known[mask.device.index] = _Scanned((*key, base._version), TensorWeakRef(base), found)
+    return found
+
+
+class _Scanned(NamedTuple):
+    """What was found in the mask that was looked at last on a device."""
+
+    key: tuple[object, ...]
+    base: TensorWeakRef
+    blocks: Tensor
+
+
+_known: Final[dict[int, _Scanned]] = {}

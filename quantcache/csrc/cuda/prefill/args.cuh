@@ -1,0 +1,93 @@
+// What a launch is given, and which part of it a CTA works on.
+
+#include "prefill/build.cuh"
+
+struct PrefillArgs {
+  const void* query;        // (batch, num_kv_heads * group, query_len, HEAD_DIM)
+  void* output;             // (batch, query_len, num_kv_heads * group, V_HEAD_DIM), contiguous
+  const Segment* segments;  // num_segments + 1, not read if there is one
+  const void* key_tail;     // (batch, num_kv_heads, tail_len or more, HEAD_DIM)
+  const void* value_tail;
+  const void* mask;    // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
+  const u8* blocks;    // (batch, heads, blocks of kBlockQueries, blocks of a page's keys): what scan_mask found
+  const float* sinks;  // (num_kv_heads * group,) or null
+  const int* lengths;  // pages and tail_len in device memory, or null for the two below
+  float* partial;      // (batch, num_kv_heads, row tiles, splits, kRows, V_HEAD_DIM), not normalised
+  float* sums;         // (..., kRows, 2): largest logit and sum of weights
+  i64 query_stride[3], key_tail_stride[3], value_tail_stride[3], mask_stride[4], block_stride[3];
+  int num_kv_heads, group, query_len, num_pages, tail_len, num_segments;
+  int num_splits, is_causal, window, mask_dtype, batch, row_tiles;
+  float softmax_scale, softcap;
+  Segment only;  // the one segment, if there is one
+};
+static_assert(sizeof(PrefillArgs) == 312, "as backends/cuda/prefill.py packs it");
+
+constexpr int kBlockQueries = 32;  // whose masks are looked at together
+enum : u8 { kSeen = 1, kPartly = 2 };
+
+// The query rows of a CTA: rows of one KV head, those of a query head side by side.
+struct QueryRows {
+  int batch, kv_head, head;  // head counts the KV heads over the batch
+  int row_tile, split;
+  int first_row, num_rows;
+  int first_query, last_query;  // of all rows
+  int num_pages, kv_len;
+  int position;  // the key that the first query stands at
+};
+
+DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
+  QueryRows rows;
+  // CTAs that run at the same time read the same pages.
+  u32 index = blockIdx.x;
+  rows.row_tile = index % args.row_tiles, index /= args.row_tiles;
+  rows.split = index % args.num_splits, index /= args.num_splits;
+  rows.head = index;
+  rows.batch = index / args.num_kv_heads, rows.kv_head = index % args.num_kv_heads;
+  rows.first_row = rows.row_tile * kRows;
+  rows.num_rows = min(kRows, args.group * args.query_len - rows.first_row);
+  const int last_row = rows.first_row + rows.num_rows - 1;
+  const bool is_one_head = rows.first_row / args.query_len == last_row / args.query_len;
+  rows.first_query = is_one_head ? rows.first_row % args.query_len : 0;
+  rows.last_query = is_one_head ? last_row % args.query_len : args.query_len - 1;
+  rows.num_pages = args.lengths ? args.lengths[0] : args.num_pages;
+  rows.kv_len = rows.num_pages * kPageSize + (args.lengths ? args.lengths[1] : args.tail_len);
+  rows.position = rows.kv_len - args.query_len;
+  return rows;
+}
+
+// The row of the CTA's that a thread holds, the last one where there are fewer, and what of the call it is.
+struct Row {
+  int query, head;  // of the KV head's group
+};
+DEVICE Row row_of(const PrefillArgs& args, const QueryRows& rows, int row) {
+  const int index = rows.first_row + min(row, rows.num_rows - 1);
+  return {index % args.query_len, index / args.query_len};
+}
+
+// Where a row of the query or of the mask begins, in elements.
+DEVICE i64 query_start(const PrefillArgs& args, const QueryRows& rows, const Row& row) {
+  return rows.batch * args.query_stride[0] + (rows.kv_head * args.group + row.head) * args.query_stride[1] +
+         row.query * args.query_stride[2];
+}
+DEVICE i64 mask_start(const PrefillArgs& args, const QueryRows& rows, const Row& row) {
+  return rows.batch * args.mask_stride[0] + (rows.kv_head * args.group + row.head) * args.mask_stride[1] +
+         row.query * args.mask_stride[2];
+}
+
+// Where the tail of the CTA's KV head begins, in elements.
+DEVICE i64 tail_start(const QueryRows& rows, const i64 (&stride)[3]) {
+  return rows.batch * stride[0] + rows.kv_head * stride[1];
+}
+
+// Pages of keys, the tail counted as further ones, that some row of the CTA may see and that are this split's.
+struct BlockRange {
+  int first, end;
+};
+DEVICE BlockRange blocks_of_cta(const PrefillArgs& args, const QueryRows& rows) {
+  const int low = args.window ? max(rows.position + rows.first_query - args.window + 1, 0) / kPageSize : 0;
+  const int last_key = args.is_causal ? rows.position + rows.last_query : rows.kv_len - 1;
+  const int end = (last_key + kPageSize) / kPageSize;
+  const int each = (max(end - low, 0) + args.num_splits - 1) / args.num_splits;
+  const int first = low + rows.split * each;
+  return {first, min(first + each, end)};
+}

@@ -1,0 +1,178 @@
+// Attention to the tiles of a CTA by the instructions of warpgroups: while the tensor cores multiply, the other units
+// convert what comes next and turn products into weights.
+
+#include "prefill/weights.cuh"
+
+#if WARPGROUP
+#include "common/warpgroup.cuh"
+
+// The query's rows of a warp as operands A, where registers are enough; wider ones stay in shared memory.
+constexpr bool kKeepsQuery = HEAD_DIM <= 128;
+using QueryRegisters = u32[kKeyChunks][4];
+DEVICE void load_query_chunk(const Memory& memory, int c, u32 (&a)[4]) {
+  const int lane = threadIdx.x & 31, row = (threadIdx.x >> 5) * kWarpRows + (lane & 15);
+  load_matrices(a, memory.query + query_offset(row, 2 * c + (lane >> 4)));
+}
+DEVICE void load_query_registers(const Memory& memory, QueryRegisters& query) {
+#pragma unroll
+  for (int c = 0; c < kKeyChunks; c++) load_query_chunk(memory, c, query[c]);
+}
+
+// See multiply_offsets.
+DEVICE void multiply_offsets(const Memory& memory, const QueryRegisters& query, int group) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, first_row = (threadIdx.x >> 5) * kWarpRows;
+  const u32 offsets = shared_address(memory.shared->key_offset[group]) + (lane & 7) * kKeyPitch + (lane >> 3 & 1) * 16;
+  float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int c = 0; c < kKeyChunks; c++) {
+    u32 b[4];
+    load_two_matrices(b, offsets + 32 * c);
+    if constexpr (kKeepsQuery) {
+      mma_half(product, query[c], b[0], b[1]);
+    } else {
+      u32 a[4];
+      load_query_chunk(memory, c, a);
+      mma_half(product, a, b[0], b[1]);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+    memory.shared->row_offset[first_row + 8 * h + g][t] = fmaf(product[2 * h + 1], 1.0f / kLackFactor, product[2 * h]);
+  __syncwarp();
+}
+
+DEVICE void start_scores(const Memory& memory, Scores& scores, const QueryRegisters& query, u32 keys) {
+  const u32 first_row = threadIdx.x / 128 * 64;
+#pragma unroll
+  for (int c = 0; c < kKeyChunks; c++) {
+    const u64 b = describe(keys + c / 4 * kPanelBytes + c % 4 * 32, 16);
+    if constexpr (kKeepsQuery)
+      multiply<false, kKeyBlocks>(scores[0], query[c], b, c > 0);
+    else
+      multiply_shared<kKeyBlocks>(
+          scores[0], describe(memory.query + c / 4 * (128 * kRows) + first_row * 128 + c % 4 * 32, 16), b, c > 0);
+  }
+}
+
+// A panel of the output's channels from `first` on, of eight blocks or what is left.
+template <int kFirst>
+DEVICE void start_outputs(OnlineSoftmax& softmax, const Weights& weights, u32 values) {
+  if constexpr (kFirst < 2 * kValueChunks) {
+    constexpr int blocks = 2 * kValueChunks - kFirst < 8 ? 2 * kValueChunks - kFirst : 8;
+#pragma unroll
+    for (int c = 0; c < kKeyBlocks / 2; c++)
+      multiply<true, blocks>(&softmax.output[0][kFirst], weights[0][c],
+                             describe(values + kFirst / 8 * kPanelBytes + c * 2048, 16), true);
+    start_outputs<kFirst + 8>(softmax, weights, values);
+  }
+}
+
+// The loop of warps that make tiles. In the turn of tile `number` they make the keys of the tile behind the next and the
+// next tile's values, while the others attend to the next tile's keys and to this tile's values.
+DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, const Memory& memory,
+                       int queued) {
+  Shared& shared = *memory.shared;
+  auto make_keys = [&](int number) {
+    if (number >= queued) return;
+    const Tile& tile = shared.queue[number % kQueue];
+    const u32 target = memory.keys + (number & 1) * kKeyTileBytes;
+    if (tile.key_qdata == nullptr)
+      convert_tail_keys(args, rows, memory, tile.first_key, target);
+    else
+      convert_all_keys(memory, number % kSlots, target);
+  };
+  auto make_values = [&](int number) {
+    if (number >= queued) return;
+    const Tile& tile = shared.queue[number % kQueue];
+    const u32 target = memory.values + (number & 1) * kValueTileBytes;
+    if (tile.key_qdata == nullptr)
+      convert_tail_values(args, rows, memory, tile.first_key, target);
+    else
+      convert_all_values(memory, target);
+  };
+  auto copy = [&](int keys, int values) {
+    if (keys < queued) copy_keys(memory, shared.queue[keys % kQueue]);
+    if (values < queued) copy_values(memory, shared.queue[values % kQueue]);
+    commit_copies();
+  };
+
+  copy_metadata(memory, 0, queued);
+  copy(0, 0);
+  wait_for_copies<0>();
+  prepare_group(memory, 0, queued);
+  copy_metadata(memory, kGroup, queued);
+  wait_at_barrier<kMakerThreads>(1);
+  make_keys(0), make_values(0);
+  copy(1, 1);
+  wait_for_copies<0>();
+  make_keys(1);
+  copy(2, queued);
+  show_to_tensor_cores();
+  wait_at_barrier<kThreads>(0);
+
+  for (int number = 0; number + 1 < queued; number++) {
+    wait_at_barrier<kThreads>(0);
+    queued = shared.queued[number & 1];
+    wait_for_copies<0>();
+    make_keys(number + 2), make_values(number + 1);
+    copy(number + 3, number + 2);
+    if (number % kGroup == 0) {
+      prepare_group(memory, number + kGroup, queued);
+      copy_metadata(memory, number + 2 * kGroup, queued);
+      commit_copies();
+    }
+    if (maker() < 32) fill_queue(args, rows, range, shared, number, queued, (number + 1) & 1);
+    show_to_tensor_cores();
+  }
+  wait_at_barrier<kThreads>(0);
+}
+
+// The loop of the warps that have query rows.
+DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, const Memory& memory,
+                            OnlineSoftmax& softmax, int queued) {
+  auto keys_of = [&](int number) { return memory.keys + (number & 1) * kKeyTileBytes; };
+  auto values_of = [&](int number) { return memory.values + (number & 1) * kValueTileBytes; };
+  QueryRegisters query;
+  if (kKeepsQuery) load_query_registers(memory, query);
+  show_to_tensor_cores();  // the rows in shared memory
+  Scores scores;
+  Weights weights;
+  wait_at_barrier<kThreads>(0);
+  multiply_offsets(memory, query, 0);
+  begin_multiplying();
+  start_scores(memory, scores, query, keys_of(0));
+  commit_products();
+  wait_for_products<0>();
+  settle(scores[0]);
+  Rescale rescale = weigh(args, rows, memory, softmax, scores, 0);
+  scale_weights(memory, softmax, scores, 0, weights, rescale);
+
+  int number = 0;
+#pragma unroll 1
+  for (; number + 1 < queued; number++) {
+    // The next tile's keys and this tile's values are made, and nobody reads those before them any more.
+    wait_at_barrier<kThreads>(0);
+    settle(weights[0]);
+    begin_multiplying();
+    start_scores(memory, scores, query, keys_of(number + 1));
+    commit_products();
+    start_outputs<0>(softmax, weights, values_of(number));
+    commit_products();
+    queued = memory.shared->queued[number & 1];
+    if (number % kGroup == kGroup - 1) multiply_offsets(memory, query, (number + 1) % kSlots / kGroup);
+    wait_for_products<1>();
+    settle(scores[0]);
+    rescale = weigh(args, rows, memory, softmax, scores, number + 1);
+    wait_for_products<0>();
+    settle(softmax.output[0]), settle(scores[0]);
+    scale_weights(memory, softmax, scores, (number + 1) % kSlots, weights, rescale);
+    rescale_output(softmax, rescale);
+  }
+  wait_at_barrier<kThreads>(0);
+  begin_multiplying();
+  start_outputs<0>(softmax, weights, values_of(number));
+  commit_products();
+  wait_for_products<0>();
+  settle(softmax.output[0]);
+}
+#endif

@@ -1,0 +1,65 @@
+// The macros of a prefill kernel, and what follows from them.
+//   ROW_TILES    tiles of 16 query rows that a warp holds
+//   WARPS        of a CTA with query rows, each its own
+//   TILE_KEYS    keys attended to at once, a page or half of one
+//   BUFFERS      converted tiles in shared memory: with two the next is converted between the products of the current
+//   WARPGROUP    whether products are those of common/warpgroup.cuh, of sm_90a alone (0 or 1): of one row tile then, with
+//                two buffers, and four further warps that convert
+//   HAS_MASK     whether there is a mask (0 or 1)
+//   HAS_SOFTCAP  whether logits are capped (0 or 1)
+//   SHARED_BYTES of a CTA, as the host counts them
+// Letters in these files: g and t as in common/matrices.cuh; and the loop indices i (tile of 16 query rows), h (the
+// upper or the lower eight rows of such a tile), n (eight keys, or eight channels of the output), j (element that a lane
+// holds of a tile), c (16 channels of a key, or 16 keys).
+
+#include "common/types.cuh"
+
+static_assert(DTYPE == kBFloat16 || DTYPE == kFloat16, "tensor cores");
+static_assert(ROW_TILES == 1 || ROW_TILES == 2, "more would not fit in registers");
+static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8, "metadata of four tiles is divided among them");
+static_assert(TILE_KEYS == 32 || TILE_KEYS == 64, "parts of a page");
+static_assert(BUFFERS == 1 || BUFFERS == 2, "the tile attended to, and the next");
+static_assert(WARPGROUP == 0 || (WARPS % 4 == 0 && ROW_TILES == 1 && BUFFERS == 2), "warpgroups");
+static_assert((HAS_MASK == 0 || HAS_MASK == 1) && (HAS_SOFTCAP == 0 || HAS_SOFTCAP == 1), "a yes or a no");
+
+constexpr int kRowThreads = 32 * WARPS;             // that have query rows
+constexpr int kFirstMaker = WARPGROUP ? WARPS : 0;  // warp of those that make tiles
+constexpr int kMakers = WARPGROUP ? 4 : WARPS;      // such warps
+constexpr int kThreads = kRowThreads + (WARPGROUP ? 128 : 0);
+// Of a thread, in warpgroups: what 65536 leave those with query rows.
+constexpr int kMakerRegisters = 72, kRowRegisters = WARPS == 8 ? 216 : 240;
+constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
+constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
+constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
+constexpr int kKeyBlocks = TILE_KEYS / 8;  // of eight keys
+
+// Rows in shared memory are an odd number of 16 bytes apart: the eight that are read at once lie in different banks.
+constexpr int kKeyPitch = 2 * HEAD_DIM + 16, kValuePitch = 2 * V_HEAD_DIM + 16;
+// Tiles for the instructions of warpgroups have panels of 128 bytes instead, see common/warpgroup.cuh.
+constexpr int kPanelBytes = 128 * TILE_KEYS;
+template <int kChunks>
+constexpr int kTileBytes = WARPGROUP ? (kChunks + 3) / 4 * kPanelBytes : TILE_KEYS * (32 * kChunks + 16);
+// Where 16 bytes of a row of a tile lie.
+template <int kChunks>
+DEVICE u32 tile_offset(int row, int place) {
+  if (WARPGROUP) return place / 8 * kPanelBytes + row * 128 + ((place ^ row) & 7) * 16;
+  return row * (32 * kChunks + 16) + place * 16;
+}
+
+// Where 16 bytes of a row of the query lie.
+DEVICE u32 query_offset(int row, int place) {
+  if (WARPGROUP) return place / 8 * (128 * kRows) + row * 128 + ((place ^ row) & 7) * 16;
+  return row * kKeyPitch + place * 16;
+}
+
+// Channels are kept in another order: of every 16 the first eight, then of every 16 the other eight. A thread then
+// writes the 16 that it converts as two pieces whose neighbours its neighbours write, without bank conflicts.
+template <int kChunks>
+DEVICE int place_of(int piece) {  // of eight channels
+  return (piece & 1) * kChunks + (piece >> 1);
+}
+// The first channel of the piece at a place.
+template <int kChunks>
+DEVICE int channel_at(int place) {
+  return place < kChunks ? 16 * place : 16 * (place - kChunks) + 8;
+}

@@ -1,0 +1,90 @@
+// Which tiles of keys a CTA attends to, found ahead by one warp.
+
+#include "prefill/shared.cuh"
+
+// Whether any row sees a block of keys, and whether some row does not see all of it.
+DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int block) {
+  const int first_key = block * kPageSize, last_key = first_key + kPageSize - 1;
+  const int first_position = rows.position + rows.first_query, last_position = rows.position + rows.last_query;
+  bool is_seen = true, is_partly = last_key >= rows.kv_len;
+  if (args.is_causal) is_seen = first_key <= last_position, is_partly |= last_key > first_position;
+  if (args.window) {
+    is_seen &= last_key > first_position - args.window;
+    is_partly |= first_key <= last_position - args.window;
+  }
+#if HAS_MASK
+  bool any = false;
+  const int first_head = args.block_stride[1] ? rows.first_row / args.query_len : 0;
+  const int last_head = args.block_stride[1] ? (rows.first_row + rows.num_rows - 1) / args.query_len : 0;
+  const int first = args.block_stride[2] ? rows.first_query / kBlockQueries : 0;
+  const int last = args.block_stride[2] ? rows.last_query / kBlockQueries : 0;
+  for (int head = first_head; head <= last_head; head++) {
+    const u8* found = args.blocks + rows.batch * args.block_stride[0] +
+                      (rows.kv_head * args.group + head) * args.block_stride[1] + block;
+#pragma unroll 4
+    for (int i = first; i <= last; i++) {
+      const u8 x = found[i * args.block_stride[2]];
+      any |= x & kSeen, is_partly |= (x & kPartly) != 0;
+    }
+  }
+  is_seen &= any;
+#endif
+  return (is_seen ? kSeen : 0) | (is_partly ? kPartly : 0);
+}
+
+// Where a page lies.
+DEVICE Segment segment_of(const PrefillArgs& args, int page) {
+  if (args.num_segments == 1) return args.only;
+  int low = 0, high = args.num_segments - 1;  // the last segment that begins at or before the page
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (args.segments[middle].first <= page)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return args.segments[low];
+}
+
+// Puts the tiles of further blocks into the queue, if fewer than kAhead are left from `attended` on. One warp; what it
+// writes the others see after the next barrier, `queued` in shared.queued[turn].
+DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, Shared& shared,
+                       int attended, int queued, int turn) {
+  const int lane = threadIdx.x & 31;
+  int next = shared.next_block;
+#pragma unroll 1
+  while (next < range.end && queued - attended <= kAhead) {
+    const int block = next + lane;
+    const u8 found = block < range.end ? look_at_block(args, rows, block) : 0;
+    int count = 0;  // tiles of this block
+    if (found & kSeen) count = min(kTilesPerPage, (rows.kv_len - block * kPageSize + TILE_KEYS - 1) / TILE_KEYS);
+    int before = 0;  // tiles of the blocks before
+    const u32 one = __ballot_sync(~0u, count >= 1), two = __ballot_sync(~0u, count >= 2);
+    const u32 lower = (1u << lane) - 1;
+    before = __popc(one & lower) + __popc(two & lower);
+    if (count) {
+      Tile tile = {nullptr, nullptr, nullptr, nullptr, 0, (found & kPartly) != 0};
+      if (block < rows.num_pages) {
+        const Segment segment = segment_of(args, block);
+        const i64 place = (block - segment.first) * args.batch * args.num_kv_heads + rows.head;
+        tile.key_qdata = segment.key_qdata + place * (kPageSize * HEAD_DIM);
+        tile.value_qdata = segment.value_qdata + place * (kPageSize * V_HEAD_DIM);
+        tile.key_metadata = segment.key_metadata + place * HEAD_DIM;
+        tile.value_metadata = segment.value_metadata + place * kPageSize;
+      }
+      for (int part = 0; part < count; part++) {
+        tile.first_key = block * kPageSize + part * TILE_KEYS;
+        shared.queue[(queued + before + part) % kQueue] = tile;
+        if (block < rows.num_pages) {
+          tile.key_qdata += TILE_KEYS * HEAD_DIM, tile.value_qdata += TILE_KEYS * V_HEAD_DIM;
+          tile.value_metadata += TILE_KEYS;
+        }
+      }
+    }
+    queued += __popc(one) + __popc(two);
+    next += 32;
+  }
+  __syncwarp();
+  if (lane == 0) shared.queued[turn] = queued, shared.next_block = next;
+  __syncwarp();
+}
