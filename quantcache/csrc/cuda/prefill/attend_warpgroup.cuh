@@ -104,11 +104,12 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
   wait_at_barrier<kMakerThreads>(1);
   make_keys(0), make_values(0);
   copy(1, 1);
+  show_to_tensor_cores();
+  wait_at_barrier<kThreads>(0);
   wait_for_copies<0>();
   make_keys(1);
   copy(2, queued);
   show_to_tensor_cores();
-  wait_at_barrier<kThreads>(0);
 
   for (int number = 0; number + 1 < queued; number++) {
     wait_at_barrier<kThreads>(0);
