@@ -258,7 +258,7 @@ def test_a_cache_reads_a_later_chunk_with_the_kernel_and_says_so(max_cache_len: 
         num_key_value_heads=2, dtype=torch.bfloat16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
-    cache = QuantizedInt8Cache(max_cache_len=max_cache_len, strict=True)
+    cache = QuantizedInt8Cache(config, max_cache_len=max_cache_len, strict=True)
     ids = torch.randint(100, (2, 1000), device="cuda")
     seen = torch.ones_like(ids)
     if mask:

@@ -324,12 +324,12 @@ def test_the_name_of_the_cache_is_read_off_the_host(monkeypatch: pytest.MonkeyPa
         assert _host._host_cache_name() == name
 
 
-@pytest.mark.parametrize("name", host_states._KINDS)
+@pytest.mark.parametrize("name", host_states.KINDS)
 def test_layers_that_files_hold_have_the_states_they_are_read_by(name: str) -> None:
     """Their classes under their names, and the attributes of a fresh one, which ``files/host_states.py`` reads."""
     if Version(transformers.__version__) < Version(TESTED["transformers"].newest):
         pytest.skip("older releases lack some of them")
-    kind, made = host_states._KINDS[name], getattr(cache_utils, name)
+    kind, made = host_states.KINDS[name], getattr(cache_utils, name)
     options: dict[str, Any] = {"sliding_window": 8} if kind.has_window else {}
     accepted = parameters(made.__init__)
     layer = made(**{option: value for option, value in options.items() if option in accepted or "kwargs" in accepted})
