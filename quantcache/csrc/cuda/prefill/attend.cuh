@@ -139,7 +139,7 @@ DEVICE void attend_tiles(const PrefillArgs& args, const QueryRows& rows, const B
 #pragma unroll 1
   for (int number = 0; number < queued; number++) {
     __syncthreads();  // this tile is converted, and nobody reads the one before it any more
-    queued = shared.queued[number & 1];
+    queued = shared.queued[number % kTurns];
     const int slot = number % kSlots, other = BUFFERS > 1 ? (number + 1) & 1 : 0,
               current = BUFFERS > 1 ? number & 1 : 0;
     wait_for_copies<0>();
@@ -164,6 +164,6 @@ DEVICE void attend_tiles(const PrefillArgs& args, const QueryRows& rows, const B
       copy_metadata(memory, number + 2 * kGroup, queued);
       commit_copies();
     }
-    if (warp == 0) fill_queue(args, rows, range, shared, number, queued, (number + 1) & 1);
+    if (warp == 0) fill_queue(args, rows, range, shared, number, queued, (number + 1) % kTurns);
   }
 }

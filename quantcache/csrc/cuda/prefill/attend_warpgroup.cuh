@@ -113,7 +113,7 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
 
   for (int number = 0; number + 1 < queued; number++) {
     wait_at_barrier<kThreads>(0);
-    queued = shared.queued[number & 1];
+    queued = shared.queued[number % kTurns];
     wait_for_copies<0>();
     make_keys(number + 2), make_values(number + 1);
     copy(number + 3, number + 2);
@@ -122,7 +122,7 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
       copy_metadata(memory, number + 2 * kGroup, queued);
       commit_copies();
     }
-    if (maker() < 32) fill_queue(args, rows, range, shared, number, queued, (number + 1) & 1);
+    if (maker() < 32) fill_queue(args, rows, range, shared, number, queued, (number + 1) % kTurns);
     show_to_tensor_cores();
   }
   wait_at_barrier<kThreads>(0);
@@ -159,7 +159,7 @@ DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, cons
     commit_products();
     start_outputs<0>(softmax, weights, values_of(number));
     commit_products();
-    queued = memory.shared->queued[number & 1];
+    queued = memory.shared->queued[number % kTurns];
     if (number % kGroup == kGroup - 1) multiply_offsets(memory, query, (number + 1) % kSlots / kGroup);
     wait_for_products<1>();
     settle(scores[0]);
