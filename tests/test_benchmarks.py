@@ -1,4 +1,4 @@
-"""Does the peers' suite run, and does its JSON hold what the documentation shows?"""
+"""Do the benchmarks run, and does their JSON hold what the documentation shows?"""
 
 import json
 import sys

@@ -168,6 +168,20 @@ def cpu_generate(theme: Theme) -> str:
     return bars(theme, names, [row["ratio"] for row in found], "times as fast as DynamicCache")
 
 
+def _generate(theme: Theme, name: str) -> str:
+    found = rows(name)
+    names = [row["row"] + ("" if row["cudnn"] is not False else ", without cuDNN") for row in found]
+    return bars(theme, names, [row["ratio"] for row in found], "times as fast as the stock cache")
+
+
+def generate_gpu(theme: Theme) -> str:
+    return _generate(theme, "generate-gpu")
+
+
+def generate_cpu(theme: Theme) -> str:
+    return _generate(theme, "generate-cpu")
+
+
 def peers(theme: Theme) -> str:
     """Attention of one layer: how many times as fast as DynamicCache each cache is, one dot per geometry."""
     report = load("peers-cpu")
@@ -210,6 +224,18 @@ def page(theme: Theme) -> str:
         return svg(figure)
 
 
-_DRAWERS = (memory, qwen_memory, quality, channels, rounding, cuda_attention, cpu_generate, peers, page)
+_DRAWERS = (
+    memory,
+    qwen_memory,
+    quality,
+    channels,
+    rounding,
+    cuda_attention,
+    cpu_generate,
+    generate_gpu,
+    generate_cpu,
+    peers,
+    page,
+)
 FIGURES: dict[str, Callable[[Theme], str]] = {draw.__name__.replace("_", "-"): draw for draw in _DRAWERS}
 """Each by the name that stands in a page, which is its function's."""

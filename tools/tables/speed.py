@@ -162,6 +162,30 @@ def cpu_generate() -> str:
     return table("tokens per second | int8 | DynamicCache | times as fast", body) + "\n\n" + where("cpu-attention")
 
 
+def _generate(name: str) -> str:
+    """Every way of calling ``generate()``: each row with all of its caches."""
+    body = []
+    for row in rows(name):
+        factor, unit = (1e3, "ms") if row["unit"] == "per token" else (1, "s")
+        what = row["row"] + ("" if row["cudnn"] is not False else ", without cuDNN")
+        stock = [cache for cache in row["seconds"] if cache != "int8"]
+        times = [[number(factor * row["seconds"][cache]) for cache in caches] for caches in (["int8"], stock)]
+        peaks = [[number(row["peak_gib"][cache]) for cache in caches] for caches in (["int8"], stock)]
+        cells = [*map(" / ".join, times), f"**{row['ratio']:.2f}**", *map(" / ".join, peaks)]
+        body.append([what, f"{unit}, {row['unit']}", " / ".join(stock), *cells, row["path"]])
+    header = " |  | against | int8 | stock cache | times as fast | int8, peak GiB | stock cache | attention by"
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows(name)))
+    return table(header, body) + f"\n\n{models}. " + where(name)
+
+
+def generate_gpu() -> str:
+    return _generate("generate-gpu")
+
+
+def generate_cpu() -> str:
+    return _generate("generate-cpu")
+
+
 def first_use() -> str:
     body = [[row["row"], f"{number(row['seconds'])} s"] for row in load("first-use")["rows"]]
     return table(" | seconds", body) + "\n\n" + where("first-use")

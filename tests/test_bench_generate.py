@@ -1,0 +1,73 @@
+"""Does the benchmark of ``generate()`` run, check what it times, and keep what it has measured?"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import finished
+
+ROWS = ["turn", "chunk", "lookup", "assisted", "beams", "padding", "fixed", "turns"]
+
+
+def benchmark(out: Path, *rows: str) -> list[dict]:
+    command = [sys.executable, "tests/benchmarks/bench_generate.py", "--size", "tiny", "--pairs", "1"]
+    done = finished(
+        [*command, "--out", str(out), "--rows", *rows], timeout=None, CUDA_VISIBLE_DEVICES="", PYTHONPATH="."
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: list[dict] = json.loads(out.read_text())["rows"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench") / "generate-cpu.json"
+    benchmark(out, *ROWS)
+    return out
+
+
+def test_each_row_holds_times_memory_and_the_path_of_attention(measured: Path) -> None:
+    rows = json.loads(measured.read_text())["rows"]
+    assert {row["name"] for row in rows} == set(ROWS)
+    for row in rows:
+        assert len(row["seconds"]) >= 2
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+        assert set(row["seconds"]) == set(row["peak_gib"])
+        assert row["path"] not in ("", "none", "exact")
+        assert row["ratio"] > 0
+        assert row["versions"]["torch"] == torch.__version__
+
+
+def test_rows_that_do_not_run_again_are_kept(measured: Path) -> None:
+    before = {row["name"]: row for row in json.loads(measured.read_text())["rows"]}
+    after = {row["name"]: row for row in benchmark(measured, "turn")}
+    assert set(after) == set(before)
+    assert after["chunk"] == before["chunk"]
+    assert after["turn"]["seconds"] != before["turn"]["seconds"]
+
+
+def test_a_cache_of_another_prompt_is_refused() -> None:
+    from tests.benchmarks.bench_generate import SIZES, Bench, WrongResultError, calls, checked, prepared
+
+    bench, call = Bench("tiny"), calls(SIZES["tiny"])["turn"]
+    ids = bench.prompt(call)
+    caches = {name: prepared(bench, call, make, ids) for name, make in call.caches.items()}
+    assert checked(bench, call, caches, ids)["relative_error"] > 0
+    caches["int8"] = prepared(bench, call, call.caches["int8"], ids.flip(1))
+    with pytest.raises(WrongResultError, match="logits must be within"):
+        checked(bench, call, caches, ids)
+
+
+def test_the_documentation_takes_what_was_measured(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import measurements
+    from tools.figures import FIGURES, THEMES
+    from tools.tables import TABLES
+
+    monkeypatch.setattr(measurements, "FOLDER", measured.parent)
+    written = TABLES["generate-cpu"]()
+    assert "second turn: 80 tokens after 300" in written
+    assert "StaticCache" in written
+    assert FIGURES["generate-cpu"](THEMES["dark"]).startswith("<?xml")
