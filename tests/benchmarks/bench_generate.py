@@ -243,7 +243,9 @@ class Bench:
 
     def assistant(self) -> Any:
         vocab_size = self.model(None).config.vocab_size
-        return self.models.setdefault("tiny", random_model(GEOMETRIES["tiny"] | {"vocab_size": vocab_size}, None))
+        if "tiny" not in self.models:
+            self.models["tiny"] = random_model(GEOMETRIES["tiny"] | {"vocab_size": vocab_size}, None)
+        return self.models["tiny"]
 
     def prompt(self, call: Call) -> Tensor:
         """(batch, tokens of all turns) ids."""
