@@ -1,7 +1,11 @@
-"""Launches every CUDA kernel at small sizes, for ``tests/test_cuda_sanitizer.py``.
+"""Launches every CUDA kernel at small sizes, for ``tests/test_cuda_sanitizer.py``: all but prefill, or prefill alone.
+
+    python tests/every_cuda_kernel.py [prefill]
 
 With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its own, and a read past its end is seen.
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -33,6 +37,9 @@ CHUNKS = (201, 1, 1, 5, 64, 1, 300, 2, 1)
 CAPACITY = sum(CHUNKS) + 9
 
 BATCH = 2
+
+PREFILL_ALONE = "prefill" in sys.argv[1:]
+"""Whether to look at the kernel for many query rows, and at no other's reads."""
 
 
 DIVISIONS = [  # shape of the kernel, splits of the pages and in all
@@ -70,11 +77,14 @@ def run(layer: Int8Layer, kind: Kind) -> None:
         key, _ = layer.update(
             random_states(num_kv_heads, tokens, head_dim, dtype), random_states(num_kv_heads, tokens, v_head_dim, dtype)
         )
+        is_prefill = tokens * group > cuda.MAX_DECODE_ROWS and dtype != torch.float32
+        if is_prefill != PREFILL_ALONE:
+            continue
         query = random_states(num_kv_heads * group, tokens, head_dim, dtype)
         if isinstance(key, Int8Tensor):
             for asked in options(query, key.shape[2]):
                 assert read(key.pages_view, layer.read_log, query, asked).isfinite().all()
-            if tokens * group > cuda.MAX_DECODE_ROWS and dtype != torch.float32:
+            if is_prefill:
                 read_in_every_shape(key.pages_view, query)
             elif isinstance(layer, StaticInt8Layer):
                 read_recorded(layer, query)

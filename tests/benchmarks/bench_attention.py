@@ -9,6 +9,7 @@ medians and their ratios are written as JSON. Times are the GPU's, between event
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -151,35 +152,6 @@ def attention_row(
         "relative_error": error,
         "ratio": round(best / times["int8"], 3),
         "target": target,
-    }
-
-
-def chunk_row() -> Row:
-    """512 new tokens behind 32768; torch's own error over the exact states is told, too, for torch attends here."""
-    batch, num_q_heads, num_kv_heads, tokens, new, head_dim = 1, 32, 8, 32768, 512, 128
-    view, key, value = filled(batch, num_kv_heads, tokens, head_dim)
-    query = torch.randn(batch, num_q_heads, new, head_dim, device="cuda", dtype=torch.bfloat16)
-    error = check(view, query, reads.attention(query, view, CAUSAL))
-    mask = causal_lower_right(new, tokens)
-    group = slice(0, num_q_heads // num_kv_heads)
-    exact = reference.attend(query[:, group].double(), key[:, :1].double(), value[:, :1].double(), CAUSAL)
-    dense = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    error_of_torch = relative_error(dense[:, group].transpose(1, 2), exact)
-    del exact, dense
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    reads.attention(query, view, CAUSAL)
-    extra = torch.cuda.max_memory_allocated() - before
-    times = interleaved({"int8": lambda: reads.attention(query, view, CAUSAL)} | baselines(query, key, value, mask))
-    return {
-        "row": "512 new tokens over 32768, 32/8 heads, head_dim 128, no mask (generate() passes one: see prefill)",
-        "median_us": times,
-        "relative_error": error,
-        "relative_error_of_torch": error_of_torch,
-        "extra_bytes": extra,
-        "ratio": round(min(t for name, t in times.items() if name != "int8") / times["int8"], 3),
-        "target": 0.87,
     }
 
 
@@ -433,9 +405,7 @@ MODELS: dict[str, Any] = {}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows",
-        nargs="*",
-        default=["attention", "prefill", "chunk", "padding", "append", "store", "first", "host", "generate"],
+        "--rows", nargs="*", default=["attention", "prefill", "padding", "append", "store", "first", "host", "generate"]
     )
     parser.add_argument("--out", default="docs/benchmarks/cuda-attention.json")
     options = parser.parse_args()
@@ -455,7 +425,6 @@ def main() -> None:
         for prefill in PREFILLS:
             add(prefill_row(*prefill))
     for name, make in (
-        ("chunk", chunk_row),
         ("padding", padding_row),
         ("append", append_row),
         ("store", store_row),
@@ -476,7 +445,7 @@ def write(rows: list[Row], out: Path) -> None:
 
     properties = torch.cuda.get_device_properties(0)
     report = {
-        "command": "python tests/benchmarks/bench_attention.py",
+        "command": shlex.join(["python", "tests/benchmarks/bench_attention.py", *sys.argv[1:]]),
         "hardware": {"gpu": properties.name, "processors": properties.multi_processor_count},
         "versions": {
             "python": sys.version.split()[0],

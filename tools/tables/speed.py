@@ -14,6 +14,27 @@ def cuda_attention() -> str:
     return table(header, body) + "\n\n" + where("cuda-attention")
 
 
+def cuda_prefill() -> str:
+    body = []
+    for row in rows("cuda-prefill"):
+        times = row["median_us"]
+        kinds = (
+            "int8",
+            "int8 with mask",
+            "sdpa gqa with mask",
+            "sdpa repeated with mask, no cuDNN",
+            "flash without mask",
+        )
+        ratios = [f"**{row[name]:.2f}**" for name in ("ratio", "ratio_with_mask")]
+        error = number(max(row["relative_error"].values()), 2)
+        body.append([row["row"].removeprefix("prefill, "), *(number(times[kind]) for kind in kinds), *ratios, error])
+    header = (
+        "µs | int8, causal | int8, mask | SDPA, mask, cuDNN | SDPA, mask, heads repeated, no cuDNN | flash, no mask | "
+        "times as fast as flash, no masks | as repeated heads, both with mask | relative error"
+    )
+    return table(header, body) + "\n\n" + where("cuda-prefill")
+
+
 def _with_dynamic(row: Row, figures: str, name: str = "") -> list[str]:
     """A row's name, its figures with both caches, and their ratio."""
     name = name or row["row"].partition("generate(), ")[2]
