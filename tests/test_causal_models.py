@@ -49,7 +49,7 @@ SHORT = frozenset(
 """Model types of the short form, for each way into a cache at least one."""
 
 TYPES = [
-    pytest.param(model_type, marks=[] if model_type in SHORT else pytest.mark.slow)
+    pytest.param(model_type, marks=[] if model_type in SHORT else [pytest.mark.slow, pytest.mark.sweep])
     for model_type in sorted({*NO_CONFIG_NEEDED, *NEEDS_CONFIG})
 ]
 

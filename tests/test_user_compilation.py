@@ -290,6 +290,7 @@ def test_inductor_gives_the_tokens_of_an_uncompiled_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("kind", KINDS)
