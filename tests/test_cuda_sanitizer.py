@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import skip_without_gpu
 from tests.processes import ROOT, finished
@@ -21,19 +20,9 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-WARPGROUPS = pytest.mark.xfail(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0),
-    reason="racecheck reports the number of tiles that those who make them hand over a barrier to those who attend, in "
-    "two of five builds, a few times a launch, however many turns it is kept apart; not explained yet",
-    strict=False,
-)
-
-
 @pytest.mark.parametrize("part", ["", "prefill"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_every_kernel_is_clean(tool: str, part: str, request: pytest.FixtureRequest) -> None:
-    if (tool, part) == ("racecheck", "prefill"):
-        request.applymarker(WARPGROUPS)
+def test_every_kernel_is_clean(tool: str, part: str) -> None:
     command = sanitizer()
     if command is None:
         pytest.skip("needs compute-sanitizer, which CUDA's toolkit has")

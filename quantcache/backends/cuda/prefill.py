@@ -66,7 +66,7 @@ class Shape(NamedTuple):
         pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
         pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
         tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces
-        queue = 40 * 64 * (PAGE_SIZE // keys) + 4 * 9 + 4 * 3 * _SLOTS
+        queue = 40 * 64 * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
         tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
         metadata = _SLOTS // 2 * 4 * (head_dim + keys)
         return tiles + -(-queue // 16) * 16 + tables + self.rows * 20 + metadata

@@ -32,11 +32,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
   const BlockRange range = blocks_of_cta(args, rows);
 
   if (threadIdx.x == 0) {
-    shared.next_block = range.first;
+    shared.filled = 0, shared.next_block = range.first;
     shared.tail_largest[0] = shared.tail_largest[1] = 0;
   }
   __syncthreads();
-  if (threadIdx.x / 32 == kFirstMaker) fill_queue(args, rows, range, shared, 0, 0, 0);
+  if (threadIdx.x / 32 == kFirstMaker) {
+#pragma unroll 1
+    for (int turn = -kNotice; turn < 0; turn++) fill_queue(args, rows, range, shared, turn);
+  }
   const int tail_len = rows.kv_len - rows.num_pages * kPageSize;
   if (range.end > rows.num_pages && tail_len > 0) {
     find_largest<kKeyChunks>(args.key_tail, tail_start(rows, args.key_tail_stride), args.key_tail_stride[2], tail_len,

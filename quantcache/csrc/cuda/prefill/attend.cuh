@@ -164,6 +164,6 @@ DEVICE void attend_tiles(const PrefillArgs& args, const QueryRows& rows, const B
       copy_metadata(memory, number + 2 * kGroup, queued);
       commit_copies();
     }
-    if (warp == 0) fill_queue(args, rows, range, shared, number, queued, (number + 1) % kTurns);
+    if (warp == 0) fill_queue(args, rows, range, shared, number);
   }
 }

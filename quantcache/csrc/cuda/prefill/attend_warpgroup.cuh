@@ -122,7 +122,7 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
       copy_metadata(memory, number + 2 * kGroup, queued);
       commit_copies();
     }
-    if (maker() < 32) fill_queue(args, rows, range, shared, number, queued, (number + 1) % kTurns);
+    if (maker() < 32) fill_queue(args, rows, range, shared, number);
     show_to_tensor_cores();
   }
   wait_at_barrier<kThreads>(0);

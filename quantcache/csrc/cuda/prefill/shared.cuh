@@ -5,9 +5,10 @@
 constexpr int kGroup = 4;                   // tiles whose metadata is prepared together: two columns of an MMA for each
 constexpr int kSlots = 2 * kGroup;          // tiles whose metadata is kept
 constexpr int kQueue = 64 * kTilesPerPage;  // tiles that are known
-constexpr int kTurns = 4;                   // of the loop, whose numbers of tiles are kept
+constexpr int kTurns = 8;                   // of the loop, whose numbers of tiles are kept
+constexpr int kNotice = 2;                  // turns after which all use a number
 constexpr int kAhead = 16;                  // of those that are ahead at least, but for the last ones
-static_assert(kAhead > 3 * kGroup, "metadata is copied for up to the third group");
+static_assert(kAhead > 3 * kGroup + kNotice, "metadata is copied for up to the third group");
 
 // A tile of keys that some row of the CTA sees.
 struct Tile {
@@ -20,7 +21,8 @@ struct Tile {
 
 struct Shared {
   Tile queue[kQueue];
-  int queued[kTurns];    // tiles put into the queue so far, as one turn of the loop says to the next
+  int queued[kTurns];    // tiles put into the queue so far, as each turn of the loop may know
+  int filled;            // the same, as the warp knows that puts them there
   int next_block;        // to look at
   float tail_factor[2];  // the tail's keys and values, converted, times this are what they were
   u32 tail_largest[2];   // bits of the largest magnitude, while it is being found

@@ -46,12 +46,12 @@ DEVICE Segment segment_of(const PrefillArgs& args, int page) {
   return args.segments[low];
 }
 
-// Puts the tiles of further blocks into the queue, if fewer than kAhead are left from `attended` on. One warp; what it
-// writes the others see after the next barrier, `queued` in shared.queued[turn].
+// Puts the tiles of further blocks into the queue, if fewer than kAhead are left from `attended` on, and says to the turn
+// kNotice after that one how many there are. One warp; the others see it after a barrier.
 DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, Shared& shared,
-                       int attended, int queued, int turn) {
+                       int attended) {
   const int lane = threadIdx.x & 31;
-  int next = shared.next_block;
+  int next = shared.next_block, queued = shared.filled;
 #pragma unroll 1
   while (next < range.end && queued - attended <= kAhead) {
     const int block = next + lane;
@@ -85,6 +85,9 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
     next += 32;
   }
   __syncwarp();
-  if (lane == 0) shared.queued[turn] = queued, shared.next_block = next;
+  if (lane == 0) {
+    shared.queued[(attended + kNotice) % kTurns] = queued;
+    shared.filled = queued, shared.next_block = next;
+  }
   __syncwarp();
 }
