@@ -49,14 +49,28 @@ def test_rows_that_do_not_run_again_are_kept(measured: Path) -> None:
     assert after["turn"]["seconds"] != before["turn"]["seconds"]
 
 
+def test_caches_that_are_reused_are_emptied_for_each_run() -> None:
+    from tests.benchmarks.bench_generate import SIZES, Bench, Caches, calls, generate
+
+    bench, call = Bench("tiny"), calls(SIZES["tiny"])["compiled"]
+    ids = bench.prompt(call)
+    caches = Caches(bench, call, ids)
+    for name in call.caches:
+        cache = caches.for_run(name)
+        generate(bench, call, ids, cache, 1, disable_compile=True)
+        assert int(cache.get_seq_length()) > 0
+        assert caches.for_run(name) is cache
+        assert int(cache.get_seq_length()) == 0
+
+
 def test_a_cache_of_another_prompt_is_refused() -> None:
-    from tests.benchmarks.bench_generate import SIZES, Bench, WrongResultError, calls, checked, prepared
+    from tests.benchmarks.bench_generate import SIZES, Bench, Caches, WrongResultError, calls, checked
 
     bench, call = Bench("tiny"), calls(SIZES["tiny"])["turn"]
     ids = bench.prompt(call)
-    caches = {name: prepared(bench, call, make, ids) for name, make in call.caches.items()}
+    caches = Caches(bench, call, ids)
     assert checked(bench, call, caches, ids)["relative_error"] > 0
-    caches["int8"] = prepared(bench, call, call.caches["int8"], ids.flip(1))
+    caches.kept["int8"] = Caches(bench, call, ids.flip(1)).kept["int8"]
     with pytest.raises(WrongResultError, match="logits must be within"):
         checked(bench, call, caches, ids)
 

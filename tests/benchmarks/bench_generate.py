@@ -161,6 +161,7 @@ class Call:
         padded: sequences of different lengths, padded on the left.
         window: sliding window of the model, or None.
         options: other arguments of ``generate()``.
+        reuses: one cache is emptied for each run, as who compiles does: what is recorded holds its addresses.
         gpu_only: the call differs from others only on a GPU.
     """
 
@@ -174,6 +175,7 @@ class Call:
     padded: bool = False
     window: int | None = None
     options: Row = field(default_factory=dict)
+    reuses: bool = False
     gpu_only: bool = False
 
     @property
@@ -208,7 +210,7 @@ def calls(sizes: Sizes) -> dict[str, Call]:
         "fixed-turn": Call(f"max_cache_len, second turn: {s.new:,} tokens after {s.turn:,}", s.turn + s.new,
                            caches=fixed(room), held=s.turn, options=eager),
         "compiled": Call(f"max_cache_len, compiled, after {s.decode:,}", s.decode, s.decoded, fixed(whole),
-                         gpu_only=True),
+                         reuses=True, gpu_only=True),
         "offloading": Call(f"offloading, after {s.decode:,}", s.decode, s.decoded, OFFLOADED, gpu_only=True),
         "turns": Call(f"4 turns of {s.new:,} tokens in one cache", s.new, s.decoded, turns=4),
         "decode": Call(f"decoding after {s.decode:,}", s.decode, 4 * s.decoded),
@@ -298,12 +300,28 @@ def generate(bench: Bench, call: Call, ids: Tensor, cache: Any, new_tokens: int,
     return output, clock
 
 
-def prepared(bench: Bench, call: Call, make: Make, ids: Tensor) -> Any:
-    """A cache with the tokens that the timed call finds in it: those of an earlier call."""
-    cache = make(bench.model(call.window).config)
-    if call.held:
-        generate(bench, call, ids[:, : call.held], cache, 1)
-    return cache
+class Caches:
+    """What the runs of a call find: caches with the tokens of an earlier call, or without any.
+
+    Attributes:
+        kept: by name, those that runs copy or reuse.
+    """
+
+    def __init__(self, bench: Bench, call: Call, ids: Tensor) -> None:
+        self._call, self._config = call, bench.model(call.window).config
+        self.kept: dict[str, Any] = {}
+        if call.held or call.reuses:
+            self.kept = {name: make(self._config) for name, make in call.caches.items()}
+        if call.held:
+            for cache in self.kept.values():
+                generate(bench, call, ids[:, : call.held], cache, 1)
+
+    def for_run(self, name: str) -> Any:
+        """A cache that no other run changes."""
+        if self._call.reuses:
+            self.kept[name].reset()
+            return self.kept[name]
+        return copy.deepcopy(self.kept[name]) if name in self.kept else self._call.caches[name](self._config)
 
 
 def run(bench: Bench, call: Call, cache: Any, ids: Tensor) -> float:
@@ -322,15 +340,15 @@ class WrongResultError(RuntimeError):
     """A row's result is not right, so that its time means nothing."""
 
 
-def checked(bench: Bench, call: Call, caches: dict[str, Any], ids: Tensor) -> Row:
+def checked(bench: Bench, call: Call, caches: Caches, ids: Tensor) -> Row:
     """How far the int8 cache's answer is from the first stock cache's; of several turns, the last one's.
 
     Raises:
         WrongResultError: the logits are further apart than ``MAX_RELATIVE_ERROR``.
     """
     found: dict[str, Any] = {}
-    for name, filled in caches.items():
-        cache = copy.deepcopy(filled)
+    for name in call.caches:
+        cache = caches.for_run(name)
         if call.turns > 1:
             generate(bench, call, ids[:, : -call.prompt], cache, 1)
         output, _ = generate(bench, call, ids, cache, call.new_tokens, output_logits=True, return_dict_in_generate=True)
@@ -399,23 +417,22 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     """Times, ratios and memory of one call with each of its caches."""
     torch._dynamo.reset()
     ids = bench.prompt(call)
-    bench.model(call.window)
-    caches = {name: prepared(bench, call, make, ids) for name, make in call.caches.items()}
+    caches = Caches(bench, call, ids)
     row = {"row": call.says, "model": bench.label, "unit": call.unit} | checked(bench, call, caches, ids)
-    times: dict[str, list[float]] = {name: [] for name in caches}
+    times: dict[str, list[float]] = {name: [] for name in call.caches}
     peaks: dict[str, int | None] = {}
     held: dict[str, int | None] = {}
     for index in range(pairs):
-        for name in sorted(caches, reverse=index % 2 == 0):
+        for name in sorted(call.caches, reverse=index % 2 == 0):
             peak = Peak()
-            cache = copy.deepcopy(caches[name])
+            cache = caches.for_run(name)
             times[name].append(run(bench, call, cache, ids))
             peaks[name] = peak.nbytes()
             held[name] = getattr(cache, "nbytes", None)
             if name == "int8":
                 row["path"] = path(call, cache, ids.shape[1])
             del cache
-    stock = [name for name in caches if name != "int8"]
+    stock = [name for name in call.caches if name != "int8"]
     ratios = {name: [exact / ours for exact, ours in zip(times[name], times["int8"], strict=True)] for name in stock}
     return row | {
         "seconds": {name: round(statistics.median(values), 6) for name, values in times.items()},
