@@ -213,6 +213,7 @@ def test_the_sources_compile_for_every_architecture(
     [
         ("sm_80", Shape(2, 8, 64, 1), (128, 128)),
         ("sm_90a", Shape(1, 8, 64, 2, True), (128, 128)),
+        ("sm_90a", Shape(1, 12, 64, 2, True), (64, 64)),
         ("sm_90a", Shape(1, 8, 32, 2, True), (256, 256)),
         ("sm_100", Shape(2, 8, 64, 2), (96, 80)),
         ("sm_120", Shape(1, 2, 32, 1), (256, 256)),
@@ -242,3 +243,30 @@ def test_every_gpu_has_room_for_the_prefill_kernel(
     )
     shape = emulated_cuda.PREFILL.choose_shape(0, rows, head_dim, head_dim)
     assert shape.shared_bytes(head_dim, head_dim) <= shared_per_block
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(65, 8), (128, 8), (192, 12), (256, 8), (2048, 12)])
+def test_narrow_heads_have_as_many_rows_in_a_cta_as_waste_the_least(
+    rows: int, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated_cuda.PREFILL, "gpu", lambda index: emulated_cuda.H200)
+    assert emulated_cuda.PREFILL.choose_shape(0, rows, 64, 64).warps == warps
+
+
+@pytest.mark.parametrize(
+    ("tiles", "num_blocks", "splits"),
+    [
+        (128, 520, 1),  # nearly as many as run at once
+        (112, 520, 7),  # 20 of 132 processors would have nothing to do
+        (448, 512, 5),  # the last of four rounds would be of 52
+        (32, 128, 4),
+        (1792, 512, 1),
+        (1, 3, 1),  # too few pages for two
+    ],
+)
+def test_keys_are_divided_so_that_the_last_round_is_full(
+    tiles: int, num_blocks: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulated_cuda.PREFILL, "gpu", lambda index: emulated_cuda.H200)
+    shape = Shape(1, 8, 64, 2, True)
+    assert emulated_cuda.PREFILL.choose_splits(0, shape, 128, 128, tiles, num_blocks) == splits

@@ -29,7 +29,7 @@ CASE = Case(2, 2, 4, 200, (1, 3, 9), 33, 128, 128, torch.bfloat16)
 
 SHAPES = [
     *(Shape(2, 8, 64, 2), Shape(2, 8, 64, 1), Shape(2, 4, 64, 1), Shape(2, 4, 32, 1), Shape(1, 2, 32, 1)),
-    *(Shape(1, 8, 64, 2, True), Shape(1, 4, 64, 2, True), Shape(1, 8, 32, 2, True)),
+    *(Shape(1, 8, 64, 2, True), Shape(1, 4, 64, 2, True), Shape(1, 8, 32, 2, True), Shape(1, 12, 64, 2, True)),
 ]
 
 
@@ -76,6 +76,12 @@ def test_wide_heads_on_gpus_without_warpgroups(shape: Shape, head_dims: tuple[in
 def test_every_mask(name: str, group: int, query_len: int) -> None:
     case = replace(CASE, group=group, query_len=query_len)
     check(on_gpu(build(case)), attn_mask=masks(case)[name])
+
+
+@pytest.mark.parametrize("name", masks(Case()) if torch.cuda.is_available() else [])
+def test_every_mask_where_three_warpgroups_have_rows(name: str) -> None:
+    case = replace(CASE, head_dim=64, v_head_dim=64)
+    check(on_gpu(build(case)), Shape(1, 12, 64, 2, True), attn_mask=masks(case)[name])
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], None], ids=str)

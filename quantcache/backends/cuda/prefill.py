@@ -80,6 +80,9 @@ def choose_shape(index: int, rows: int, head_dim: int, v_head_dim: int) -> Shape
     """The shape for calls with ``rows`` query rows for each KV head."""
     device = gpu(index)
     if device.arch == WARPGROUP_ARCH:
+        if max(head_dim, v_head_dim) <= 64:
+            warps = min((12, 8), key=lambda warps: -(-rows // (16 * warps)) * _TILE_TIME[warps])
+            return Shape(1, warps, PAGE_SIZE, 2, True)
         return Shape(1, 8, PAGE_SIZE if head_dim <= 192 and v_head_dim <= 128 else PAGE_SIZE // 2, 2, True)
     row_tiles = 2 if max(head_dim, v_head_dim) <= 128 else 1
     narrow = [Shape(row_tiles, *rest) for rest in ((4, PAGE_SIZE, 1), (4, PAGE_SIZE // 2, 1), (2, PAGE_SIZE // 2, 1))]
@@ -89,6 +92,9 @@ def choose_shape(index: int, rows: int, head_dim: int, v_head_dim: int) -> Shape
             return shape
     raise BuildError(f"the CUDA kernels need more shared memory than the {device.shared_per_block} bytes of this GPU")
 
+
+_TILE_TIME: Final = {8: 1.25, 12: 1.61}
+"""Microseconds of a CTA for a page, by its warps with query rows, at head_dim 64; an H200."""
 
 WARPGROUP_ARCH: Final = "sm_90"
 """What has the instructions of ``common/warpgroup.cuh``; they are built for "sm_90a"."""
@@ -131,7 +137,7 @@ def _kernels(
 
 
 def choose_splits(index: int, shape: Shape, head_dim: int, v_head_dim: int, tiles: int, num_blocks: int) -> int:
-    """Into how many CTAs the keys of one row tile are divided: as many as run at once, each with a few pages.
+    """Into how many CTAs the keys of one row tile are divided, so that the last ones to run are not few.
 
     Args:
         index: of the device.
@@ -144,11 +150,24 @@ def choose_splits(index: int, shape: Shape, head_dim: int, v_head_dim: int, tile
     device = gpu(index)
     at_once = 2 if 2 * (shape.shared_bytes(head_dim, v_head_dim) + 1024) <= device.shared_per_processor else 1
     slots = device.processors * (at_once if shape.warps <= 4 else 1)
-    return max(1, min(slots // tiles, num_blocks // MIN_BLOCKS, MAX_SPLITS))
+
+    def time(splits: int) -> float:
+        """In units of what a CTA needs for a page."""
+        rounds = -(-tiles * splits // slots)
+        merging = 0 if splits == 1 else tiles * splits / slots * MERGING_BLOCKS
+        return rounds * (num_blocks / splits + STARTING_BLOCKS) + merging
+
+    return min(range(1, max(1, min(num_blocks // MIN_BLOCKS, MAX_SPLITS)) + 1), key=time)
 
 
 MIN_BLOCKS: Final = 4
-"""Pages that a CTA should have at least: it takes as long as two of them to begin and to end."""
+"""Pages that a CTA should have at least."""
+
+STARTING_BLOCKS: Final = 2
+"""Pages in whose time a CTA begins and ends."""
+
+MERGING_BLOCKS: Final = 3
+"""Pages in whose time the parts of as many CTAs as run at once are written and merged."""
 
 MAX_SPLITS: Final = 32
 """Parts of a row that are merged; more would take longer than they save."""

@@ -16,7 +16,7 @@
 
 static_assert(DTYPE == kBFloat16 || DTYPE == kFloat16, "tensor cores");
 static_assert(ROW_TILES == 1 || ROW_TILES == 2, "more would not fit in registers");
-static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8, "metadata of four tiles is divided among them");
+static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8 || (WARPGROUP && WARPS == 12), "metadata is divided among makers");
 static_assert(TILE_KEYS == 32 || TILE_KEYS == 64, "parts of a page");
 static_assert(BUFFERS == 1 || BUFFERS == 2, "the tile attended to, and the next");
 static_assert(WARPGROUP == 0 || (WARPS % 4 == 0 && ROW_TILES == 1 && BUFFERS == 2), "warpgroups");
@@ -27,7 +27,8 @@ constexpr int kFirstMaker = WARPGROUP ? WARPS : 0;  // warp of those that make t
 constexpr int kMakers = WARPGROUP ? 4 : WARPS;      // such warps
 constexpr int kThreads = kRowThreads + (WARPGROUP ? 128 : 0);
 // Of a thread, in warpgroups: what 65536 leave those with query rows.
-constexpr int kMakerRegisters = 72, kRowRegisters = WARPS == 8 ? 216 : 240;
+constexpr int kMakerRegisters = WARPS == 12 ? 80 : 72;
+constexpr int kRowRegisters = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 240;
 constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
 constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
