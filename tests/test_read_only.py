@@ -161,6 +161,24 @@ def test_a_write_in_a_compiled_step_raises(name: str, fullgraph: bool) -> None:
 
 
 @compiler_warnings
+@pytest.mark.parametrize("view", ["data", "mT", "real"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_write_behind_a_graph_break_raises(kind: str, view: str) -> None:
+    layer = filled(kind, 200)
+    before = layer.keys.clone()
+
+    def step(key_states: Tensor, value_states: Tensor) -> None:
+        keys, _ = layer.update(key_states, value_states)
+        torch._dynamo.graph_break()
+        getattr(keys, view).zero_()
+
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=READ_ONLY):
+        torch.compile(step, backend="eager")(*one_token())
+    assert torch.equal(layer.keys[:, :, :200], before[:, :, :200])
+
+
+@compiler_warnings
 def test_a_compiled_step_reads_slices() -> None:
     compiled, eager = filled("fixed", 200), filled("fixed", 200)
 
@@ -221,6 +239,21 @@ def test_a_slice_prints_its_numbers_and_gives_its_address() -> None:
     assert repr(part) == f"ReadOnlyTensor({part.clone()!r})"
     assert part.data_ptr() == part.dense.data_ptr() != 0
     assert np.asarray(part).tolist() == part.tolist() == part.clone().tolist()
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("tokens", [20, 200])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_memory_taken_past_the_dispatcher_is_that_of_a_copy(kind: str, tokens: int) -> None:
+    layer = filled(kind, tokens)
+    part, before = layer.keys[:, :, 5:9], layer.keys.clone()
+    for taken in (torch.from_numpy(layer.keys.numpy()), torch.from_numpy(np.asarray(part))):
+        taken.zero_()
+    assert torch.equal(part, before[:, :, 5:9])
+    torch.from_dlpack(torch.utils.dlpack.to_dlpack(part)).zero_()
+    assert torch.equal(layer.keys, before)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(layer.keys)
 
 
 def test_short_states_are_read_without_a_fallback() -> None:

@@ -4,12 +4,25 @@ Such a tensor is read-only, and so is whatever shares memory with what it restor
 would change nothing that is stored, and nobody would know.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Final, SupportsIndex
+from typing import Any, Final, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 from torch.utils._pytree import tree_map_only
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def never_a_graph_of_its_own(function: _Function) -> _Function:
+    """Have torch.compile look into ``function`` from a graph alone, and run it as it is behind a graph break.
+
+    A graph of it alone forgets that it runs without torch's overrides, and calls it again, without end.
+    """
+    skip_code(function.__code__)
+    return function
 
 
 def _methods(*names: str) -> frozenset[object]:
@@ -64,6 +77,7 @@ class CachedStates(Tensor):
         return self.restore().__reduce_ex__(protocol)
 
     @classmethod
+    @never_a_graph_of_its_own
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Results are plain tensors, or a ``ReadOnlyTensor`` that shares the restored memory."""
         if func in _PAST_THE_DISPATCHER:
@@ -156,6 +170,7 @@ class TracedReadOnlyTensor(ReadOnlyTensor):
         return TracedReadOnlyTensor(parts["dense"])
 
 
+@never_a_graph_of_its_own
 def _original(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
@@ -166,6 +181,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._guards.CompileContext.try_get() is not None
 
 
+@never_a_graph_of_its_own
 def _past_the_dispatcher(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the methods do that act on a tensor's memory or flags with no operation that the dispatcher would see."""
     name = func.__self__.__name__ if func.__name__ == "__set__" else func.__name__
@@ -178,7 +194,9 @@ def _past_the_dispatcher(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not (func in _READS_MEMORY or is_copied or at_one_address):
         raise read_only_error(name)
     states, *others = args
-    result = func(states.restored_for(f"{name} on cached states"), *others, **kwargs)
+    is_shared = func in _READS_MEMORY and isinstance(states, ReadOnlyTensor)
+    dense = states.restore() if is_shared else states.restored_for(f"{name} on cached states")
+    result = func(dense, *others, **kwargs)
     if func in _READS_MEMORY and func is not Tensor.tolist:
         result.setflags(write=False)
     return result

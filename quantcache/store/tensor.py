@@ -13,7 +13,7 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
 from quantcache.store.buffer import StaticShape
 from quantcache.store.read_log import ReadLog, strict_error
-from quantcache.store.states import CachedStates
+from quantcache.store.states import CachedStates, never_a_graph_of_its_own
 from quantcache.store.view import PagesView, same_memory
 
 _sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -24,7 +24,9 @@ class Int8Tensor(CachedStates):
 
     They are read-only, and so are views of them, as ``key[:, :, 0]``: a write raises. ``key.clone()`` is a tensor to
     write into, and ``QuantizedInt8Cache.edit`` changes what is stored. ``pickle`` and ``copy.deepcopy`` give such a
-    tensor again, ``torch.save`` writes the restored values.
+    tensor again, ``torch.save`` writes the restored values. ``numpy()`` gives a read-only copy, and a tensor that
+    ``torch.from_numpy`` makes of it is one of the copy. ``torch.utils.dlpack.to_dlpack``, which asks no tensor, hands
+    out the restored memory that slices share, a copy likewise.
 
     ``torch.nn.functional.scaled_dot_product_attention`` over a pair of them reads the int8 bytes, too.
 
@@ -43,6 +45,7 @@ class Int8Tensor(CachedStates):
         """The keys or the values of ``pages_view``."""
         shape = pages_view.state_shape(is_key)
         made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=pages_view.dtype, device=pages_view.device)
+        torch._C._set_throw_on_mutable_data_ptr(made)  # torch's to_dlpack would hand out its address, which is none
         made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
         return made
 
@@ -84,6 +87,7 @@ class Int8Tensor(CachedStates):
         )
 
     @classmethod
+    @never_a_graph_of_its_own
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Attention reads the bytes; shapes and dtypes are the wrapper's own; the rest goes on to the dispatcher."""
         kwargs = kwargs or {}
