@@ -17,10 +17,16 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import calls, conversion, native, routing
-from quantcache.layers._host import CACHE_NAME, attention_implementation, given_to_generate
+from quantcache.layers._host import attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.editing import EditedStates, edited
-from quantcache.layers.factory import LayerFactory, LayersOnUse, layers_for
+from quantcache.layers.factory import (
+    LayerFactory,
+    LayersOnUse,
+    check_goes_without_config,
+    layers_for,
+    one_for_two_error,
+)
 from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
@@ -49,10 +55,7 @@ def _needs_config(name: str) -> Callable[..., Any]:
 def _refuse_one_for_two(cache: "QuantizedInt8Cache") -> None:
     """What an encoder-decoder model needs is not one cache."""
     if cache._is_encoder_decoder:
-        raise ValueError(
-            "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
-            f"caches, got one. Use {CACHE_NAME}=QuantizedInt8Cache.for_encoder_decoder(model.config)."
-        )
+        raise one_for_two_error()
 
 
 class QuantizedInt8Cache(DynamicCache):
@@ -339,9 +342,11 @@ class QuantizedInt8Cache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that ``query_length`` new tokens of a layer will see."""
-        if not self._was_asked and not torch.compiler.is_compiling():
+        kv_len, kv_offset = super().get_mask_sizes(query_length, layer_idx)
+        if not torch.compiler.is_compiling():
             self._was_asked = True
-        return super().get_mask_sizes(query_length, layer_idx)
+            calls.note_question(self, kv_offset + kv_len - query_length)
+        return kv_len, kv_offset
 
     def _begin_at(self, layer_idx: int) -> None:
         """Take ``layer_idx`` for the first layer, from which the host derives positions and masks of all."""
@@ -350,6 +355,8 @@ class QuantizedInt8Cache(DynamicCache):
                 "QuantizedInt8Cache.update: without a config the first layer must store tokens first, "
                 f"got layer {layer_idx} in a cache of none. Use QuantizedInt8Cache(model.config)."
             )
+        if (model := calls.model_given(self)) is not None:
+            check_goes_without_config(model.config)
         self.layers = []
 
     def _update_traced(

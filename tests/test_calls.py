@@ -238,10 +238,48 @@ def test_a_strict_cache_is_not_gone_on_without(kind: Any, options: dict[str, Any
     assert cache.report().lost is None
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_forward_pass_that_stores_nothing_is_in_the_report() -> None:
+def checkpointing(attention: str = "sdpa") -> LlamaForCausalLM:
+    """A model that passes over its cache, as all do in training with gradient checkpointing."""
     model = llama().train()
+    model.set_attn_implementation(attention)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+STORED_NOTHING = "LlamaForCausalLM went on without the cache: it asked for the sizes of its masks and stored nothing"
+
+
+@pytest.mark.filterwarnings("ignore:(?!QuantizedInt8Cache):UserWarning")
+def test_a_forward_pass_that_stores_nothing_is_told_of_at_once(options: dict[str, Any]) -> None:
+    model = checkpointing()
+    cache = QuantizedInt8Cache(model.config, **options)
+    reason = f"{STORED_NOTHING}, which gradient checkpointing does in training"
+    with pytest.warns(FallbackWarning, match=f"^QuantizedInt8Cache: {reason}."):
+        model(prompt(20), **cache_argument(cache))
+    model(prompt(20), **cache_argument(cache))  # warns no second time
+    assert cache.report().lost == reason
+    with torch.no_grad():
+        model.eval()(prompt(20), **cache_argument(cache))
+    assert cache.report().lost is None
+
+
+@pytest.mark.filterwarnings("ignore:(?!QuantizedInt8Cache):UserWarning")
+@pytest.mark.parametrize("stored", [0, 20, 200])
+def test_a_forward_pass_that_stores_nothing_in_a_strict_cache_raises(stored: int, options: dict[str, Any]) -> None:
+    if stored and options:
+        pytest.skip("torch refuses the mask, which is as wide as the capacity")
+    model = checkpointing()
+    cache = QuantizedInt8Cache(model.config, strict=True, **options)
+    with torch.no_grad():
+        _ = model(prompt(stored), **cache_argument(cache)) if stored else None
+    with pytest.raises(FallbackError, match=f"every model must keep the cache, got: {STORED_NOTHING}, which gradient"):
+        model(prompt(1 if stored else 20), **cache_argument(cache))
+    assert cache.get_seq_length() == stored
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_eager_attention_that_stores_nothing_is_in_the_report() -> None:
+    model = checkpointing("eager")
     cache = QuantizedInt8Cache(model.config)
     assert cache.report().lost is None
     model(prompt(20), **cache_argument(cache))
@@ -249,6 +287,63 @@ def test_a_forward_pass_that_stores_nothing_is_in_the_report() -> None:
     with torch.no_grad():
         model.eval()(prompt(20), **cache_argument(cache))
     assert cache.report().lost is None
+
+
+@torch.no_grad()
+def test_a_question_by_hand_is_no_forward_pass(options: dict[str, Any]) -> None:
+    model, other = llama(), llama()
+    cache = QuantizedInt8Cache(model.config, strict=True, **options)
+    for tokens in (20, 1, 1):
+        for _ in range(3):
+            assert cache.get_mask_sizes(tokens, 0)[1] == 0
+            other(prompt(5))  # whose attention is that of no cache
+        model(prompt(tokens), **cache_argument(cache))
+    assert cache.report().lost is None
+    assert int(cache.get_seq_length()) == 22
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [0, 30])
+def test_a_forward_pass_that_is_stopped_is_none_that_stores_nothing(stored: int, options: dict[str, Any]) -> None:
+    model, other = llama(), llama()
+    cache = QuantizedInt8Cache(model.config, strict=True, **options)
+    _ = model(prompt(stored), **cache_argument(cache)) if stored else None
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(4), **cache_argument(cache))
+        hook.remove()
+        other(prompt(5))
+    model(prompt(4), **cache_argument(cache))
+    assert cache.report().lost is None
+    assert int(cache.get_seq_length()) == stored + 4
+
+
+class LooksFirst(LlamaForCausalLM):
+    """Asks once more than its masks need."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        kwargs[CACHE_NAME].get_mask_sizes(input_ids.shape[1], 0)
+        return super().forward(input_ids, **kwargs)
+
+
+@compiler_warnings
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["as it is", "compiled", "masks made by hand"])
+def test_a_model_that_asks_twice_and_stores_is_not_told_of(how: str, options: dict[str, Any]) -> None:
+    model = LooksFirst(llama().config).eval()
+    model.forward = torch.compile(model.forward, backend="eager") if how == "compiled" else model.forward
+    cache = QuantizedInt8Cache(model.config, strict=True, **options)
+    for tokens in (100, 1):
+        if how == "masks made by hand":
+            cache.get_mask_sizes(tokens, 0)
+        model(input_ids=prompt(tokens), **cache_argument(cache))
+    assert cache.report().lost is None
+    assert int(cache.get_seq_length()) == 101
 
 
 def test_a_cache_that_reaches_an_attention_function_was_passed_over() -> None:
@@ -398,6 +493,19 @@ def t5() -> T5ForConditionalGeneration:
         vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
         eos_token_id=None, pad_token_id=0,
     )).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_is_not_given_one_cache_without_a_config() -> None:
+    """With a config the cache knows that it is one of two."""
+    model, cache = t5(), QuantizedInt8Cache()
+    for call in (model, model.generate):
+        with pytest.raises(
+            ValueError, match=r"needs two caches, got one. Use \w+=QuantizedInt8Cache.for_encoder_decoder"
+        ):
+            call(prompt(20), decoder_input_ids=prompt(7), **cache_argument(cache))
+        assert cache.get_seq_length() == 0
+    model(prompt(20), decoder_input_ids=prompt(7), **cache_argument(QuantizedInt8Cache.for_encoder_decoder()))
 
 
 @pytest.mark.parametrize("quantize_cross_attention", [True, False])

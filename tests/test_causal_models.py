@@ -199,6 +199,12 @@ def test_a_window_left_to_the_cache_stays_transformers_own_at_any_size(model_typ
         QuantizedInt8Cache(config, max_cache_len=100)
 
 
+def test_a_window_left_to_the_cache_is_refused_a_plain_call_without_a_config() -> None:
+    model = make("moshi")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a moshi model leaves its window of \d+ tokens to"):
+        model(IDS[:, :PROMPT], **cache_argument(QuantizedInt8Cache()))
+
+
 def test_a_cache_of_transformers_is_given_to_any_model() -> None:
     model = make("moshi")
     QuantizedInt8Cache()  # from now on generate is watched

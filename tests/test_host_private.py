@@ -160,6 +160,13 @@ def test_generate_marks_the_cache_that_it_was_given() -> None:
     assert cache._is_user_defined is True
 
 
+def test_a_model_tells_that_it_computes_activations_again() -> None:
+    model = llama()
+    assert not _host.is_checkpointing(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert _host.is_checkpointing(model)
+
+
 def test_a_model_tells_how_many_ranks_share_it() -> None:
     model = llama()
     assert hasattr(PreTrainedModel, "_tp_size")

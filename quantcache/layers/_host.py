@@ -299,6 +299,12 @@ def given_to_generate(check: Callable[[Any], None]) -> property:
     return property(was_given, give)
 
 
+def is_checkpointing(model: Any) -> bool:
+    """Whether ``model`` computes activations again in the backward pass, and so keeps no cache in training."""
+    names = "is_activation_checkpointing", "is_gradient_checkpointing"
+    return any(getattr(model, name) for name in [name for name in names if hasattr(type(model), name)][:1])
+
+
 def tensor_parallel_mesh(model: Any) -> Any:
     """The device mesh of the ranks that share ``model`` by its ``tp_plan``, None for a model in one process."""
     if (getattr(model, "_tp_size", None) or 1) < 2:

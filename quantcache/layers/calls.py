@@ -4,11 +4,14 @@ The prompt goes on behind what is stored, and no token is fed twice. A model tha
 emptied; where it goes on with another, that is said.
 """
 
+import sys
 import warnings
+import weakref
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from quantcache.layers import _host, native
@@ -17,6 +20,22 @@ from quantcache.store.read_log import FallbackPolicy
 
 NAMES: Final = frozenset(_host.CACHE_NAMES)
 """What the argument of a cache may be called."""
+
+
+class _Question(NamedTuple):
+    """That a cache was asked for the sizes of masks, as it is before tokens are stored in it.
+
+    Attributes:
+        cache: which.
+        seq_len: tokens that it held then.
+    """
+
+    cache: "weakref.ref[Any]"
+    seq_len: int
+
+
+_unanswered: _Question | None = None
+"""The last one, until an attention call shows what came of it."""
 
 
 def watch_generate() -> None:
@@ -46,6 +65,51 @@ def check_not_passed_over(module: Any, options: Mapping[str, Any]) -> None:
                 f"{type(module).__name__}: the cache must come as {_host.CACHE_NAME}, got it as {name}, which the "
                 "model passed over."
             )
+
+
+def note_question(cache: Any, seq_len: int) -> None:
+    """Note that ``cache``, of ``seq_len`` tokens, was asked for the sizes of masks, by a model or by hand."""
+    global _unanswered
+    _unanswered = _Question(weakref.ref(cache), seq_len)
+    cache._make.policy.lost = None
+
+
+def check_answered(module: Any) -> None:
+    """Notice a model that was given a cache, asked it for the sizes of its masks and attends to what it did not store.
+
+    That it attends tells it from one that was stopped before it could store, and from a question by hand.
+
+    Args:
+        module: the attention layer, about to read keys that no cache holds.
+
+    Raises:
+        FallbackError: there is such a model, and the cache is strict.
+    """
+    global _unanswered
+    question = _unanswered
+    if question is None:
+        return
+    cache, seq_len = question.cache(), question.seq_len
+    if cache is None or any(held != seq_len for held in native.seq_lens(cache.layers)):
+        _unanswered = None
+    elif getattr(module, "is_causal", False):  # no encoder's
+        model, _unanswered = model_given(cache), None
+        if model is not None:
+            reason = "it asked for the sizes of its masks and stored nothing"
+            if model.training and _host.is_checkpointing(model):
+                reason += ", which gradient checkpointing does in training"
+            cache._make.policy.went_without(f"{type(model).__name__} went on without the cache: {reason}")
+
+
+def model_given(cache: Any) -> PreTrainedModel | None:
+    """The outermost of the models at work here that were called with ``cache``, None where it is used by hand."""
+    found, frame = None, sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "forward" and not NAMES.isdisjoint(frame.f_code.co_varnames):
+            names = frame.f_locals
+            if any(names.get(name) is cache for name in NAMES) and isinstance(names.get("self"), PreTrainedModel):
+                found = names["self"]
+    return found
 
 
 def warn_of_what_stays(place: str, stay: list[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Final
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
+from quantcache.layers._host import CACHE_NAME
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import CommonByKind, StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
@@ -73,12 +74,22 @@ def window_left_to_cache(config: PreTrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None) if config.model_type in WINDOW_LEFT_TO_CACHE else None
 
 
+def one_for_two_error() -> ValueError:
+    """What an encoder-decoder model gets that was given one cache."""
+    return ValueError(
+        "QuantizedInt8Cache: an encoder-decoder model keeps self- and cross-attention apart and needs two "
+        f"caches, got one. Use {CACHE_NAME}=QuantizedInt8Cache.for_encoder_decoder(model.config)."
+    )
+
+
 def check_goes_without_config(config: PreTrainedConfig) -> None:
-    """Refuse a model that a cache without a config would serve wrongly, unnoticed by both.
+    """Refuse a model that one cache without a config would serve wrongly, unnoticed by both.
 
     Raises:
-        ValueError: it leaves its window to the cache.
+        ValueError: it leaves its window to the cache, or keeps self- and cross-attention in it.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise one_for_two_error()
     if (window := window_left_to_cache(config)) is not None:
         raise ValueError(
             f"QuantizedInt8Cache: a {config.model_type} model leaves its window of {window} tokens to the cache, which "

@@ -89,6 +89,11 @@ def seq_len(layers: list[Any]) -> int:
     return max((int(layer.get_seq_length()) for layer in known), default=0)
 
 
+def seq_lens(layers: list[Any]) -> list[int]:
+    """``seq_len`` of each layer that counts its tokens."""
+    return [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+
+
 def holds_nothing(layers: list[Any]) -> bool:
     """Whether nothing is stored; False where a layer counts no tokens, as linear attention does not."""
     return all(hasattr(layer, "get_seq_length") for layer in layers) and not seq_len(layers)

@@ -88,6 +88,8 @@ def _routed(name: str, original: AttentionFunction) -> AttentionFunction:
         if not (isinstance(key, CachedStates) or isinstance(value, CachedStates)):
             if not calls.NAMES.isdisjoint(kwargs):
                 calls.check_not_passed_over(module, kwargs)
+            if not torch.compiler.is_compiling():
+                calls.check_answered(module)
             return original(module, query, key, value, attention_mask, **kwargs)
         found = shared_view(key, value)
         reason: str | None = "keys and values of different views"
