@@ -19,6 +19,7 @@ from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
+from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.fixed import StaticInt8Pages
 from tests.strategies import random_states
@@ -109,6 +110,11 @@ def touch(layer: BaseInt8Layer) -> None:
     layer.pages.offload()  # what offload() does on a GPU
 
 
+def replace(layer: BaseInt8Layer) -> None:
+    tokens = layer.pages.num_pages * PAGE_SIZE + layer.pages.tail_len
+    layer.pages.replace(*states(tokens, 53))
+
+
 OPERATIONS: dict[str, Callable[[BaseInt8Layer], Any]] = {
     "update": lambda layer: layer.update(*states(1, 50)),
     "update many": lambda layer: layer.update(*states(200, 51)),
@@ -119,6 +125,7 @@ OPERATIONS: dict[str, Callable[[BaseInt8Layer], Any]] = {
     "select": lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
     "select one": lambda layer: layer.batch_select_indices(torch.tensor([1])),
     "repeat": lambda layer: layer.batch_repeat_interleave(2),
+    "replace": replace,
     "offload": touch,
     "fetch": lambda layer: layer.pages.fetch(),
     "read": lambda layer: layer.keys.restore() if layer.pages.num_pages else layer.keys,
