@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS = $(shell find quantcache/csrc -type f)
 
-.PHONY: help demo test test-oldest test-newest check bench docs format build clean
+.PHONY: help install install-oldest demo test test-oldest test-newest check bench docs site format build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	@touch $@
+
+install: $(STAMP) ## make .venv; every other target does so too
 
 demo: $(STAMP) ## answer a prompt with the default cache and with the int8 cache (DEMO_ARGS="--help")
 	$(BIN)/quantcache demo $(DEMO_ARGS)
@@ -42,6 +44,8 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 		| cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --editable '.[test]'
 	@touch $@
+
+install-oldest: $(OLDEST_STAMP) # for .ci/run, which does it beside other things
 
 test-oldest: $(OLDEST_STAMP) ## run what a host can break on the oldest torch and transformers that are supported
 	$(OLDEST)/bin/python $(RUN_TESTS) -m "not slow and not cuda and not real_model" $(HOST_TESTS) $(TEST_ARGS)
@@ -73,6 +77,9 @@ bench: $(STAMP) ## compare the caches that generate() takes (BENCH_ARGS="--size 
 
 docs: $(STAMP) ## write the measured tables into the pages and build the site in site/, strictly
 	$(BIN)/python -m tools.pages
+	$(MAKE) --no-print-directory site
+
+site: $(STAMP) ## build the site in site/, strictly, with the tables there are; `check` says whether they are right
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 build: $(STAMP) ## make the wheel in dist/
