@@ -194,8 +194,15 @@ def test_a_folded_grid_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert nvrtc.cubin("attention.cu", tuple(macros.items()), "sm_80").startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("dtype", [0, 1, 2])
+BUILDS = [
+    pytest.param(arch, dtype, marks=[] if dtype == 2 or arch == "sm_90" else [pytest.mark.slow, pytest.mark.sweep])
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+    for dtype in (0, 1, 2)
+]
+"""The short form has every architecture and every dtype."""
+
+
+@pytest.mark.parametrize(("arch", "dtype"), BUILDS)
 def test_the_sources_compile_for_every_architecture(
     arch: str, dtype: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

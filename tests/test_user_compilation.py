@@ -67,7 +67,9 @@ def graphs() -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("eager", marks=[pytest.mark.slow, pytest.mark.sweep])]
+)  # which is a part of the other, and below
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_forward_is_compiled_no_more_often_than_for_transformers_own_cache(
     kind: str, backend: str, dynamic: bool | None, graphs: Callable[[], int]
