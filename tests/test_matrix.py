@@ -1,6 +1,9 @@
 """Does every operation keep its promise on every architecture? The table of docs/supported.md, cell by cell."""
 
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
@@ -13,17 +16,37 @@ from tests.refusals import OLDER_REFUSED, REFUSED
 SHORT = ("forward pass", "greedy decoding", "fixed capacity", "beam search", "prompt lookup")
 """Operations of the short form, each by another way into transformers, with a model's first implementation."""
 
-CELLS = [
-    pytest.param(
-        *(architecture, implementation, operation),
-        marks=[] if operation in SHORT and implementation == architecture.implementations[0] else pytest.mark.slow,
-    )
+
+def is_short(architecture: Architecture, implementation: str, operation: str) -> bool:
+    return operation in SHORT and implementation == architecture.implementations[0]
+
+
+FOUND = [
+    (architecture, implementation, operation)
     for architecture in ARCHITECTURES
     for implementation in architecture.implementations
     for operation in OPERATIONS
     if implementation == architecture.implementations[0] or operation in BY_IMPLEMENTATION[implementation]
     if operation != "output_attentions" or implementation == "eager"
 ]
+
+
+def marked() -> Iterator[Any]:
+    """Every cell as a parameter. ``.ci/run`` has the short form, and of the others, by operation, every third model."""
+    alike = Counter(cell[1:] for cell in FOUND if not is_short(*cell))
+    seen = Counter[tuple[str, str]]()
+    for cell in FOUND:
+        if is_short(*cell):
+            yield pytest.param(*cell)
+            continue
+        # Another one for each operation, so that no model is left out.
+        first = list(OPERATIONS).index(cell[2]) % min(3, alike[cell[1:]])
+        is_third = seen[cell[1:]] % 3 == first
+        seen[cell[1:]] += 1
+        yield pytest.param(*cell, marks=[pytest.mark.slow] if is_third else [pytest.mark.slow, pytest.mark.sweep])
+
+
+CELLS = list(marked())
 
 
 def identity(value: object) -> str:
