@@ -39,8 +39,8 @@ LAUNCH = importlib.import_module("quantcache.backends.cuda.launch")
 
 ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
 
-LETTERS = {"i64": "q", "int": "i", "float": "f"}
-"""Of ``struct``, for the C types; a pointer is a P and a Segment four of them and a q."""
+LETTERS = {"i64": "q", "int": "i", "float": "f", "Segment": "PPPPq", "RowTable": "Pq"}
+"""Of ``struct``, for the C types; a pointer is a P."""
 
 STRUCTURES = {  # kernel: source, structure, how the host packs it
     "attention": ("attention.cu", "AttentionArgs", ATTENTION._ATTENTION_ARGS),
@@ -63,7 +63,7 @@ def fields(source: str, structure: str) -> Iterator[tuple[str, str, tuple[int, .
             continue
         kind, names = re.fullmatch(r"\s*((?:const )?\w+\*? )(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
         kind = kind.replace("const ", "").strip()
-        letters = "P" if kind.endswith("*") else "PPPPq" if kind == "Segment" else LETTERS[kind]
+        letters = "P" if kind.endswith("*") else LETTERS[kind]
         for name in names.split(","):
             bare, *bounds = re.findall(r"\w+", name)
             yield bare, letters, tuple(map(int, bounds))
@@ -119,25 +119,42 @@ class Arguments:
         return memory(address, self.dtype, shape, (*strides, 1))
 
     def pages(self, is_key: bool, num_pages: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Codes (pages, heads, 64, width) and metadata (pages, heads, width or 64, 2), from all segments."""
+        """Codes (pages, heads, 64, width) and metadata (pages, heads, width or 64, 2), as the sequences read them."""
         given = self.given
-        rows = [[*given.only[:4], 0], [0, 0, 0, 0, num_pages]]
+        entries = [[*given.only], [0, 0, 0, 0, num_pages]]
         if given.num_segments > 1:
-            rows = memory(given.segments, torch.int64, (given.num_segments + 1, 5)).tolist()
-            assert rows[-1][4] == given.num_pages
+            entries = memory(given.segments, torch.int64, (given.num_segments + 1, 5)).tolist()
+            assert entries[-1][4] == given.num_pages
         width = self.widths[0 if is_key else 1]
         qdata, metadata = [], []
-        for row, following in itertools.pairwise(rows):
-            count = min(following[4], num_pages) - row[4]
-            if count > 0:
-                key, key_words, value, value_words = row[:4]
-                codes, words = (key, key_words) if is_key else (value, value_words)
-                qdata.append(memory(codes, torch.int8, (count, heads, PAGE_SIZE, width)))
-                metadata.append(memory(words, torch.int16, (count, heads, width if is_key else PAGE_SIZE, 2)))
+        for entry, following in itertools.pairwise(entries):
+            first, rows = entry[4] & 0xFFFFFFFF, entry[4] >> 32
+            count = min(following[4] & 0xFFFFFFFF, num_pages) - first
+            if count <= 0:
+                continue
+            key, key_words, value, value_words = entry[:4]
+            codes, words = (key, key_words) if is_key else (value, value_words)
+            stored = rows * given.num_kv_heads if self.macros["HAS_ROW_TABLE"] else heads
+            parts = [
+                memory(codes, torch.int8, (count, stored, PAGE_SIZE, width)),
+                memory(words, torch.int16, (count, stored, width if is_key else PAGE_SIZE, 2)),
+            ]
+            assert (rows > 0) == bool(self.macros["HAS_ROW_TABLE"])
+            if rows:
+                table = self.row_table(num_pages, heads // given.num_kv_heads)[:, first : first + count]
+                by_row = [part.unflatten(1, (rows, given.num_kv_heads)) for part in parts]
+                parts = [reference.select_rows(part, table).flatten(1, 2) for part in by_row]
+            qdata.append(parts[0])
+            metadata.append(parts[1])
         if not qdata:
             qdata.append(torch.empty(0, heads, PAGE_SIZE, width, dtype=torch.int8))
             metadata.append(torch.empty(0, heads, width if is_key else PAGE_SIZE, 2, dtype=torch.int16))
         return torch.cat(qdata), torch.cat(metadata)
+
+    def row_table(self, num_pages: int, batch: int) -> Tensor:
+        """Int32 (batch, num_pages), where there is one."""
+        address, stride = self.given.row_table
+        return memory(address, torch.int32, (batch, num_pages), (stride, 1))
 
 
 def quantize(given: SimpleNamespace, which: int, states: Tensor, first: int = 0) -> None:

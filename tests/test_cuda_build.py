@@ -17,7 +17,7 @@ from quantcache.backends.cuda.prefill import Shape, macros_for
 from quantcache.quantization.errors import BuildError
 from tests import emulated_cuda
 
-MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1))
+MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1), ("HAS_ROW_TABLE", 0))
 ATTENTION_MACROS = (
     *(("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2)),
     *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1), ("FOLDS_GRID", 0)),
@@ -61,7 +61,7 @@ def test_whatever_it_depends_on_makes_another(
     if change == "arch":
         arch = "sm_80"
     elif change == "macros":
-        macros = (*MACROS[:2], ("DTYPE", 2))
+        macros = (*MACROS[:2], ("DTYPE", 2), MACROS[3])
     elif change == "source":
         text = nvrtc.program_text(source)
         monkeypatch.setattr(nvrtc, "program_text", lambda name: text + "\n")
@@ -126,6 +126,7 @@ def test_the_kernels_merge_as_many_splits_as_are_planned() -> None:
         ({"STAGES": 1}, "while another is copied"),
         ({"HAS_MASK": 2}, "a yes or a no"),
         ({"FOLDS_GRID": 2}, "a yes or a no"),
+        ({"HAS_ROW_TABLE": 2}, "a yes or a no"),
     ],
     ids=str,
 )
@@ -210,7 +211,7 @@ def test_the_sources_compile_for_every_architecture(
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
-    shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype))
+    shared = (("HEAD_DIM", 192), ("V_HEAD_DIM", 128), ("DTYPE", dtype), ("HAS_ROW_TABLE", dtype % 2))
     assert nvrtc.cubin("pages.cu", shared, arch).startswith(b"\x7fELF")
     assert nvrtc.cubin("attention.cu", (*shared, *ATTENTION_MACROS), arch).startswith(b"\x7fELF")
 

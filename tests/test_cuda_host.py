@@ -21,8 +21,11 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
 from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
+from quantcache.store.segments import ClosedPages
+from quantcache.store.view import PagesView
 from tests import emulated_cuda, twins
 from tests.attention_cases import Case, Stored, asked_of_cuda, build
+from tests.shared_rows import TABLES, share
 from tests.strategies import Operation, random_states, schedules
 from tests.test_static import assert_same_bytes
 
@@ -162,6 +165,32 @@ def test_many_query_rows_go_to_the_prefill_kernel(
     assert launched.count("scan_mask") == len(scanned)  # once for both
 
 
+ROWS = (3, 7, 5)
+"""Stored rows of three segments that five sequences read: fewer than they, more, and as many."""
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("query_len", [1, 5, 40])
+def test_a_row_table_is_followed(kind: str, query_len: int, launched: list[str]) -> None:
+    shared = share(Case(5, 2, 4, query_len, (3, 2, 4), 41, 64, 80, torch.float16), kind, ROWS)
+    asked = AttentionOptions(is_causal=True)
+    assert shared.error(reads.attention(shared.query, shared.view, asked), asked) <= TOLERANCE[torch.float16]
+    for is_key in (True, False):
+        assert torch.equal(reads.restore(shared.view, is_key), reads.restore(shared.copies.view, is_key))
+    assert set(launched) <= {"attention", "prefill", "merge_parts", "restore"}
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_row_table_may_be_part_of_a_larger_one() -> None:
+    """As that of a layer of fixed capacity is."""
+    shared = share(Case(5, 2, 4, 1, (3,), 41, 64, 64, torch.float16), "random", (7,))
+    table = shared.view.row_table
+    assert table is not None
+    for whole in (torch.nn.functional.pad(table, (1, 2)), torch.nn.functional.pad(table, (1, 2)).T.contiguous().T):
+        view = PagesView(ClosedPages(shared.view.segments, whole[:, 1:4]), *shared.view.buffers)
+        assert shared.error(reads.attention(shared.query, view)) <= TOLERANCE[torch.float16]
+
+
 def test_float32_has_one_kernel_for_any_number_of_rows(launched: list[str]) -> None:
     check(build(Case(2, 2, 4, 40, (2, 5), 40, 64, 80, torch.float32)), is_causal=True)
     assert launched == ["attention"]
@@ -194,7 +223,7 @@ def test_a_mask_is_looked_at_again_when_it_has_changed(launched: list[str]) -> N
 )
 def test_the_stand_in_refuses_what_a_gpu_refuses(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
     source, _, form = emulated_cuda.STRUCTURES["append"]
-    macros = (("HEAD_DIM", 16), ("V_HEAD_DIM", 16), ("DTYPE", 0))
+    macros = (("HEAD_DIM", 16), ("V_HEAD_DIM", 16), ("DTYPE", 0), ("HAS_ROW_TABLE", 0))
     kernel = emulated_cuda.load_kernel(source, macros, "append", 0, threads, shared_bytes)
     with pytest.raises(RuntimeError, match="append: no GPU takes"):
         emulated_cuda.launch(kernel, grid, 0, form, *[0] * len(emulated_cuda.packed_letters(form)))
@@ -233,7 +262,7 @@ def test_every_call_is_planned_within_what_a_grid_takes(
     batch: int, num_kv_heads: int, group: int, query_len: int
 ) -> None:
     sizes = batch, num_kv_heads, group, query_len, 64, 64
-    plan = emulated_cuda.PLAN.plan_for(0, sizes, torch.bfloat16, False, False, 300, None, None)
+    plan = emulated_cuda.PLAN.plan_for(0, sizes, torch.bfloat16, False, False, False, 300, None, None)
     assert all(1 <= size <= limit for size, limit in zip(plan.grid, emulated_cuda.GRID_LIMITS, strict=True))
     assert plan.tiles <= plan.grid[1] * plan.grid[2] < plan.tiles + plan.grid[2]
     assert plan.kernel.function[1]["FOLDS_GRID"] == int(plan.grid[1:] != (plan.tiles // batch, batch))

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 WRITES_ON_READ: Final = True
-READS_ROW_TABLE: Final = False
+READS_ROW_TABLE: Final = True
 READS_LENGTHS: Final = True
 
 MIN_CAPABILITY: Final = (8, 0)

@@ -16,7 +16,7 @@ from quantcache.quantization.options import AttentionOptions
 MAX_DECODE_ROWS: Final = 64
 """Query rows per KV head (group * query_len) from which on reading a layer is arithmetic and no longer memory."""
 
-_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i")
+_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq")
 
 
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
@@ -65,6 +65,7 @@ def decode(
         query.dtype,
         attn_mask is not None,
         softcap is not None,
+        table.has_row_table,
         table.num_pages,
         shape,
     )
@@ -113,9 +114,9 @@ def decode(
         *(plan.page_splits, plan.num_splits, is_causal, window or 0, mask_dtype, batch),
         options.scale(head_dim),
         softcap or 0.0,
-        *table.first,
-        0,
+        *table.only,
         *new,
+        *table.row_table,
     )
     return output
 

@@ -14,7 +14,7 @@ from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
 
 _STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q 2i")
-_RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq")
+_RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq Pq")
 _APPEND_ARGS: Final = struct.Struct("2P 2P 12q P 4i")
 
 
@@ -79,51 +79,64 @@ class SegmentTable(NamedTuple):
     """Where the pages are, for the kernels.
 
     Attributes:
-        address: of an int64 (segments + 1, 5) on the device: addresses of the four parts, and the first page. 0 where
-            there is one segment, of which ``first`` says all.
+        address: of an int64 (segments + 1, 5) on the device, an entry like ``only`` for each segment. 0 where there is
+            one segment.
         num_segments: entries without the last, which has only the number of pages.
         num_pages: pages in all of them.
-        first: addresses of the four parts of the first segment.
+        only: of the first segment the addresses of the four parts, and the number of its first page; with a row table
+            also, in the upper 32 bits of that, how many rows its pages have.
+        row_table: address of the row table, and elements from a sequence to the next; (0, 0) if there is none.
         kept: what must live as long as the table is read.
     """
 
     address: int
     num_segments: int
     num_pages: int
-    first: tuple[int, int, int, int]
+    only: tuple[int, int, int, int, int]
+    row_table: tuple[int, int]
     kept: tuple[object, ...]
+
+    @property
+    def has_row_table(self) -> bool:
+        """Whether sequences read rows that a table names."""
+        return self.row_table[0] != 0
 
 
 def segment_table(view: View) -> SegmentTable:
     """The table of a view's closed pages, made once for as long as they do not change."""
     made: SegmentTable | None = view.memo.get("cuda")
     if made is None:
-        made = view.memo["cuda"] = _make_table(view.segments, view.buffers[0].device)
+        made = view.memo["cuda"] = _make_table(view.segments, view.row_table, view.buffers[0].device)
     return made
 
 
-def _make_table(segments: Sequence[SegmentLike], device: torch.device) -> SegmentTable:
+def _make_table(segments: Sequence[SegmentLike], row_table: Tensor | None, device: torch.device) -> SegmentTable:
     contiguous = [
         [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)] for s in segments
     ]
     check_pages(device, contiguous)
-    rows, first = [], 0
+    entries, first = [], 0
     for parts in contiguous:
-        rows += [*(part.data_ptr() for part in parts), first]
+        rows = 0 if row_table is None else parts[0].shape[1]
+        entries += [*(part.data_ptr() for part in parts), first | rows << 32]
         first += len(parts[0])
-    rows += [0, 0, 0, 0, first]
-    first_parts = (rows[0], rows[1], rows[2], rows[3])
+    entries += [0, 0, 0, 0, first]
+    only = (entries[0], entries[1], entries[2], entries[3], entries[4] if segments else 0)
+    where = 0, 0
+    if row_table is not None and first:
+        row_table = row_table if row_table.stride(1) == 1 else row_table.contiguous()
+        where = row_table.data_ptr(), row_table.stride(0)
     if len(segments) < 2:
-        return SegmentTable(0, len(segments), first, first_parts, (contiguous,))
+        return SegmentTable(0, len(segments), first, only, where, (contiguous, row_table))
     # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-    on_device = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    return SegmentTable(on_device.data_ptr(), len(segments), first, first_parts, (on_device, contiguous))
+    on_device = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+    return SegmentTable(on_device.data_ptr(), len(segments), first, only, where, (on_device, contiguous, row_table))
 
 
 def restore(view: View, is_key: bool) -> Tensor:
     """See ``reads.restore``."""
     table = segment_table(view)
-    widths = [buffer.shape[3] for buffer in view.buffers]
+    head_dim, v_head_dim = (buffer.shape[3] for buffer in view.buffers)
     tail, address, *strides = readable(view.buffers[0 if is_key else 1])
     batch, num_kv_heads, _, width = tail.shape
     tokens = table.num_pages * PAGE_SIZE + view.tail_len
@@ -131,7 +144,7 @@ def restore(view: View, is_key: bool) -> Tensor:
     blocks, heads = table.num_pages + (view.tail_len > 0), batch * num_kv_heads
     for start in range(0, heads if blocks else 0, MAX_GRID):
         launch(
-            pages_kernel("restore", tail, *widths),
+            pages_kernel("restore", tail, head_dim, v_head_dim, table.has_row_table),
             (blocks, min(heads - start, MAX_GRID), 1),
             tail.device.index,
             _RESTORE_ARGS,
@@ -139,19 +152,24 @@ def restore(view: View, is_key: bool) -> Tensor:
             *strides,
             *(num_kv_heads, heads, start, table.num_segments),
             *(table.num_pages, 0, view.tail_len, is_key),
-            *table.first,
-            0,
+            *table.only,
+            *table.row_table,
         )
     return output
 
 
-def pages_kernel(name: str, states: Tensor, head_dim: int, v_head_dim: int) -> Kernel:
-    """The kernel ``name`` of ``pages.cu`` for states like these."""
-    return _kernel_of_pages(name, head_dim, v_head_dim, states.dtype, states.device.index)
+def pages_kernel(name: str, states: Tensor, head_dim: int, v_head_dim: int, has_row_table: bool = False) -> Kernel:
+    """The kernel ``name`` of ``pages.cu`` for states like these; those that write pages write the sequences' own."""
+    return _kernel_of_pages(name, head_dim, v_head_dim, states.dtype, states.device.index, has_row_table)
 
 
 @functools.cache
-def _kernel_of_pages(name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int) -> Kernel:
-    macros = (("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype]))
+def _kernel_of_pages(
+    name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int, has_row_table: bool
+) -> Kernel:
+    macros = (
+        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
+        ("HAS_ROW_TABLE", int(has_row_table)),
+    )
     threads = max(256, 2 * head_dim) if name in ("store_pages", "advance") else 256
     return load_kernel("pages.cu", macros, name, index, threads, 0)

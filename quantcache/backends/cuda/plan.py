@@ -69,6 +69,7 @@ def plan_for(
     dtype: torch.dtype,
     has_mask: bool,
     has_softcap: bool,
+    has_row_table: bool,
     num_pages: int,
     shape: Shape | None,
     splits: tuple[int, int] | None,
@@ -86,7 +87,7 @@ def plan_for(
     grid = (num_splits, num_kv_heads * row_tiles, batch)
     if folds := max(grid[1:]) > MAX_GRID:
         grid = (num_splits, *folded(tiles))
-    kernel = _attention_kernel(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, folds)
+    kernel = _attention_kernel(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table, folds)
     return Plan(kernel, grid, page_splits, num_splits, tiles, tiles * num_splits * shape.rows)
 
 
@@ -185,13 +186,15 @@ def _attention_kernel(
     dtype: torch.dtype,
     has_mask: bool,
     has_softcap: bool,
+    has_row_table: bool,
     folds_grid: bool,
 ) -> Kernel:
     macros = (
         *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
-        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("FOLDS_GRID", int(folds_grid))),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
+        ("FOLDS_GRID", int(folds_grid)),
     )
     element_size = 4 if dtype == torch.float32 else 2
     shared_bytes = shape.shared_bytes(head_dim, v_head_dim, element_size, MAX_SPLITS + 1)

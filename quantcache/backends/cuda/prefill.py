@@ -27,7 +27,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
 
-_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq")
+_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq Pq")
 _SCAN_ARGS: Final = struct.Struct("2P 4q 5i")
 
 
@@ -110,23 +110,36 @@ class Kernels(NamedTuple):
 
 
 def macros_for(
-    shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
+    shape: Shape,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_softcap: bool,
+    has_row_table: bool = False,
 ) -> nvrtc.Macros:
     """See ``prefill/build.cuh``."""
     return (
         *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
-        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap))),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
         ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim)),
     )
 
 
 @functools.cache
 def _kernels(
-    index: int, shape: Shape, head_dim: int, v_head_dim: int, dtype: torch.dtype, has_mask: bool, has_softcap: bool
+    index: int,
+    shape: Shape,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_softcap: bool,
+    has_row_table: bool,
 ) -> Kernels:
-    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap)
+    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table)
     arch = gpu(index).arch + "a" * shape.is_warpgroup
 
     def load(name: str, shared_bytes: int) -> Kernel:
@@ -188,6 +201,7 @@ def plan_for(
     dtype: torch.dtype,
     has_mask: bool,
     has_softcap: bool,
+    has_row_table: bool,
     num_blocks: int,
     shape: Shape | None,
     splits: int | None,
@@ -199,7 +213,8 @@ def plan_for(
     row_tiles = -(-rows // shape.rows)
     if splits is None:
         splits = choose_splits(index, shape, head_dim, v_head_dim, batch * num_kv_heads * row_tiles, num_blocks)
-    return Plan(_kernels(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap), row_tiles, splits)
+    kernels = _kernels(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table)
+    return Plan(kernels, row_tiles, splits)
 
 
 def prefill(
@@ -226,8 +241,8 @@ def prefill(
     group = num_q_heads // num_kv_heads
     num_blocks = table.num_pages + -(-view.tail_len // PAGE_SIZE)
     sizes = (batch, num_kv_heads, group, query_len, head_dim, v_head_dim)
-    plan = plan_for(index, sizes, query.dtype, attn_mask is not None, softcap is not None, num_blocks, shape, splits)
-    kernels, row_tiles, num_splits = plan
+    asked = attn_mask is not None, softcap is not None, table.has_row_table
+    kernels, row_tiles, num_splits = plan_for(index, sizes, query.dtype, *asked, num_blocks, shape, splits)
 
     mask = blocks = mask_dtype = 0
     mask_strides, block_strides, found = [0] * 4, [0] * 3, None
@@ -262,8 +277,8 @@ def prefill(
         *(num_splits, is_causal, window or 0, mask_dtype, batch, row_tiles),
         options.scale(head_dim),
         softcap or 0.0,
-        *table.first,
-        0,
+        *table.only,
+        *table.row_table,
     )
     launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, _PREFILL_ARGS, *arguments)
     if num_splits > 1:

@@ -22,8 +22,9 @@ struct AttentionArgs {
   const void* new_states[2];  // keys and values of the last num_new tokens of the tail, which are not there yet
   i64 new_stride[2][3];
   int num_new;
+  RowTable row_table;
 };
-static_assert(sizeof(AttentionArgs) == 360, "as backends/cuda/attention.py packs it");
+static_assert(sizeof(AttentionArgs) == 376, "as backends/cuda/attention.py packs it");
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side.
 struct QueryRows {

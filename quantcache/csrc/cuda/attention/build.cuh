@@ -24,6 +24,9 @@ constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 
 constexpr int kTiles = KEY_STEP / 16;
 
+// Whether a warp looks at what is known of its pages, kWindowPages at a time, before it loads them.
+constexpr bool kLooksAhead = HAS_MASK || HAS_ROW_TABLE;
+
 // Where a thread is in its CTA and, with g and t, in a fragment of an MMA.
 struct Thread {
   int lane, warp, g, t;

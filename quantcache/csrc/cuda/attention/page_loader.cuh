@@ -44,9 +44,15 @@ struct PageLoader {
     segment = segments[i];
     end = segments[i + 1].first;
   }
-  DEVICE void load(u32 stage, int page, int step, int heads, int head) {
+  // `row` is not read without a row table. `heads` counts those of a page, `head` the one among them; with a row table
+  // they are those of a row.
+  DEVICE void load(u32 stage, int page, int step, int row, int heads, int head) {
     while (page >= end) use(index + 1);
+#if HAS_ROW_TABLE
+    const i64 place = place_of(segment, page, row, heads, head);
+#else
     const i64 place = (page - segment.first) * heads + head;
+#endif
     const int lane = threadIdx.x & 31;
     const i8* keys = segment.key_qdata + (place * kPageSize + step * KEY_STEP) * HEAD_DIM;
     const i8* values = segment.value_qdata + (place * kPageSize + step * KEY_STEP) * V_HEAD_DIM;
@@ -78,8 +84,8 @@ struct PageWalk {
   u32 seen;
   int page, step, left;
   DEVICE void start(u32 pages, int first, int count) {
-    seen = pages, page = first, step = 0, left = (HAS_MASK ? __popc(pages) : count) * kStepsPerPage;
-    if (HAS_MASK && left) settle();
+    seen = pages, page = first, step = 0, left = (kLooksAhead ? __popc(pages) : count) * kStepsPerPage;
+    if (kLooksAhead && left) settle();
   }
   DEVICE void settle() {
     int skipped = __ffs(seen) - 1;
@@ -91,18 +97,19 @@ struct PageWalk {
     if (++step < kStepsPerPage) return;
     step = 0;
     page += WARPS;
-    if (HAS_MASK && left) {
+    if (kLooksAhead && left) {
       seen >>= 1;
       settle();
     }
   }
 };
 
-// Pages of a warp whose masks have been looked at: all, or kWindowPages at a time where there are masks.
+// Pages of a warp that have been looked at: all, or kWindowPages at a time where there is something to look at.
 struct PageWindow {
   int first, count;  // pages, WARPS apart
   int left;          // pages of the warp from `first` on
   u32 seen, partly;  // see scan_masks
+  int row;           // stored, of the page that is as far behind the first as the lane says
 
   DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range) {
     first = range.first, left = range.count;
@@ -117,7 +124,12 @@ struct PageWindow {
     return true;
   }
   DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
-    count = HAS_MASK ? min(left, kWindowPages) : left;
+    count = kLooksAhead ? min(left, kWindowPages) : left;
+    row = 0;
+#if HAS_ROW_TABLE
+    const int lane = threadIdx.x & 31;
+    if (lane < count) row = args.row_table.row_of(rows.batch, first + lane * WARPS);
+#endif
     scan_masks(args, rows, first, count, seen, partly);
   }
   DEVICE PageWalk walk() const {
@@ -133,23 +145,27 @@ struct PageRing {
   int stage, heads, head;
   PageLoader loader;
   PageWalk loading;
+  int first, row;  // see PageWindow
 
   DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range, u32 memory) {
     stages = memory;
     stage = 0;
-    heads = args.batch * args.num_kv_heads, head = rows.head;
+    heads = HAS_ROW_TABLE ? args.num_kv_heads : args.batch * args.num_kv_heads;
+    head = HAS_ROW_TABLE ? rows.kv_head : rows.head;
     if (range.count) loader.open(args, range.first);
   }
   // Starts to load the window's first steps. No copy may be under way.
   DEVICE void fill(const PageWindow& window) {
     loading = window.walk();
+    first = window.first, row = window.row;
 #pragma unroll
     for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(ahead);
   }
   // One group of copies, empty where nothing is left to load.
   DEVICE void load_next(int ahead) {
     if (loading.left) {
-      loader.load(address(ahead), loading.page, loading.step, heads, head);
+      const int row_of_page = HAS_ROW_TABLE ? __shfl_sync(~0u, row, (loading.page - first) / WARPS) : 0;
+      loader.load(address(ahead), loading.page, loading.step, row_of_page, heads, head);
       loading.advance();
     }
     commit_copies();

@@ -139,7 +139,7 @@ DEVICE void attend_pages(const AttentionArgs& args, const QueryRows& rows, Onlin
       attending.advance();
       ring.advance();
     }
-    if (!HAS_MASK || !window.advance(args, rows)) return;
+    if (!kLooksAhead || !window.advance(args, rows)) return;
     // The stages are free once every lane has read the last one.
     __syncwarp();
     ring.fill(window);

@@ -2,6 +2,7 @@
 // kind of call: backends/cuda/plan.py and pages.py define the macros.
 //   HEAD_DIM, V_HEAD_DIM  elements of a key and of a value
 //   DTYPE                 of queries, tails and outputs, a number of the enum below
+//   HAS_ROW_TABLE         whether sequences read rows of pages that a table names, not their own (0 or 1)
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -24,13 +25,33 @@ static_assert(HEAD_DIM > 0 && HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "HEAD_DIM i
 static_assert(V_HEAD_DIM > 0 && V_HEAD_DIM % 16 == 0 && V_HEAD_DIM <= 256, "V_HEAD_DIM in steps of an MMA, up to 256");
 static_assert(sizeof(i64) == 8 && sizeof(u32) == 4 && sizeof(u16) == 2 && sizeof(void*) == 8, "as the host packs");
 
+static_assert(HAS_ROW_TABLE == 0 || HAS_ROW_TABLE == 1, "a yes or a no");
+
 // Pages `first` to the first of the next entry, allocated at once; see Segment in store/segments.py. The last entry has
-// only `first`.
+// only `first`. Without a row table there are as many rows as sequences.
 struct Segment {
-  const i8* key_qdata;        // (pages, batch, num_kv_heads, 64, HEAD_DIM)
-  const u32* key_metadata;    // (pages, batch, num_kv_heads, HEAD_DIM), scale | zero_point << 16
-  const i8* value_qdata;      // (pages, batch, num_kv_heads, 64, V_HEAD_DIM)
-  const u32* value_metadata;  // (pages, batch, num_kv_heads, 64)
+  const i8* key_qdata;        // (pages, rows, num_kv_heads, 64, HEAD_DIM)
+  const u32* key_metadata;    // (pages, rows, num_kv_heads, HEAD_DIM), scale | zero_point << 16
+  const i8* value_qdata;      // (pages, rows, num_kv_heads, 64, V_HEAD_DIM)
+  const u32* value_metadata;  // (pages, rows, num_kv_heads, 64)
+#if HAS_ROW_TABLE
+  int first, rows;
+#else
   i64 first;
+#endif
 };
 static_assert(sizeof(Segment) == 40, "five words of a row of SegmentTable in backends/cuda/pages.py");
+
+// Which row of its segment each sequence reads a page from.
+struct RowTable {
+  const int* rows;  // (batch, pages or more), or null where HAS_ROW_TABLE is 0
+  i64 stride;       // from a sequence to the next
+  DEVICE int row_of(int batch, int page) const { return rows[batch * stride + page]; }
+};
+
+#if HAS_ROW_TABLE
+// Where a page of a KV head lies in its segment, in pages of one head.
+DEVICE i64 place_of(const Segment& segment, int page, int row, int num_kv_heads, int kv_head) {
+  return (static_cast<i64>(page - segment.first) * segment.rows + row) * num_kv_heads + kv_head;
+}
+#endif

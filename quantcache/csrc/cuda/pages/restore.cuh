@@ -12,8 +12,9 @@ struct RestoreArgs {
   i64 tail_stride[3];
   int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
   Segment only;  // the one segment, if there is one; there is no table then
+  RowTable row_table;
 };
-static_assert(sizeof(RestoreArgs) == 120, "as backends/cuda/pages.py packs it");
+static_assert(sizeof(RestoreArgs) == 136, "as backends/cuda/pages.py packs it");
 
 // Not fminf and fmaxf, which would lose a NaN.
 DEVICE float saturated(float x) {
@@ -33,7 +34,12 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
           __popc(__ballot_sync(~0u, first + lane < args.num_segments && args.segments[first + lane].first <= page));
     segment = args.segments[index];
   }
+#if HAS_ROW_TABLE
+  const int batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  const i64 place = place_of(segment, page, args.row_table.row_of(batch, page), args.num_kv_heads, kv_head);
+#else
   const i64 place = (page - segment.first) * args.heads_in_all + head;
+#endif
   const uint2* qdata = reinterpret_cast<const uint2*>((args.is_key ? segment.key_qdata : segment.value_qdata) +
                                                       place * kPageSize * kHeadDim);
   const u32* metadata =

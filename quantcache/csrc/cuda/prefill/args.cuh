@@ -19,8 +19,9 @@ struct PrefillArgs {
   int num_splits, is_causal, window, mask_dtype, batch, row_tiles;
   float softmax_scale, softcap;
   Segment only;  // the one segment, if there is one
+  RowTable row_table;
 };
-static_assert(sizeof(PrefillArgs) == 312, "as backends/cuda/prefill.py packs it");
+static_assert(sizeof(PrefillArgs) == 328, "as backends/cuda/prefill.py packs it");
 
 constexpr int kBlockQueries = 32;  // whose masks are looked at together
 enum : u8 { kSeen = 1, kPartly = 2 };

@@ -66,7 +66,12 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
       Tile tile = {nullptr, nullptr, nullptr, nullptr, 0, (found & kPartly) != 0};
       if (block < rows.num_pages) {
         const Segment segment = segment_of(args, block);
+#if HAS_ROW_TABLE
+        const i64 place =
+            place_of(segment, block, args.row_table.row_of(rows.batch, block), args.num_kv_heads, rows.kv_head);
+#else
         const i64 place = (block - segment.first) * args.batch * args.num_kv_heads + rows.head;
+#endif
         tile.key_qdata = segment.key_qdata + place * (kPageSize * HEAD_DIM);
         tile.value_qdata = segment.value_qdata + place * (kPageSize * V_HEAD_DIM);
         tile.key_metadata = segment.key_metadata + place * HEAD_DIM;
