@@ -31,9 +31,9 @@ H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per
 GRID_LIMITS = 2**31 - 1, 65535, 65535
 MAX_THREADS = 1024
 
-ATTENTION, PREFILL, PAGES, PLAN, ADVANCE = MODULES = [
+ATTENTION, PREFILL, PAGES, PLAN, ADVANCE, SHARED = MODULES = [
     importlib.import_module(f"quantcache.backends.cuda.{name}")
-    for name in ("attention", "prefill", "pages", "plan", "advance")
+    for name in ("attention", "prefill", "pages", "plan", "advance", "shared")
 ]
 LAUNCH = importlib.import_module("quantcache.backends.cuda.launch")
 
@@ -224,7 +224,10 @@ def attention(args: Arguments) -> None:
             tail = args.states(address, (*heads, tail_len, width), strides)
             new = args.states(given.new_states[which], (*heads, given.num_new, width), given.new_stride[which])
             tail[:, :, tail_len - given.num_new :] = new
-    attend(args, num_pages, tail_len)
+    if given.shared_parts:
+        attend_merging(args, num_pages, tail_len)
+    else:
+        attend(args, num_pages, tail_len)
     if splits > 1:
         _leave_partial_results(given, splits, row_tiles * batch, args.widths[1])
 
@@ -246,6 +249,13 @@ def tails(args: Arguments) -> list[tuple[int, tuple[int, ...]]]:
 
 def attend(args: Arguments, num_pages: int, tail_len: int) -> None:
     """Write the output that is asked for."""
+    query, dense, asked = attended(args, num_pages, tail_len)
+    output = reference.attend(query, *dense, asked)
+    memory(args.given.output, args.dtype, output.shape).copy_(output)
+
+
+def attended(args: Arguments, num_pages: int, tail_len: int) -> tuple[Tensor, list[Tensor], AttentionOptions]:
+    """The query, the dense keys and values, and the options of a launch."""
     given = args.given
     heads = given.batch, given.num_kv_heads
     dense = []
@@ -268,36 +278,121 @@ def attend(args: Arguments, num_pages: int, tail_len: int) -> None:
         given.softcap or None,
         memory(given.sinks, torch.float32, (num_q_heads,)) if given.sinks else None,
     )
-    output = reference.attend(query, dense[0], dense[1], asked)
+    return query, dense, asked
+
+
+def shared_keys(args: Arguments, num_pages: int, kv_len: int) -> Tensor:
+    """Whether a neighbour of a sequence, one of those looked at together, reads the same key, bool (batch, kv_len)."""
+    given = args.given
+    table = args.row_table(num_pages, given.batch)
+    groups = torch.arange(given.batch) // given.sequences
+    joined = (table[1:] == table[:-1]) & (groups[1:] == groups[:-1])[:, None]
+    nobody = torch.zeros(1, num_pages, dtype=torch.bool)
+    is_shared = torch.cat([nobody, joined]) | torch.cat([joined, nobody])
+    keys = torch.zeros(given.batch, kv_len, dtype=torch.bool)
+    keys[:, : num_pages * PAGE_SIZE] = is_shared.repeat_interleave(PAGE_SIZE, 1)
+    return keys
+
+
+def attend_partly(args: Arguments, lengths: tuple[int, int], keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over some of the keys, bool (batch, kv_len), of values times weights and of weights.
+
+    Both float64, (batch, query_len, num_q_heads, v_head_dim or 1).
+    """
+    query, (key, value), asked = attended(args, *lengths)
+    seen = keys[:, None, None]
+    mask = seen if asked.attn_mask is None else asked.attn_mask
+    mask = mask & seen if mask.dtype == torch.bool else mask.double().masked_fill(~seen, -torch.inf)
+    # Beside a sink of the weight 1 a value of 1 has its share of the sum, which tells the sum.
+    asked = asked._replace(attn_mask=mask, sinks=torch.zeros(query.shape[1]))
+    ones = torch.ones(*value.shape[:3], 1)
+    output = reference.attend(query.double(), key, torch.cat([value, ones], dim=3), asked)
+    output = output / (1 - output[..., -1:])
+    return output[..., :-1], output[..., -1:]
+
+
+def attend_merging(args: Arguments, num_pages: int, tail_len: int) -> None:
+    """Write the output: of the keys that a sequence reads alone, and of the parts that were found for the others."""
+    given = args.given
+    shared = shared_keys(args, num_pages, num_pages * PAGE_SIZE + tail_len)
+    total, weights = attend_partly(args, (num_pages, tail_len), ~shared)
+    batch, query_len, num_q_heads, v_head_dim = total.shape
+    tiles = -(-batch // given.sequences)
+    shape = given.num_kv_heads, tiles, given.shared_parts, given.shared_rows
+    partial = memory(given.shared_partial, torch.float32, (*shape, v_head_dim)).double()
+    sums = memory(given.shared_sums, torch.float32, (*shape, 2)).double()
+    found = sums[..., :1].exp2() * torch.cat([partial, sums[..., 1:]], dim=4)
+    rows = found.sum(2)[:, :, : given.sequences * given.group * query_len]
+    rows = rows.reshape(given.num_kv_heads, tiles * given.sequences, given.group, query_len, -1)[:, :batch]
+    rows = rows.permute(1, 3, 0, 2, 4).reshape(batch, query_len, num_q_heads, -1)
+    total, weights = total + rows[..., :-1], weights + rows[..., -1:]
+    if given.sinks:
+        weights = weights + memory(given.sinks, torch.float32, (num_q_heads,)).double().exp()[:, None]
+    output = total / torch.where(weights == 0, 1.0, weights)
     memory(given.output, args.dtype, output.shape).copy_(output)
+
+
+def leave_parts(args: Arguments, num_pages: int, tail_len: int) -> None:
+    """The parts of what neighbours share: all in the first split, and nothing in the others."""
+    given, shape = args.given, built_as(args)
+    assert not given.sinks
+    assert 1 < given.sequences <= SHARED.MAX_SEQUENCES
+    rows_each = given.group * given.query_len
+    assert given.sequences * rows_each <= shape.rows
+    assert given.row_tiles == -(-given.batch // given.sequences)
+    assert args.grid == (given.num_kv_heads * given.row_tiles * given.num_splits, 1, 1)
+    keys = shared_keys(args, num_pages, num_pages * PAGE_SIZE + tail_len)
+    total, weights = attend_partly(args, (num_pages, tail_len), keys)
+    shape_of_parts = given.num_kv_heads, given.row_tiles, given.num_splits, shape.rows
+    partial = memory(given.partial, torch.float32, (*shape_of_parts, args.widths[1]))
+    sums = memory(given.sums, torch.float32, (*shape_of_parts, 2))
+    assert given.sums == given.partial + 4 * partial.numel()
+    partial.zero_(), sums[..., 0].fill_(-1e30), sums[..., 1].zero_()
+    for sequence in range(given.batch):
+        tile, place = divmod(sequence, given.sequences)
+        rows = slice(place * rows_each, (place + 1) * rows_each)
+        for found, target in ((total, partial), (weights, sums[..., 1:])):
+            by_head = found[sequence].unflatten(1, (given.num_kv_heads, given.group))
+            target[:, tile, 0, rows] = by_head.permute(1, 2, 0, 3).flatten(1, 2).float()
+        sums[:, tile, 0, rows, 0] = 0.0
 
 
 def built_as(args: Arguments) -> Any:
     return PREFILL.Shape(*(args.macros[name] for name in ("ROW_TILES", "WARPS", "TILE_KEYS", "BUFFERS", "WARPGROUP")))
 
 
+def check_blocks(args: Arguments, kv_len: int) -> None:
+    """What was found in a mask leaves out no block that a query sees."""
+    given = args.given
+    if not given.mask:
+        return
+    every = given.batch, given.num_kv_heads * given.group, given.query_len, kv_len
+    mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], every, given.mask_stride)
+    # Every query block that a query may look at, at the strides that the kernel uses.
+    blocks = memory(
+        given.blocks,
+        torch.uint8,
+        (*every[:2], -(-given.query_len // PREFILL.BLOCK_QUERIES), -(-kv_len // PAGE_SIZE)),
+        (*given.block_stride, 1),
+    )
+    seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+    by_query = blocks.repeat_interleave(PREFILL.BLOCK_QUERIES, 2)[:, :, : given.query_len]
+    assert (by_query.repeat_interleave(PAGE_SIZE, 3)[..., :kv_len][seen] & 1).all()
+
+
 def prefill(args: Arguments) -> None:
     given = args.given
     shape = built_as(args)
     assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths)
+    num_pages, tail_len = live_lengths(args)
+    if args.macros["SHARES_PAGES"]:
+        check_blocks(args, num_pages * PAGE_SIZE + tail_len)
+        leave_parts(args, num_pages, tail_len)
+        return
     assert given.row_tiles == -(-given.group * given.query_len // shape.rows)
     heads = given.batch * given.num_kv_heads
     assert args.grid == (heads * given.row_tiles * given.num_splits, 1, 1)
-    num_pages, tail_len = live_lengths(args)
-    kv_len = num_pages * PAGE_SIZE + tail_len
-    if given.mask:
-        every = given.batch, given.num_kv_heads * given.group, given.query_len, kv_len
-        mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], every, given.mask_stride)
-        # Every query block that a query may look at, at the strides that the kernel uses.
-        blocks = memory(
-            given.blocks,
-            torch.uint8,
-            (*every[:2], -(-given.query_len // PREFILL.BLOCK_QUERIES), -(-kv_len // PAGE_SIZE)),
-            (*given.block_stride, 1),
-        )
-        seen = mask if mask.dtype == torch.bool else mask != -torch.inf
-        by_query = blocks.repeat_interleave(PREFILL.BLOCK_QUERIES, 2)[:, :, : given.query_len]
-        assert (by_query.repeat_interleave(PAGE_SIZE, 3)[..., :kv_len][seen] & 1).all()
+    check_blocks(args, num_pages * PAGE_SIZE + tail_len)
     if given.num_splits == 1:
         attend(args, num_pages, tail_len)
         return

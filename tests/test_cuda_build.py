@@ -235,7 +235,8 @@ def test_the_prefill_kernel_compiles_for_every_architecture(
     if nvrtc.unavailable():
         pytest.skip(str(nvrtc.unavailable()))
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
-    macros = macros_for(shape, *head_dims, torch.bfloat16, has_mask=True, has_softcap=True)
+    shares_pages = head_dims != (128, 128)
+    macros = macros_for(shape, *head_dims, torch.bfloat16, True, True, shares_pages, shares_pages)
     assert nvrtc.cubin("prefill.cu", macros, arch).startswith(b"\x7fELF")
 
 

@@ -180,6 +180,70 @@ def test_a_row_table_is_followed(kind: str, query_len: int, launched: list[str])
     assert set(launched) <= {"attention", "prefill", "merge_parts", "restore"}
 
 
+@pytest.fixture
+def shares_any_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What neighbours share is read once, however little it is."""
+    monkeypatch.setattr(emulated_cuda.SHARED, "WORTH_SHARING", 0)
+    monkeypatch.setattr(emulated_cuda.SHARED, "plan_for", emulated_cuda.SHARED.plan_for.__wrapped__)
+
+
+@pytest.mark.usefixtures("shares_any_page")
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize(("batch", "group", "query_len"), [(5, 4, 1), (2, 8, 8), (21, 7, 1), (70, 1, 1), (3, 4, 5)])
+def test_what_neighbours_share_is_read_once(
+    kind: str, batch: int, group: int, query_len: int, launched: list[str]
+) -> None:
+    shared = share(Case(batch, 2, group, query_len, (3, 2, 4), 41, 64, 80, torch.float16), kind)
+    asked = AttentionOptions(is_causal=True)
+    assert shared.error(reads.attention(shared.query, shared.view, asked), asked) <= TOLERANCE[torch.float16]
+    assert launched == ["prefill", "attention"]
+
+
+@pytest.mark.usefixtures("shares_any_page")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 150},
+        {"window": 100, "is_causal": True, "softcap": 30.0},
+        {"sinks": True, "softmax_scale": 0.3},
+        {"mask": "left padding"},
+        {"mask": "of every head and query", "sinks": True},
+        {"mask": "additive"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["one row", "runs"])
+def test_every_option_of_pages_that_are_shared(options: dict[str, Any], kind: str, launched: list[str]) -> None:
+    case = Case(6, 2, 4, 3, (3, 2, 4), 41, 64, 64, torch.float16)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-2, 6, case.num_q_heads, dtype=torch.float16)
+    shape = case.batch, case.num_q_heads, case.query_len, case.kv_len
+    masks = {
+        "left padding": (torch.arange(case.kv_len) >= torch.arange(6)[:, None] * 50)[:, None, None],
+        "of every head and query": torch.rand(shape) > 0.3,
+        "additive": torch.randn(case.batch, 1, *shape[2:]).bfloat16(),
+    }
+    if "mask" in options:
+        options["attn_mask"] = masks[options.pop("mask")]
+    shared, asked = share(case, kind), AttentionOptions(**options)
+    assert shared.error(reads.attention(shared.query, shared.view, asked), asked) <= TOLERANCE[torch.float16]
+    assert [name for name in launched if name != "scan_mask"] == ["prefill", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "batch"),
+    [("one row", torch.float16, 3), ("one row", torch.float32, 30), (None, torch.float16, 30)],
+)
+def test_where_there_is_little_to_share_one_kernel_is_launched(
+    kind: str | None, dtype: torch.dtype, batch: int, launched: list[str]
+) -> None:
+    shared = share(Case(batch, 2, 4, 1, (3,), 41, 64, 64, dtype), kind or "identity")
+    view = shared.view if kind else shared.copies.view
+    assert shared.error(reads.attention(shared.query, view)) <= TOLERANCE[dtype]
+    assert launched == ["attention"]
+
+
 @pytest.mark.usefixtures("launched")
 def test_a_row_table_may_be_part_of_a_larger_one() -> None:
     """As that of a layer of fixed capacity is."""

@@ -439,13 +439,13 @@ def main() -> None:
         add(generate_row(8192, 1.0, batch=8))
 
 
-def write(rows: list[Row], out: Path) -> None:
-    """The file, with the rows that there are."""
+def write(rows: list[Row], out: Path, command: str = "python tests/benchmarks/bench_attention.py") -> None:
+    """The file, with the rows that there are; ``command`` is what was called, but for its arguments."""
     import transformers
 
     properties = torch.cuda.get_device_properties(0)
     report = {
-        "command": shlex.join(["python", "tests/benchmarks/bench_attention.py", *sys.argv[1:]]),
+        "command": shlex.join([*command.split(), *sys.argv[1:]]),
         "hardware": {"gpu": properties.name, "processors": properties.multi_processor_count},
         "versions": {
             "python": sys.version.split()[0],

@@ -10,13 +10,14 @@ from quantcache.backends.cuda.launch import MASK_DTYPES, current_stream, gpu, la
 from quantcache.backends.cuda.pages import append_tail, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
 from quantcache.backends.cuda.prefill import PREFILL_DTYPES, prefill
+from quantcache.backends.cuda.shared import NOTHING_SHARED, attend_shared
 from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
 
 MAX_DECODE_ROWS: Final = 64
 """Query rows per KV head (group * query_len) from which on reading a layer is arithmetic and no longer memory."""
 
-_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq")
+_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq 2P 3i")
 
 
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
@@ -39,6 +40,7 @@ def decode(
     options: AttentionOptions,
     shape: Shape | None = None,
     splits: tuple[int, int] | None = None,
+    shares_pages: bool = True,
 ) -> Tensor:
     """Attention of any number of query rows, few in a CTA.
 
@@ -48,6 +50,7 @@ def decode(
         options: see ``AttentionOptions``.
         shape: instead of the one chosen for the call.
         splits: instead of those chosen: splits of the pages, splits in all.
+        shares_pages: whether what neighbouring sequences share is read once for all of them, where that is worth it.
     """
     table, lengths, scratch = segment_table(view), view.lengths, view.scratch
     attn_mask, is_causal, _, window, softcap, sinks = options
@@ -93,6 +96,7 @@ def decode(
         new_key, new_key_address, *new_key_strides = readable(view.pending[0])
         _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
+    shared = attend_shared(query, view, options) if shares_pages and table.has_row_table else NOTHING_SHARED
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,
@@ -117,6 +121,7 @@ def decode(
         *table.only,
         *new,
         *table.row_table,
+        *shared[:5],
     )
     return output
 

@@ -27,7 +27,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
 
-_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq Pq")
+_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq Pq i")
 _SCAN_ARGS: Final = struct.Struct("2P 4q 5i")
 
 
@@ -117,6 +117,7 @@ def macros_for(
     has_mask: bool,
     has_softcap: bool,
     has_row_table: bool = False,
+    shares_pages: bool = False,
 ) -> nvrtc.Macros:
     """See ``prefill/build.cuh``."""
     return (
@@ -124,12 +125,13 @@ def macros_for(
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
+        ("SHARES_PAGES", int(shares_pages)),
         ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim)),
     )
 
 
 @functools.cache
-def _kernels(
+def kernels_for(
     index: int,
     shape: Shape,
     head_dim: int,
@@ -138,8 +140,10 @@ def _kernels(
     has_mask: bool,
     has_softcap: bool,
     has_row_table: bool,
+    shares_pages: bool = False,
 ) -> Kernels:
-    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table)
+    """A build for ``macros_for`` the arguments."""
+    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table, shares_pages)
     arch = gpu(index).arch + "a" * shape.is_warpgroup
 
     def load(name: str, shared_bytes: int) -> Kernel:
@@ -187,11 +191,19 @@ MAX_SPLITS: Final = 32
 
 
 class Plan(NamedTuple):
-    """How one kind of call is launched."""
+    """How one kind of call is launched.
+
+    Attributes:
+        kernels: of its build.
+        row_tiles: CTAs that the rows of a KV head are divided among.
+        num_splits: CTAs that the keys of each are divided among.
+        sequences: of which a CTA has the rows, where it attends to what they share; else 0.
+    """
 
     kernels: Kernels
     row_tiles: int
     num_splits: int
+    sequences: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -213,7 +225,7 @@ def plan_for(
     row_tiles = -(-rows // shape.rows)
     if splits is None:
         splits = choose_splits(index, shape, head_dim, v_head_dim, batch * num_kv_heads * row_tiles, num_blocks)
-    kernels = _kernels(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table)
+    kernels = kernels_for(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table)
     return Plan(kernels, row_tiles, splits)
 
 
@@ -229,20 +241,37 @@ def prefill(
         shape: instead of the one chosen for the call.
         splits: instead of the number chosen.
     """
+    table = segment_table(view)
+    _, num_q_heads, query_len, head_dim = query.shape
+    batch, num_kv_heads, _, v_head_dim = view.buffers[1].shape
+    num_blocks = table.num_pages + -(-view.tail_len // PAGE_SIZE)
+    sizes = (batch, num_kv_heads, num_q_heads // num_kv_heads, query_len, head_dim, v_head_dim)
+    asked = options.attn_mask is not None, options.softcap is not None, table.has_row_table
+    plan = plan_for(query.device.index, sizes, query.dtype, *asked, num_blocks, shape, splits)
+    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
+    launch_plan(plan, query, view, options, output)
+    return output
+
+
+def launch_plan(
+    plan: Plan, query: Tensor, view: View, options: AttentionOptions, output: Tensor | None
+) -> Tensor | None:
+    """Attend as planned, into ``output``, or, if that is None, leaving the parts as they are.
+
+    Returns:
+        float32: the parts of the rows, (KV heads, row tiles, splits, rows, v_head_dim), those not normalised, then
+        largest logit in units of log2 and sum of weights of each, (..., 2). None where there are none.
+    """
     table, lengths = segment_table(view), view.lengths
+    kernels, row_tiles, num_splits, sequences = plan
     attn_mask, is_causal, _, window, softcap, sinks = options
-    batch, num_q_heads, query_len, head_dim = query.shape
+    _, num_q_heads, query_len, head_dim = query.shape
     key_tail, value_tail = view.buffers
-    _, num_kv_heads, _, v_head_dim = value_tail.shape
-    index = query.device.index
+    batch, num_kv_heads, _, v_head_dim = value_tail.shape
+    index, group = query.device.index, num_q_heads // num_kv_heads
     query, query_address, query0, query1, query2 = readable(query)
     key_tail, key_address, key0, key1, key2 = readable(key_tail)
     value_tail, value_address, value0, value1, value2 = readable(value_tail)
-    group = num_q_heads // num_kv_heads
-    num_blocks = table.num_pages + -(-view.tail_len // PAGE_SIZE)
-    sizes = (batch, num_kv_heads, group, query_len, head_dim, v_head_dim)
-    asked = attn_mask is not None, softcap is not None, table.has_row_table
-    kernels, row_tiles, num_splits = plan_for(index, sizes, query.dtype, *asked, num_blocks, shape, splits)
 
     mask = blocks = mask_dtype = 0
     mask_strides, block_strides, found = [0] * 4, [0] * 3, None
@@ -258,16 +287,15 @@ def prefill(
         blocks, block_strides = found.data_ptr(), _broadcast_strides(found)[:3]
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    heads = batch * num_kv_heads
-    partial = sums = 0
-    if num_splits > 1:
+    heads = num_kv_heads if sequences else batch * num_kv_heads
+    partial, sums, workspace = 0, 0, None
+    if num_splits > 1 or output is None:
         rows = heads * row_tiles * num_splits * kernels.shape.rows
         workspace = torch.empty(rows * (v_head_dim + 2), dtype=torch.float32, device=query.device)
         partial = workspace.data_ptr()
         sums = partial + 4 * rows * v_head_dim
-    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     arguments = (
-        *(query_address, output.data_ptr(), table.address, key_address, value_address),
+        *(query_address, 0 if output is None else output.data_ptr(), table.address, key_address, value_address),
         *(mask, blocks, 0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
         *(partial, sums),
         *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
@@ -279,12 +307,13 @@ def prefill(
         softcap or 0.0,
         *table.only,
         *table.row_table,
+        sequences,
     )
     launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, _PREFILL_ARGS, *arguments)
-    if num_splits > 1:
+    if num_splits > 1 and output is not None:
         merging = -(-heads * group * query_len // (kernels.shape.threads // 32))
         launch(kernels.merge_parts, (merging, 1, 1), index, _PREFILL_ARGS, *arguments)
-    return output
+    return workspace
 
 
 def _broadcast_strides(tensor: Tensor) -> list[int]:

@@ -12,7 +12,8 @@
 // Traffic: the visible pages once for kRows query rows, 64 * (HEAD_DIM + V_HEAD_DIM) bytes of codes; bound by the tensor
 // cores. Launch: batch * num_kv_heads * num_splits * row_tiles CTAs of kThreads with the shared memory of
 // backends/cuda/prefill.py's Shape; then, where there are several splits, merge_parts: one warp a row.
-// Before both, where there is a mask, scan_mask.
+// Before both, where there is a mask, scan_mask. Where SHARES_PAGES, with num_kv_heads and tiles of sequences in place of
+// batch * num_kv_heads and row_tiles; attention.cu then merges the parts.
 
 #include "prefill/attend.cuh"
 #include "prefill/attend_warpgroup.cuh"

@@ -23,8 +23,12 @@ struct AttentionArgs {
   i64 new_stride[2][3];
   int num_new;
   RowTable row_table;
+  // What prefill.cu has found for the pages that some of each `sequences` neighbours share; no parts if none was asked.
+  const float* shared_partial;  // (num_kv_heads, tiles of sequences, shared_parts, shared_rows, V_HEAD_DIM)
+  const float* shared_sums;     // (..., shared_rows, 2)
+  int sequences, shared_parts, shared_rows;
 };
-static_assert(sizeof(AttentionArgs) == 376, "as backends/cuda/attention.py packs it");
+static_assert(sizeof(AttentionArgs) == 408, "as backends/cuda/attention.py packs it");
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side.
 struct QueryRows {

@@ -37,6 +37,32 @@ DEVICE void write_output(const AttentionArgs& args, const QueryRows& rows, int r
   }
 }
 
+// A row that is complete but for the pages that its sequence shares with others; then to the output.
+DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row, int d, float4 total, float row_max,
+                       float row_sum) {
+#if HAS_ROW_TABLE
+  const int tiles = (args.batch + args.sequences - 1) / args.sequences, rows_each = args.group * rows.query_len;
+  const i64 tile = static_cast<i64>(rows.kv_head) * tiles + rows.batch / args.sequences;
+  const i64 first =
+      tile * args.shared_parts * args.shared_rows + rows.batch % args.sequences * rows_each + rows.first_row + row;
+  const float own_max = row_max;
+#pragma unroll 8
+  for (int part = 0; part < args.shared_parts; part++)
+    row_max = fmaxf(row_max, args.shared_sums[2 * (first + part * args.shared_rows)]);
+  const float own = exp2_approx(own_max - row_max);
+  total = make_float4(total.x * own, total.y * own, total.z * own, total.w * own), row_sum *= own;
+#pragma unroll 8
+  for (int part = 0; part < args.shared_parts; part++) {
+    const i64 place = first + part * args.shared_rows;
+    const float2 sums = *reinterpret_cast<const float2*>(args.shared_sums + 2 * place);
+    const float weight = exp2_approx(sums.x - row_max);
+    row_sum = fmaf(weight, sums.y, row_sum);
+    add_weighted(total, weight, *reinterpret_cast<const float4*>(args.shared_partial + place * V_HEAD_DIM + d));
+  }
+#endif
+  write_output(args, rows, row, d, total, row_sum);
+}
+
 // A warp's output (kRows, V_HEAD_DIM) and its row_max and row_sum (kRows, 2) to shared memory.
 DEVICE void share_softmax(const Thread& thread, const OnlineSoftmax& softmax, u8* memory) {
   float* outputs = reinterpret_cast<float*>(memory);   // (WARPS, kRows, V_HEAD_DIM)
@@ -83,7 +109,7 @@ DEVICE void merge_warps(const AttentionArgs& args, const QueryRows& rows, i64 pa
       add_weighted(total, weight, output);
     }
     if (args.num_splits == 1) {
-      write_output(args, rows, row, d, total, row_sum);
+      finish_row(args, rows, row, d, total, row_max, row_sum);
       continue;
     }
     const i64 place = (part + rows.split) * kRows + row;
@@ -102,7 +128,9 @@ DEVICE bool is_last_split(const AttentionArgs& args, const QueryRows& rows) {
   return is_last;
 }
 
-// weights (num_splits, kRows): what a split's output counts for in a row; row_sums (kRows,).
+// weights (num_splits, kRows): what a split's output counts for in a row; row_sums (kRows,), and, where they are needed,
+// row_maxima behind them.
+constexpr int kRowMaxima = HAS_ROW_TABLE ? kRows : 0;
 DEVICE void weigh_splits(const AttentionArgs& args, const QueryRows& rows, const Thread& thread, i64 part,
                          float* weights, float* row_sums) {
   const int lane = thread.lane;
@@ -128,7 +156,10 @@ DEVICE void weigh_splits(const AttentionArgs& args, const QueryRows& rows, const
       }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) row_sum += __shfl_xor_sync(~0u, row_sum, step);
-    if (lane == 0) row_sums[row] = row_sum;
+    if (lane == 0) {
+      row_sums[row] = row_sum;
+      if (HAS_ROW_TABLE) row_sums[kRowMaxima + row] = row_max;
+    }
   }
 }
 
@@ -157,19 +188,20 @@ DEVICE float4 add_splits(const AttentionArgs& args, const float* source, const f
 DEVICE void merge_splits(const AttentionArgs& args, const QueryRows& rows, const Thread& thread, i64 part, u8* memory) {
   float* weights = reinterpret_cast<float*>(memory);    // (num_splits, kRows)
   float* row_sums = weights + args.num_splits * kRows;  // (kRows,)
+  float* row_maxima = row_sums + kRowMaxima;            // (kRows,)
   weigh_splits(args, rows, thread, part, weights, row_sums);
   __syncthreads();
   // Few rows leave threads without an element: groups of threads then take every num_groups-th split.
   const int elements = rows.num_rows * kQuads;
   const int num_groups = max(min(kThreads / elements, 8), 1), width = num_groups > 1 ? elements : kThreads;
-  float4* sums_of_groups = reinterpret_cast<float4*>(row_sums + kRows);  // (num_groups, elements), if more than one
+  float4* sums_of_groups = reinterpret_cast<float4*>(row_maxima + kRows);  // (num_groups, elements), if more than one
   const int group = min(static_cast<int>(threadIdx.x) / width, num_groups);
   for (int i = threadIdx.x - group * width; i < elements && group < num_groups; i += width) {
     const int row = i / kQuads, d = i % kQuads * 4;
     const float* source = args.partial + (part * kRows + row) * V_HEAD_DIM + d;
     const float4 total = add_splits(args, source, weights, row, group, num_groups);
     if (num_groups == 1)
-      write_output(args, rows, row, d, total, row_sums[row]);
+      finish_row(args, rows, row, d, total, row_maxima[row], row_sums[row]);
     else
       sums_of_groups[group * elements + i] = total;
   }
@@ -182,6 +214,6 @@ DEVICE void merge_splits(const AttentionArgs& args, const QueryRows& rows, const
       total.x += sum.x, total.y += sum.y, total.z += sum.z, total.w += sum.w;
     }
     const int row = threadIdx.x / kQuads;
-    write_output(args, rows, row, threadIdx.x % kQuads * 4, total, row_sums[row]);
+    finish_row(args, rows, row, threadIdx.x % kQuads * 4, total, row_maxima[row], row_sums[row]);
   }
 }

@@ -125,13 +125,27 @@ struct PageWindow {
   }
   DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
     count = kLooksAhead ? min(left, kWindowPages) : left;
-    row = 0;
-#if HAS_ROW_TABLE
-    const int lane = threadIdx.x & 31;
-    if (lane < count) row = args.row_table.row_of(rows.batch, first + lane * WARPS);
-#endif
     scan_masks(args, rows, first, count, seen, partly);
+#if HAS_ROW_TABLE
+    seen &= ~find_rows(args, rows);
+#endif
   }
+#if HAS_ROW_TABLE
+  // Which pages a neighbour shares, where those have been attended to: prefill/shared_pages.cuh tells them the same way.
+  DEVICE u32 find_rows(const AttentionArgs& args, const QueryRows& rows) {
+    const int lane = threadIdx.x & 31, place = rows.batch % args.sequences;
+    const bool has_next = place + 1 < args.sequences && rows.batch + 1 < args.batch;
+    int before = -1, next = -1;
+    row = 0;
+    if (lane < count) {
+      const int page = first + lane * WARPS;
+      row = args.row_table.row_of(rows.batch, page);
+      if (place > 0) before = args.row_table.row_of(rows.batch - 1, page);
+      if (has_next) next = args.row_table.row_of(rows.batch + 1, page);
+    }
+    return __ballot_sync(~0u, lane < count && (before == row || next == row));
+  }
+#endif
   DEVICE PageWalk walk() const {
     PageWalk walk;
     walk.start(seen, first, count);

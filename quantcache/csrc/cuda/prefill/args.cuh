@@ -20,15 +20,20 @@ struct PrefillArgs {
   float softmax_scale, softcap;
   Segment only;  // the one segment, if there is one
   RowTable row_table;
+  int sequences;  // of a CTA, where SHARES_PAGES
 };
-static_assert(sizeof(PrefillArgs) == 328, "as backends/cuda/prefill.py packs it");
+static_assert(sizeof(PrefillArgs) == 336, "as backends/cuda/prefill.py packs it");
 
 constexpr int kBlockQueries = 32;  // whose masks are looked at together
 enum : u8 { kSeen = 1, kPartly = 2 };
 
-// The query rows of a CTA: rows of one KV head, those of a query head side by side.
+// The query rows of a CTA: rows of one KV head, those of a query head side by side. Where SHARES_PAGES, those of
+// num_sequences sequences from `batch` on, one after the other, and head is kv_head.
 struct QueryRows {
   int batch, kv_head, head;  // head counts the KV heads over the batch
+#if SHARES_PAGES
+  int num_sequences;
+#endif
   int row_tile, split;
   int first_row, num_rows;
   int first_query, last_query;  // of all rows
@@ -43,6 +48,13 @@ DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
   rows.row_tile = index % args.row_tiles, index /= args.row_tiles;
   rows.split = index % args.num_splits, index /= args.num_splits;
   rows.head = index;
+#if SHARES_PAGES
+  rows.batch = rows.row_tile * args.sequences, rows.kv_head = index;
+  rows.num_sequences = min(args.sequences, args.batch - rows.batch);
+  rows.first_row = rows.first_query = 0;
+  rows.num_rows = rows.num_sequences * args.group * args.query_len;
+  rows.last_query = args.query_len - 1;
+#else
   rows.batch = index / args.num_kv_heads, rows.kv_head = index % args.num_kv_heads;
   rows.first_row = rows.row_tile * kRows;
   rows.num_rows = min(kRows, args.group * args.query_len - rows.first_row);
@@ -50,6 +62,7 @@ DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
   const bool is_one_head = rows.first_row / args.query_len == last_row / args.query_len;
   rows.first_query = is_one_head ? rows.first_row % args.query_len : 0;
   rows.last_query = is_one_head ? last_row % args.query_len : args.query_len - 1;
+#endif
   rows.num_pages = args.lengths ? args.lengths[0] : args.num_pages;
   rows.kv_len = rows.num_pages * kPageSize + (args.lengths ? args.lengths[1] : args.tail_len);
   rows.position = rows.kv_len - args.query_len;
@@ -59,19 +72,25 @@ DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
 // The row of the CTA's that a thread holds, the last one where there are fewer, and what of the call it is.
 struct Row {
   int query, head;  // of the KV head's group
+  int batch;
 };
 DEVICE Row row_of(const PrefillArgs& args, const QueryRows& rows, int row) {
   const int index = rows.first_row + min(row, rows.num_rows - 1);
-  return {index % args.query_len, index / args.query_len};
+#if SHARES_PAGES
+  const int rows_each = args.group * args.query_len, sequence = index / rows_each, rest = index % rows_each;
+  return {rest % args.query_len, rest / args.query_len, rows.batch + sequence};
+#else
+  return {index % args.query_len, index / args.query_len, rows.batch};
+#endif
 }
 
 // Where a row of the query or of the mask begins, in elements.
 DEVICE i64 query_start(const PrefillArgs& args, const QueryRows& rows, const Row& row) {
-  return rows.batch * args.query_stride[0] + (rows.kv_head * args.group + row.head) * args.query_stride[1] +
+  return row.batch * args.query_stride[0] + (rows.kv_head * args.group + row.head) * args.query_stride[1] +
          row.query * args.query_stride[2];
 }
 DEVICE i64 mask_start(const PrefillArgs& args, const QueryRows& rows, const Row& row) {
-  return rows.batch * args.mask_stride[0] + (rows.kv_head * args.group + row.head) * args.mask_stride[1] +
+  return row.batch * args.mask_stride[0] + (rows.kv_head * args.group + row.head) * args.mask_stride[1] +
          row.query * args.mask_stride[2];
 }
 
@@ -80,7 +99,8 @@ DEVICE i64 tail_start(const QueryRows& rows, const i64 (&stride)[3]) {
   return rows.batch * stride[0] + rows.kv_head * stride[1];
 }
 
-// Pages of keys, the tail counted as further ones, that some row of the CTA may see and that are this split's.
+// Pages of keys, the tail counted as further ones, that some row of the CTA may see and that are this split's. Where
+// SHARES_PAGES they are every num_splits-th page and nothing of the tail: what is shared lies in front.
 struct BlockRange {
   int first, end;
 };
@@ -88,6 +108,9 @@ DEVICE BlockRange blocks_of_cta(const PrefillArgs& args, const QueryRows& rows) 
   const int low = args.window ? max(rows.position + rows.first_query - args.window + 1, 0) / kPageSize : 0;
   const int last_key = args.is_causal ? rows.position + rows.last_query : rows.kv_len - 1;
   const int end = (last_key + kPageSize) / kPageSize;
+#if SHARES_PAGES
+  return {low + rows.split, min(end, rows.num_pages)};
+#endif
   const int each = (max(end - low, 0) + args.num_splits - 1) / args.num_splits;
   const int first = low + rows.split * each;
   return {first, min(first + each, end)};

@@ -6,6 +6,7 @@
 // see metadata.cuh.
 
 #include "prefill/query.cuh"
+#include "prefill/shared_pages.cuh"
 #include "prefill/tiles.cuh"
 
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {

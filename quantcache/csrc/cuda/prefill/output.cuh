@@ -28,7 +28,7 @@ DEVICE void write_output(const PrefillArgs& args, const QueryRows& rows, OnlineS
       }
       const int row = (threadIdx.x >> 5) * kWarpRows + 16 * i + 8 * h + g;
       if (row >= rows.num_rows) continue;
-      if (args.num_splits > 1) {
+      if (SHARES_PAGES || args.num_splits > 1) {
         const i64 place = (first_part(args, rows.head, rows.row_tile) + rows.split) * kRows + row;
         float2* part = reinterpret_cast<float2*>(args.partial + place * V_HEAD_DIM);
 #pragma unroll

@@ -16,8 +16,16 @@ struct Tile {
   const i8* value_qdata;      // (TILE_KEYS, V_HEAD_DIM)
   const u32* key_metadata;    // (HEAD_DIM,)
   const u32* value_metadata;  // (TILE_KEYS,)
-  int first_key, is_partly;   // seen by some rows only, or some of its keys
+#if SHARES_PAGES
+  int first_key;
+  u8 is_partly;           // see below
+  u8 first_row, end_row;  // of the sequences that read it
+#else
+  int first_key, is_partly;  // seen by some rows only, or some of its keys
+#endif
 };
+
+static_assert(sizeof(Tile) == 40, "as Shape.shared_bytes of backends/cuda/prefill.py");
 
 struct Shared {
   Tile queue[kQueue];

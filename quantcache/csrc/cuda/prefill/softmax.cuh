@@ -50,15 +50,20 @@ DEVICE void start_softmax(const PrefillArgs& args, const QueryRows& rows, Online
 }
 
 // Sets the scores (log2 units) of hidden keys to -inf and adds additive masks.
-DEVICE void hide_keys(const PrefillArgs& args, const QueryRows& rows, Scores& scores, int first_key) {
+DEVICE void hide_keys(const PrefillArgs& args, const QueryRows& rows, Scores& scores, const Tile& tile) {
+  const int first_key = tile.first_key;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const Row row = row_of(args, rows, (threadIdx.x >> 5) * kWarpRows + 16 * i + 8 * h + g);
+      const int number = (threadIdx.x >> 5) * kWarpRows + 16 * i + 8 * h + g;
+      const Row row = row_of(args, rows, number);
       const int position = rows.position + row.query;
-      const int last_key = args.is_causal ? min(position, rows.kv_len - 1) : rows.kv_len - 1;
+      int last_key = args.is_causal ? min(position, rows.kv_len - 1) : rows.kv_len - 1;
+#if SHARES_PAGES
+      if (number < tile.first_row || number >= tile.end_row) last_key = -1;
+#endif
       const int earliest_key = args.window ? position - args.window + 1 : 0;
 #if HAS_MASK
       const i64 start = mask_start(args, rows, row);

@@ -2,8 +2,8 @@
 
 #include "prefill/shared.cuh"
 
-// Whether any row sees a block of keys, and whether some row does not see all of it.
-DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int block) {
+// Whether any row of a sequence sees a block of keys, and whether some row does not see all of it.
+DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int block, int sequence) {
   const int first_key = block * kPageSize, last_key = first_key + kPageSize - 1;
   const int first_position = rows.position + rows.first_query, last_position = rows.position + rows.last_query;
   bool is_seen = true, is_partly = last_key >= rows.kv_len;
@@ -15,11 +15,12 @@ DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int bloc
 #if HAS_MASK
   bool any = false;
   const int first_head = args.block_stride[1] ? rows.first_row / args.query_len : 0;
-  const int last_head = args.block_stride[1] ? (rows.first_row + rows.num_rows - 1) / args.query_len : 0;
+  const int last_row = SHARES_PAGES ? args.group * args.query_len - 1 : rows.first_row + rows.num_rows - 1;
+  const int last_head = args.block_stride[1] ? last_row / args.query_len : 0;
   const int first = args.block_stride[2] ? rows.first_query / kBlockQueries : 0;
   const int last = args.block_stride[2] ? rows.last_query / kBlockQueries : 0;
   for (int head = first_head; head <= last_head; head++) {
-    const u8* found = args.blocks + rows.batch * args.block_stride[0] +
+    const u8* found = args.blocks + sequence * args.block_stride[0] +
                       (rows.kv_head * args.group + head) * args.block_stride[1] + block;
 #pragma unroll 4
     for (int i = first; i <= last; i++) {
@@ -46,8 +47,40 @@ DEVICE Segment segment_of(const PrefillArgs& args, int page) {
   return args.segments[low];
 }
 
-// Puts the tiles of further blocks into the queue, if fewer than kAhead are left from `attended` on, and says to the turn
-// kNotice after that one how many there are. One warp; the others see it after a barrier.
+// Has a tile be that of a page's first keys.
+DEVICE void point_to(Tile& tile, const Segment& segment, i64 place) {
+  tile.key_qdata = segment.key_qdata + place * (kPageSize * HEAD_DIM);
+  tile.value_qdata = segment.value_qdata + place * (kPageSize * V_HEAD_DIM);
+  tile.key_metadata = segment.key_metadata + place * HEAD_DIM;
+  tile.value_metadata = segment.value_metadata + place * kPageSize;
+}
+
+// Puts the first `count` tiles of a block into the queue, from `index` on; `tile` is the first one but for its keys.
+DEVICE void put_tiles(Shared& shared, Tile& tile, int block, int index, int count, bool is_page) {
+  for (int part = 0; part < count; part++) {
+    tile.first_key = block * kPageSize + part * TILE_KEYS;
+    shared.queue[(index + part) % kQueue] = tile;
+    if (is_page) {
+      tile.key_qdata += TILE_KEYS * HEAD_DIM, tile.value_qdata += TILE_KEYS * V_HEAD_DIM;
+      tile.value_metadata += TILE_KEYS;
+    }
+  }
+}
+
+// Says to the turn kNotice after that of tile `attended` how many tiles the queue has had, and keeps what comes next. One
+// warp; the others see it after a barrier.
+DEVICE void give_notice(Shared& shared, int attended, int queued, int next) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    shared.queued[(attended + kNotice) % kTurns] = queued;
+    shared.filled = queued, shared.next_block = next;
+  }
+  __syncwarp();
+}
+
+#if !SHARES_PAGES
+// Puts the tiles of further blocks into the queue, if fewer than kAhead are left from `attended` on, and gives notice of
+// it. One warp.
 DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, Shared& shared,
                        int attended) {
   const int lane = threadIdx.x & 31;
@@ -55,7 +88,7 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
 #pragma unroll 1
   while (next < range.end && queued - attended <= kAhead) {
     const int block = next + lane;
-    const u8 found = block < range.end ? look_at_block(args, rows, block) : 0;
+    const u8 found = block < range.end ? look_at_block(args, rows, block, rows.batch) : 0;
     int count = 0;  // tiles of this block
     if (found & kSeen) count = min(kTilesPerPage, (rows.kv_len - block * kPageSize + TILE_KEYS - 1) / TILE_KEYS);
     int before = 0;  // tiles of the blocks before
@@ -72,27 +105,13 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
 #else
         const i64 place = (block - segment.first) * args.batch * args.num_kv_heads + rows.head;
 #endif
-        tile.key_qdata = segment.key_qdata + place * (kPageSize * HEAD_DIM);
-        tile.value_qdata = segment.value_qdata + place * (kPageSize * V_HEAD_DIM);
-        tile.key_metadata = segment.key_metadata + place * HEAD_DIM;
-        tile.value_metadata = segment.value_metadata + place * kPageSize;
+        point_to(tile, segment, place);
       }
-      for (int part = 0; part < count; part++) {
-        tile.first_key = block * kPageSize + part * TILE_KEYS;
-        shared.queue[(queued + before + part) % kQueue] = tile;
-        if (block < rows.num_pages) {
-          tile.key_qdata += TILE_KEYS * HEAD_DIM, tile.value_qdata += TILE_KEYS * V_HEAD_DIM;
-          tile.value_metadata += TILE_KEYS;
-        }
-      }
+      put_tiles(shared, tile, block, queued + before, count, block < rows.num_pages);
     }
     queued += __popc(one) + __popc(two);
     next += 32;
   }
-  __syncwarp();
-  if (lane == 0) {
-    shared.queued[(attended + kNotice) % kTurns] = queued;
-    shared.filled = queued, shared.next_block = next;
-  }
-  __syncwarp();
+  give_notice(shared, attended, queued, next);
 }
+#endif

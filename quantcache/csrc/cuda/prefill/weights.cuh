@@ -85,6 +85,6 @@ DEVICE Rescale weigh(const PrefillArgs& args, const QueryRows& rows, const Memor
   score_maps(args, memory, number % kSlots, factor, offset);
   const bool is_partly = tile.is_partly;
   if (HAS_SOFTCAP || is_partly) map_scores(args, scores, factor, offset);
-  if (is_partly) hide_keys(args, rows, scores, tile.first_key);
+  if (is_partly) hide_keys(args, rows, scores, tile);
   return softmax_step(softmax, scores, factor, offset);
 }

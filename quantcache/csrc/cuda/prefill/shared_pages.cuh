@@ -1,0 +1,81 @@
+// Which pages the sequences of a CTA share, where SHARES_PAGES.
+//
+// Neighbours whose entries of the row table are equal read one page. A run of two or more of them has its tiles attended
+// to by all rows of the CTA, those of others hidden: a page is loaded and converted once for a run. What a sequence reads
+// alone, and the tail, the kernel for few query rows attends to; it asks the table the same question (see PageWindow in
+// attention/page_loader.cuh) and merges what was found here.
+
+#include "prefill/tiles.cuh"
+
+#if SHARES_PAGES
+constexpr int kMaxSequences = 64;  // of a CTA, a bit each
+static_assert(kQueue - kAhead >= kMaxSequences / 2 * kTilesPerPage, "the queue has room for the runs of a page");
+
+// A bit for each sequence of the CTA: whether it reads the row of a page that the one before it reads.
+DEVICE u64 joined_sequences(const PrefillArgs& args, const QueryRows& rows, int page) {
+  u64 joined = 0;
+  int before = args.row_table.row_of(rows.batch, page);
+#pragma unroll 16
+  for (int n = 1; n < rows.num_sequences; n++) {
+    const int row = args.row_table.row_of(rows.batch + n, page);
+    joined |= static_cast<u64>(row == before) << n;
+    before = row;
+  }
+  return joined;
+}
+
+// Sequences of the run that begins at sequence `first` of the CTA, by the bits of joined_sequences.
+DEVICE int run_length(u64 joined, int first) { return __ffsll(~(joined >> first >> 1)); }
+
+// See fill_queue of prefill/tiles.cuh. A turn takes as many pages as the queue has room for, and one at least.
+DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, Shared& shared,
+                       int attended) {
+  const int lane = threadIdx.x & 31, rows_each = args.group * args.query_len;
+  int next = shared.next_block, queued = shared.filled;
+#pragma unroll 1
+  while (next < range.end && queued - attended <= kAhead) {
+    const int page = next + lane * args.num_splits;
+    auto look_at_run = [&](int first, int length) {
+      u8 found = 0;
+      for (int n = first; n < first + (HAS_MASK && args.block_stride[0] ? length : 1); n++)
+        found |= look_at_block(args, rows, page, rows.batch + n);
+      return found;
+    };
+    u64 joined = 0, runs = 0;  // a bit for the first sequence of each run
+    if (page < range.end) {
+      joined = joined_sequences(args, rows, page);
+      const u64 shared_runs = ~joined & joined >> 1;
+      for (u64 left = shared_runs; left; left &= left - 1) {
+        const int first = __ffsll(left) - 1;
+        if (look_at_run(first, run_length(joined, first)) & kSeen) runs |= left & -left;
+      }
+    }
+    const int count = __popcll(runs) * kTilesPerPage;
+    int through = count;  // tiles of this page and those before
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(~0u, through, step);
+      if (lane >= step) through += before;
+    }
+    const bool fits = through <= kQueue - (queued - attended);
+    const int pages = __popc(__ballot_sync(~0u, fits));
+    if (fits && runs) {
+      const Segment segment = segment_of(args, page);
+      int index = queued + through - count;
+      for (u64 left = runs; left; left &= left - 1) {
+        const int first = __ffsll(left) - 1, length = run_length(joined, first);
+        const int row = args.row_table.row_of(rows.batch + first, page);
+        Tile tile = {};
+        point_to(tile, segment, place_of(segment, page, row, args.num_kv_heads, rows.kv_head));
+        tile.is_partly = length < rows.num_sequences || look_at_run(first, length) & kPartly;
+        tile.first_row = first * rows_each, tile.end_row = (first + length) * rows_each;
+        put_tiles(shared, tile, page, index, kTilesPerPage, true);
+        index += kTilesPerPage;
+      }
+    }
+    queued += __shfl_sync(~0u, through, pages - 1);
+    next += pages * args.num_splits;
+  }
+  give_notice(shared, attended, queued, next);
+}
+#endif
