@@ -383,7 +383,7 @@ def check_blocks(args: Arguments, kv_len: int) -> None:
 def prefill(args: Arguments) -> None:
     given = args.given
     shape = built_as(args)
-    assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths)
+    assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths, bool(args.macros["SHARES_PAGES"]))
     num_pages, tail_len = live_lengths(args)
     if args.macros["SHARES_PAGES"]:
         check_blocks(args, num_pages * PAGE_SIZE + tail_len)

@@ -47,11 +47,10 @@ def make_table(kind: str, batch: int, segments: tuple[int, ...], rows: tuple[int
 
 @dataclass(frozen=True)
 class Shared:
-    """Arguments of ``reads.attention`` with a row table, and the same with a copy for each sequence."""
+    """Arguments of ``reads.attention`` with a row table."""
 
     query: Tensor
     view: PagesView
-    copies: Stored
 
     def cuda(self) -> "Shared":
         """The same numbers on the GPU."""
@@ -61,14 +60,29 @@ class Shared:
             return made.copy_(tensor)
 
         segments = tuple(Segment(*(part.cuda() for part in segment)) for segment in self.view.segments)
-        closed = ClosedPages(segments, None if self.view.row_table is None else self.view.row_table.cuda())
-        view = PagesView(closed, *(moved(buffer) for buffer in self.view.buffers))
-        return Shared(moved(self.query), view, self.copies)
+        view = PagesView(ClosedPages(segments, self.table.cuda()), *(moved(buffer) for buffer in self.view.buffers))
+        return Shared(moved(self.query), view)
+
+    @property
+    def table(self) -> Tensor:
+        """The row table."""
+        assert self.view.row_table is not None
+        return self.view.row_table
+
+    @property
+    def copies(self) -> Stored:
+        """The same with a copy of each page for each sequence."""
+        selected, first = [], 0
+        for segment in self.view.segments:
+            rows = self.table[:, first : first + segment.capacity]
+            selected.append([reference.select_rows(part, rows) for part in segment])
+            first += segment.capacity
+        parts = [list(part) for part in zip(*selected, strict=True)]
+        return Stored(self.query, *parts, *self.view.buffers)
 
     def expected(self, options: AttentionOptions = PLAIN) -> Tensor:
         """What the specification says in float64."""
-        key, value = (states.to(self.query.device) for states in self.copies.exact())
-        return reference.attend(self.query.double(), key, value, options)
+        return reference.attend(self.query.double(), *self.copies.exact(), options)
 
     def error(self, output: Tensor, options: AttentionOptions = PLAIN) -> float:
         """||output - expected|| / ||expected||; raises where the output is not what attention returns."""
@@ -88,17 +102,9 @@ def share(case: Case, kind: str, rows: tuple[int, ...] | None = None) -> Shared:
     """
     rows = rows or (case.batch,) * len(case.segments)
     table = make_table(kind, case.batch, case.segments, rows)
-    stored = [
-        build(replace(case, batch=count, segments=(pages,)), seed=7 * index)
+    segments = tuple(
+        build(replace(case, batch=count, query_len=1, segments=(pages,)), seed=7 * index).view.segments[0]
         for index, (pages, count) in enumerate(zip(case.segments, rows, strict=True))
-    ]
-    segments = tuple(segment for each in stored for segment in each.view.segments)
-    closed, first, selected = ClosedPages(segments, table), 0, []
-    for segment in segments:
-        part_of_table = table[:, first : first + segment.capacity]
-        selected.append([reference.select_rows(part, part_of_table) for part in segment])
-        first += segment.capacity
+    )
     own = build(replace(case, segments=()), seed=99)
-    parts = [list(part) for part in zip(*selected, strict=True)] or [[], [], [], []]
-    copies = Stored(own.query, *parts, own.key_tail, own.value_tail)
-    return Shared(own.query, PagesView(closed, own.key_tail, own.value_tail), copies)
+    return Shared(own.query, PagesView(ClosedPages(segments, table), own.key_tail, own.value_tail))

@@ -11,10 +11,9 @@ import torch
 from quantcache.backends import cuda
 from quantcache.quantization import reference
 from quantcache.quantization.options import PLAIN, AttentionOptions
-from quantcache.quantization.reference import select_rows
 from quantcache.store import reads
 from quantcache.store.growing import Int8Pages
-from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.segments import ClosedPages
 from quantcache.store.view import PagesView
 from tests.attention_cases import Case
 from tests.conftest import skip_without_gpu
@@ -109,9 +108,9 @@ def test_many_query_rows(query_len: int, kind: str) -> None:
 def test_states_are_restored_as_the_table_says(kind: str, dtype: torch.dtype) -> None:
     """Bit for bit those of copies."""
     shared = share(replace(CASE, dtype=dtype), kind, ROWS).cuda()
-    copies = replace(shared, view=shared.copies.view).cuda()
+    copies = shared.copies.view
     for is_key in (True, False):
-        assert torch.equal(cuda.restore(shared.view, is_key), cuda.restore(copies.view, is_key))
+        assert torch.equal(cuda.restore(shared.view, is_key), cuda.restore(copies, is_key))
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -137,22 +136,17 @@ def test_results_are_the_same_from_run_to_run(kind: str) -> None:
 )
 def test_every_number_of_sequences(kind: str, batch: int, num_kv_heads: int, group: int, query_len: int) -> None:
     """Those of one CTA and of several, whose rows fill its tiles or not."""
-    case = Case(batch, num_kv_heads, group, query_len, (9, 60), 37, 128, 128, torch.bfloat16)
+    case = Case(batch, num_kv_heads, group, query_len, (2, 7), 37, 128, 128, torch.bfloat16)
     shared = share(case, kind).cuda()
     assert shared.error(reads.attention(shared.query, shared.view, CAUSAL), CAUSAL) <= TOLERANCE[case.dtype]
 
 
 def test_as_many_pages_as_the_queue_never_holds() -> None:
     """Each page read in as many runs as there can be, and the runs other ones from page to page."""
-    case = Case(64, 1, 1, 1, (150,), 20, 64, 64, torch.float16)
+    case = Case(64, 1, 1, 1, (150,), 20, 16, 16, torch.float16)
     shared = share(case, "one row")
-    table = shared.view.row_table
-    assert table is not None
-    pairs = (torch.arange(64)[:, None] + torch.arange(150) % 2) // 2 % 64
-    table.copy_(pairs)
-    copies = [select_rows(part, table) for part in shared.view.segments[0]]
-    stored = replace(shared.copies, **{name: [part] for name, part in zip(Segment._fields, copies, strict=True)})
-    shared = replace(shared, copies=stored).cuda()
+    shared.table.copy_((torch.arange(64)[:, None] + torch.arange(150) % 2) // 2)
+    shared = shared.cuda()
     assert shared.error(reads.attention(shared.query, shared.view)) <= TOLERANCE[case.dtype]
 
 
@@ -160,7 +154,7 @@ def test_a_captured_graph_reads_the_table_when_it_runs() -> None:
     """One captured step, replayed behind other tables and lengths, gives what a fresh call gives, to the bit."""
     case = Case(6, 2, 4, 1, (40,), 95, 128, 128, torch.bfloat16)
     shared = share(case, "random").cuda()
-    table, lengths = shared.view.row_table, torch.tensor([40, 95], dtype=torch.int32, device="cuda")
+    table, lengths = shared.table, torch.tensor([40, 95], dtype=torch.int32, device="cuda")
     scratch = cuda.make_scratch(torch.device("cuda", 0), 128)
 
     def step() -> torch.Tensor:
@@ -174,7 +168,6 @@ def test_a_captured_graph_reads_the_table_when_it_runs() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()
-    assert table is not None
     for kind in TABLES:
         for pages, tail in ((40, 95), (23, 1), (0, 50)):
             table.copy_(make_table(kind, 6, (40,), (6,)))
@@ -182,10 +175,9 @@ def test_a_captured_graph_reads_the_table_when_it_runs() -> None:
             graph.replay()
             again = step()
             assert torch.equal(output, again)
-            segments = [[select_rows(part, table)[:pages] for part in segment] for segment in shared.view.segments]
-            parts = {name: [part] for name, part in zip(Segment._fields, segments[0], strict=True)}
-            tails = {name: buffer[:, :, :tail] for name, buffer in zip(TAILS, shared.view.buffers, strict=True)}
-            live = replace(shared, copies=replace(shared.copies, **parts, **tails))
+            (segment,) = shared.view.segments
+            closed = ClosedPages((segment.narrow(0, pages),), table[:, :pages])
+            live = replace(shared, view=PagesView(closed, *(buffer[:, :, :tail] for buffer in shared.view.buffers)))
             assert live.error(output) <= TOLERANCE[case.dtype]
 
 
@@ -224,16 +216,17 @@ def test_beams_that_are_reordered_read_what_is_restored() -> None:
     beams.append(key, key)
     query = torch.randn(6, 8, 1, 128, device="cuda").bfloat16()
     generator = torch.Generator().manual_seed(0)
-    order = torch.zeros(6, dtype=torch.int64)
+    order, shared_steps = torch.zeros(6, dtype=torch.int64), 0
     for step in range(40):
         beams.index_select(order)
+        shared_steps += beams.row_table is not None
         newest = torch.randn(6, 2, 17, 128, device="cuda").bfloat16()
         output = reads.attention(query, beams.append(newest, newest)).double()
         expected = reference.attend(query.double(), *(states.double() for states in beams.restore()))
         # What is restored is rounded to bfloat16, which the kernel does not do.
         assert (output - expected).norm() <= 4e-3 * expected.norm(), f"step {step}"
         order = torch.randint(0, 6, (6,), generator=generator)
-    assert beams.row_table is not None
+    assert shared_steps > 20
 
 
 def test_a_page_of_an_unread_row_reaches_nobody() -> None:

@@ -59,13 +59,14 @@ class Shape(NamedTuple):
         """Threads of a CTA."""
         return 32 * self.warps + (128 if self.is_warpgroup else 0)
 
-    def shared_bytes(self, head_dim: int, v_head_dim: int) -> int:
+    def shared_bytes(self, head_dim: int, v_head_dim: int, shares_pages: bool = False) -> int:
         """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
+        code_stages = 2 if shares_pages and self.is_warpgroup else 1
         keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
         makers = 128 if self.is_warpgroup else self.threads
         pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
         pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
-        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces
+        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces * code_stages
         queue = 40 * 64 * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
         tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
         metadata = _SLOTS // 2 * 4 * (head_dim + keys)
@@ -126,7 +127,7 @@ def macros_for(
         *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
         ("SHARES_PAGES", int(shares_pages)),
-        ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim)),
+        ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim, shares_pages)),
     )
 
 
@@ -149,7 +150,7 @@ def kernels_for(
     def load(name: str, shared_bytes: int) -> Kernel:
         return load_kernel("prefill.cu", macros, name, index, shape.threads, shared_bytes, arch)
 
-    shared_bytes = shape.shared_bytes(head_dim, v_head_dim)
+    shared_bytes = shape.shared_bytes(head_dim, v_head_dim, shares_pages)
     return Kernels(shape, load("prefill", shared_bytes), load("merge_parts", 0), load("scan_mask", 0))
 
 

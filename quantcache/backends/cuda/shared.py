@@ -46,7 +46,7 @@ NOTHING_SHARED: Final = SharedParts(0, 0, 1, 0, 0, None)
 MAX_SEQUENCES: Final = 64
 """Neighbours that are looked at together; the kernel has a bit for each."""
 
-WORTH_SHARING: Final = 16
+WORTH_SHARING: Final = 32
 """Pages for each processor that could be read once instead of again, below which a launch takes longer than that."""
 
 
@@ -66,8 +66,8 @@ def plan_for(
         return None
     rows_each = group * query_len
     shape = choose_shape(index, batch * rows_each, head_dim, v_head_dim)
-    if shape.is_warpgroup and batch * rows_each <= shape.rows // 2:
-        shape = shape._replace(warps=shape.warps // 2)
+    if shape.is_warpgroup:  # no more of them than have rows
+        shape = shape._replace(warps=min(shape.warps, 4 * -(-batch * rows_each // 64)))
     most = min(shape.rows // rows_each, MAX_SEQUENCES)
     if most < 2:
         return None

@@ -20,7 +20,8 @@
 #include "prefill/output.cuh"
 #include "prefill/scan.cuh"
 
-static_assert(kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes + sizeof(Shared) == SHARED_BYTES,
+static_assert(kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeStages * kCodeBytes + sizeof(Shared) ==
+                  SHARED_BYTES,
               "as Shape.shared_bytes of backends/cuda/prefill.py");
 
 constexpr int kMinBlocks = WARPS == 4 && BUFFERS == 1 ? 2 : 1;

@@ -45,19 +45,30 @@ DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row
   const i64 tile = static_cast<i64>(rows.kv_head) * tiles + rows.batch / args.sequences;
   const i64 first =
       tile * args.shared_parts * args.shared_rows + rows.batch % args.sequences * rows_each + rows.first_row + row;
-  const float own_max = row_max;
-#pragma unroll 8
-  for (int part = 0; part < args.shared_parts; part++)
-    row_max = fmaxf(row_max, args.shared_sums[2 * (first + part * args.shared_rows)]);
-  const float own = exp2_approx(own_max - row_max);
-  total = make_float4(total.x * own, total.y * own, total.z * own, total.w * own), row_sum *= own;
-#pragma unroll 8
-  for (int part = 0; part < args.shared_parts; part++) {
-    const i64 place = first + part * args.shared_rows;
-    const float2 sums = *reinterpret_cast<const float2*>(args.shared_sums + 2 * place);
-    const float weight = exp2_approx(sums.x - row_max);
-    row_sum = fmaf(weight, sums.y, row_sum);
-    add_weighted(total, weight, *reinterpret_cast<const float4*>(args.shared_partial + place * V_HEAD_DIM + d));
+  constexpr int kAtOnce = 16;  // parts that are loaded before one is used
+#pragma unroll 1
+  for (int part = 0; part < args.shared_parts; part += kAtOnce) {
+    float2 sums[kAtOnce];
+    float4 outputs[kAtOnce];
+    float new_max = row_max;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const i64 place = first + min(part + n, args.shared_parts - 1) * args.shared_rows;
+      sums[n] = *reinterpret_cast<const float2*>(args.shared_sums + 2 * place);
+      outputs[n] = *reinterpret_cast<const float4*>(args.shared_partial + place * V_HEAD_DIM + d);
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) new_max = fmaxf(new_max, sums[n].x);
+    const float rescale = exp2_approx(row_max - new_max);
+    total = make_float4(total.x * rescale, total.y * rescale, total.z * rescale, total.w * rescale);
+    row_max = new_max, row_sum *= rescale;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      if (part + n >= args.shared_parts || sums[n].y == 0.0f) continue;  // of nothing there is no output
+      const float weight = exp2_approx(sums[n].x - row_max);
+      row_sum = fmaf(weight, sums[n].y, row_sum);
+      add_weighted(total, weight, outputs[n]);
+    }
   }
 #endif
   write_output(args, rows, row, d, total, row_sum);

@@ -125,9 +125,14 @@ struct PageWindow {
   }
   DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
     count = kLooksAhead ? min(left, kWindowPages) : left;
+#if HAS_ROW_TABLE
+    const u32 all = count == 32 ? ~0u : (1u << count) - 1, own = all & ~find_rows(args, rows);
+    seen = partly = 0;
+    if (!own) return;
+#endif
     scan_masks(args, rows, first, count, seen, partly);
 #if HAS_ROW_TABLE
-    seen &= ~find_rows(args, rows);
+    seen &= own;
 #endif
   }
 #if HAS_ROW_TABLE

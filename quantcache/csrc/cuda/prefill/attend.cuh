@@ -114,13 +114,12 @@ DEVICE void attend_tiles(const PrefillArgs& args, const QueryRows& rows, const B
       convert_tail_values(args, rows, memory, tile.first_key, values);
     } else if (!is_tail_only) {
       convert_all_keys(memory, number % kSlots, keys);
-      convert_all_values(memory, values);
+      convert_all_values(memory, number, values);
     }
   };
   auto copy = [&](int number) {
     if (number < queued) {
-      const Tile& tile = shared.queue[number % kQueue];
-      copy_keys(memory, tile), copy_values(memory, tile);
+      copy_keys(memory, number), copy_values(memory, number);
     }
     commit_copies();
   };

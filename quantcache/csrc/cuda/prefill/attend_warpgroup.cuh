@@ -67,6 +67,17 @@ DEVICE void start_outputs(OnlineSoftmax& softmax, const Weights& weights, u32 va
   }
 }
 
+// Brings a tile's codes to the L2 cache, a line for each thread.
+DEVICE void fetch_tile(const Memory& memory, int number, int queued) {
+  if (number >= queued) return;
+  const Tile& tile = memory.shared->queue[number % kQueue];
+  for (int line = maker(); line < TILE_KEYS * (HEAD_DIM + V_HEAD_DIM) / 128; line += kMakerThreads) {
+    const int of_values = line - TILE_KEYS * HEAD_DIM / 128;
+    const i8* codes = of_values < 0 ? tile.key_qdata + 128 * line : tile.value_qdata + 128 * of_values;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes));
+  }
+}
+
 // The loop of warps that make tiles. In the turn of tile `number` they make the keys of the tile behind the next and the
 // next tile's values, while the others attend to the next tile's keys and to this tile's values.
 DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, const Memory& memory,
@@ -88,35 +99,47 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
     if (tile.key_qdata == nullptr)
       convert_tail_values(args, rows, memory, tile.first_key, target);
     else
-      convert_all_values(memory, target);
+      convert_all_values(memory, number, target);
   };
   auto copy = [&](int keys, int values) {
-    if (keys < queued) copy_keys(memory, shared.queue[keys % kQueue]);
-    if (values < queued) copy_values(memory, shared.queue[values % kQueue]);
+    if (keys < queued) copy_keys(memory, keys);
+    if (values < queued) copy_values(memory, values);
     commit_copies();
   };
 
+  constexpr bool is_early = kCodeStages > 1;  // copies start a turn before they are waited for
   copy_metadata(memory, 0, queued);
   copy(0, 0);
-  wait_for_copies<0>();
+  if (is_early) {
+    copy(1, 1);
+    for (int number = 2; number < kFetched; number++) fetch_tile(memory, number, queued);
+  }
+  wait_for_copies<kCodeStages - 1>();
   prepare_group(memory, 0, queued);
   copy_metadata(memory, kGroup, queued);
   wait_at_barrier<kMakerThreads>(1);
   make_keys(0), make_values(0);
-  copy(1, 1);
+  if (is_early)
+    copy(2, queued);
+  else
+    copy(1, 1);
   show_to_tensor_cores();
   wait_at_barrier<kThreads>(0);
-  wait_for_copies<0>();
+  wait_for_copies<kCodeStages - 1>();
   make_keys(1);
-  copy(2, queued);
+  if (!is_early) copy(2, queued);
   show_to_tensor_cores();
 
   for (int number = 0; number + 1 < queued; number++) {
     wait_at_barrier<kThreads>(0);
     queued = shared.queued[number % kTurns];
-    wait_for_copies<0>();
+    if (is_early) {
+      fetch_tile(memory, number + kFetched, queued);
+      copy(number + 3, number + 2);
+    }
+    wait_for_copies<kCodeStages - 1>();
     make_keys(number + 2), make_values(number + 1);
-    copy(number + 3, number + 2);
+    if (!is_early) copy(number + 3, number + 2);
     if (number % kGroup == 0) {
       prepare_group(memory, number + kGroup, queued);
       copy_metadata(memory, number + 2 * kGroup, queued);

@@ -35,6 +35,9 @@ constexpr int kRowRegisters = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 240;
 constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
 constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
+// Tiles whose codes are on their way to a thread that converts them. Few rows wait for memory: with two a copy has a turn
+// of the loop to arrive, from the L2 cache, where the tile is brought kFetched turns before.
+constexpr int kCodeStages = SHARES_PAGES && WARPGROUP ? 2 : 1, kFetched = 8;
 constexpr int kKeyBlocks = TILE_KEYS / 8;  // of eight keys
 
 // Rows in shared memory are an odd number of 16 bytes apart: the eight that are read at once lie in different banks.

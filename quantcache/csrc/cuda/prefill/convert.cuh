@@ -58,11 +58,16 @@ DEVICE void copy_codes(u32 target, const i8* codes) {
     if (Piece<kChunks>(number).exists)
       copy_async(target + 16 * (number * kMakerThreads + maker()), codes + 16 * (number * kMakerThreads + maker()));
 }
-DEVICE void copy_keys(const Memory& memory, const Tile& tile) {
-  copy_codes<kKeyPieces, kKeyChunks>(memory.codes, tile.key_qdata);
+// Where the codes of a tile go.
+DEVICE u32 codes_of(const Memory& memory, int number) {
+  return memory.codes + (kCodeStages > 1 ? (number & 1) * kCodeBytes : 0);
 }
-DEVICE void copy_values(const Memory& memory, const Tile& tile) {
-  copy_codes<kValuePieces, kValueChunks>(memory.codes + 16 * kMakerThreads * kKeyPieces, tile.value_qdata);
+DEVICE void copy_keys(const Memory& memory, int number) {
+  copy_codes<kKeyPieces, kKeyChunks>(codes_of(memory, number), memory.shared->queue[number % kQueue].key_qdata);
+}
+DEVICE void copy_values(const Memory& memory, int number) {
+  copy_codes<kValuePieces, kValueChunks>(codes_of(memory, number) + 16 * kMakerThreads * kKeyPieces,
+                                         memory.shared->queue[number % kQueue].value_qdata);
 }
 
 // The factors of 16 channels, and their products with the bias of the codes as unsigned bytes.
@@ -94,27 +99,27 @@ DEVICE void convert_values(const Piece<kValueChunks>& piece, const uint4& four, 
   for (int j = 0; j < 8; j++) pairs[j] = sub_half2(prmt(codes[j / 2], kMagic, j % 2 ? 0x4342 : 0x4140), kValueBias);
   store_piece(target, piece, pairs);
 }
-DEVICE uint4 key_codes(const Memory& memory, int number) {
-  return load_shared_16(memory.codes + 16 * (number * kMakerThreads + maker()));
+DEVICE uint4 key_codes(u32 codes, int number) {
+  return load_shared_16(codes + 16 * (number * kMakerThreads + maker()));
 }
-DEVICE uint4 value_codes(const Memory& memory, int number) {
-  return load_shared_16(memory.codes + 16 * ((kKeyPieces + number) * kMakerThreads + maker()));
+DEVICE uint4 value_codes(u32 codes, int number) {
+  return load_shared_16(codes + 16 * ((kKeyPieces + number) * kMakerThreads + maker()));
 }
 // One piece, where others follow later.
 DEVICE void convert_keys(const Memory& memory, int number, int slot, u32 target) {
   const Piece<kKeyChunks> piece(number);
-  const uint4 codes = key_codes(memory, number);
+  const uint4 codes = key_codes(codes_of(memory, slot), number);
   convert_keys(piece, codes, ChannelScales(memory, slot, piece.chunk), target);
 }
 DEVICE void convert_values(const Memory& memory, int number, u32 target) {
-  convert_values(Piece<kValueChunks>(number), value_codes(memory, number), target);
+  convert_values(Piece<kValueChunks>(number), value_codes(memory.codes, number), target);
 }
-// All of a tile.
+// All of a tile, of which `slot` and `number` have the same last bit.
 DEVICE void convert_all_keys(const Memory& memory, int slot, u32 target) {
   if constexpr (kMakerThreads % kKeyChunks == 0) {
     uint4 codes[kKeyPieces];
 #pragma unroll
-    for (int i = 0; i < kKeyPieces; i++) codes[i] = key_codes(memory, i);
+    for (int i = 0; i < kKeyPieces; i++) codes[i] = key_codes(codes_of(memory, slot), i);
     const ChannelScales scales(memory, slot, Piece<kKeyChunks>(0).chunk);  // the same of all pieces
 #pragma unroll
     for (int i = 0; i < kKeyPieces; i++) convert_keys(Piece<kKeyChunks>(i), codes[i], scales, target);
@@ -123,10 +128,10 @@ DEVICE void convert_all_keys(const Memory& memory, int slot, u32 target) {
     for (int i = 0; i < kKeyPieces; i++) convert_keys(memory, i, slot, target);
   }
 }
-DEVICE void convert_all_values(const Memory& memory, u32 target) {
+DEVICE void convert_all_values(const Memory& memory, int number, u32 target) {
   uint4 codes[kValuePieces];
 #pragma unroll
-  for (int i = 0; i < kValuePieces; i++) codes[i] = value_codes(memory, i);
+  for (int i = 0; i < kValuePieces; i++) codes[i] = value_codes(codes_of(memory, number), i);
 #pragma unroll
   for (int i = 0; i < kValuePieces; i++) convert_values(Piece<kValueChunks>(i), codes[i], target);
 }

@@ -31,11 +31,13 @@ DEVICE void write_output(const PrefillArgs& args, const QueryRows& rows, OnlineS
       if (SHARES_PAGES || args.num_splits > 1) {
         const i64 place = (first_part(args, rows.head, rows.row_tile) + rows.split) * kRows + row;
         float2* part = reinterpret_cast<float2*>(args.partial + place * V_HEAD_DIM);
+        // What is nothing is not read.
+        if (!SHARES_PAGES || sum != 0.0f)
 #pragma unroll
-        for (int n = 0; n < 2 * kValueChunks; n++)
-          part[(channel_at<kValueChunks>(n) + 2 * t) / 2] =
-              make_float2(fmaf(softmax.output[i][n][2 * h], inverse, -lacks),
-                          fmaf(softmax.output[i][n][2 * h + 1], inverse, -lacks));
+          for (int n = 0; n < 2 * kValueChunks; n++)
+            part[(channel_at<kValueChunks>(n) + 2 * t) / 2] =
+                make_float2(fmaf(softmax.output[i][n][2 * h], inverse, -lacks),
+                            fmaf(softmax.output[i][n][2 * h + 1], inverse, -lacks));
         if (t == 0) *reinterpret_cast<float2*>(args.sums + 2 * place) = make_float2(softmax.row_max[i][h], sum);
         continue;
       }

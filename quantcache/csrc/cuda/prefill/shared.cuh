@@ -52,7 +52,7 @@ constexpr int kValuePieces = (TILE_KEYS * kValueChunks + kMakerThreads - 1) / kM
 constexpr int kQueryBytes = WARPGROUP ? (kKeyChunks + 3) / 4 * 128 * kRows : kRows * kKeyPitch;
 constexpr int kKeyTileBytes = kTileBytes<kKeyChunks>, kValueTileBytes = kTileBytes<kValueChunks>;
 static_assert(WARPGROUP == 0 || kQueryBytes % 1024 == 0, "panels begin at a multiple of 1024");
-constexpr int kCodeBytes = 16 * kMakerThreads * (kKeyPieces + kValuePieces);
+constexpr int kCodeBytes = 16 * kMakerThreads * (kKeyPieces + kValuePieces);  // of a stage
 
 // Addresses in shared memory.
 struct Memory {
@@ -64,6 +64,7 @@ struct Memory {
     keys = query + kQueryBytes;
     values = keys + BUFFERS * kKeyTileBytes;
     codes = values + BUFFERS * kValueTileBytes;
-    shared = reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes);
+    shared = reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) +
+                                       kCodeStages * kCodeBytes);
   }
 };

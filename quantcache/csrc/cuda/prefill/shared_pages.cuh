@@ -24,8 +24,29 @@ DEVICE u64 joined_sequences(const PrefillArgs& args, const QueryRows& rows, int 
   return joined;
 }
 
-// Sequences of the run that begins at sequence `first` of the CTA, by the bits of joined_sequences.
-DEVICE int run_length(u64 joined, int first) { return __ffsll(~(joined >> first >> 1)); }
+// The sequences of the run that begins at the lowest of the bits `first`.
+DEVICE u64 run_of(u64 joined, u64 first) {
+  first &= -first;
+  // Adding to the joined bits behind it carries through them to the first that is not joined.
+  const u64 behind = joined & ~(first | (first - 1));
+  return first | (behind & ~(behind + (first << 1)));
+}
+
+// Bits of the sequences that see a page, and of those that do not see all of it.
+DEVICE void look_at_sequences(const PrefillArgs& args, const QueryRows& rows, int page, u64& seen, u64& partly) {
+  const int count = HAS_MASK && args.block_stride[0] ? rows.num_sequences : 1;
+  if (count == 1) {  // all alike
+    const u8 found = look_at_block(args, rows, page, rows.batch);
+    seen = found & kSeen ? ~0ull : 0, partly = found & kPartly ? ~0ull : 0;
+    return;
+  }
+  seen = partly = 0;
+#pragma unroll 8
+  for (int n = 0; n < count; n++) {
+    const u64 found = look_at_block(args, rows, page, rows.batch + n);
+    seen |= (found & kSeen ? 1ull : 0ull) << n, partly |= (found & kPartly ? 1ull : 0ull) << n;
+  }
+}
 
 // See fill_queue of prefill/tiles.cuh. A turn takes as many pages as the queue has room for, and one at least.
 DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, Shared& shared,
@@ -35,20 +56,12 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
 #pragma unroll 1
   while (next < range.end && queued - attended <= kAhead) {
     const int page = next + lane * args.num_splits;
-    auto look_at_run = [&](int first, int length) {
-      u8 found = 0;
-      for (int n = first; n < first + (HAS_MASK && args.block_stride[0] ? length : 1); n++)
-        found |= look_at_block(args, rows, page, rows.batch + n);
-      return found;
-    };
-    u64 joined = 0, runs = 0;  // a bit for the first sequence of each run
+    u64 joined = 0, runs = 0, seen = ~0ull, partly = ~0ull;  // of runs a bit for the first sequence
     if (page < range.end) {
       joined = joined_sequences(args, rows, page);
-      const u64 shared_runs = ~joined & joined >> 1;
-      for (u64 left = shared_runs; left; left &= left - 1) {
-        const int first = __ffsll(left) - 1;
-        if (look_at_run(first, run_length(joined, first)) & kSeen) runs |= left & -left;
-      }
+      look_at_sequences(args, rows, page, seen, partly);
+      for (u64 left = ~joined & joined >> 1; left; left &= left - 1)
+        if (seen & run_of(joined, left)) runs |= left & -left;
     }
     const int count = __popcll(runs) * kTilesPerPage;
     int through = count;  // tiles of this page and those before
@@ -63,11 +76,12 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
       const Segment segment = segment_of(args, page);
       int index = queued + through - count;
       for (u64 left = runs; left; left &= left - 1) {
-        const int first = __ffsll(left) - 1, length = run_length(joined, first);
+        const u64 run = run_of(joined, left);
+        const int first = __ffsll(run) - 1, length = __popcll(run);
         const int row = args.row_table.row_of(rows.batch + first, page);
         Tile tile = {};
         point_to(tile, segment, place_of(segment, page, row, args.num_kv_heads, rows.kv_head));
-        tile.is_partly = length < rows.num_sequences || look_at_run(first, length) & kPartly;
+        tile.is_partly = length < rows.num_sequences || (partly & run) != 0;
         tile.first_row = first * rows_each, tile.end_row = (first + length) * rows_each;
         put_tiles(shared, tile, page, index, kTilesPerPage, true);
         index += kTilesPerPage;
