@@ -5,6 +5,7 @@
 With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its own, and a read past its end is seen.
 """
 
+import importlib
 import sys
 
 import torch
@@ -17,6 +18,7 @@ from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
+from quantcache.store.segments import ClosedPages
 from quantcache.store.tensor import Int8Tensor, read
 from quantcache.store.view import PagesView
 
@@ -90,6 +92,8 @@ def run(layer: Int8Layer, kind: Kind) -> None:
                 read_recorded(layer, query)
             else:
                 read_divided(key.pages_view, query)
+            if isinstance(layer, Int8Layer) and head_dim in PREFILL_SHAPES and dtype != torch.float32:
+                read_shared(key.pages_view, query)
     for states in (layer.keys, layer.values):
         assert isinstance(states, Int8Tensor)
         assert states.restore().isfinite().all()
@@ -111,6 +115,20 @@ def read_in_every_shape(view: PagesView, query: Tensor) -> None:
                 assert cuda.prefill(query, view, asked, shape, splits).isfinite().all()
 
 
+def read_shared(view: PagesView, query: Tensor) -> None:
+    """Through a row table: the newest query, by the kernels of this turn; of every three pages two are shared."""
+    table = torch.zeros(BATCH, view.num_pages, dtype=torch.int32, device="cuda")
+    table[1, ::3] = 1
+    shared = PagesView(ClosedPages(view.segments, table), *view.buffers, view.tail_len)
+    for asked in options(query[:, :, -1:], view.seq_len)[:2]:
+        output = cuda.decode(query[:, :, -1:], shared, asked, shares_pages=PREFILL_ALONE)
+        assert output.isfinite().all()
+    if PREFILL_ALONE:
+        assert cuda.prefill(query, shared, AttentionOptions(is_causal=True)).isfinite().all()
+    else:
+        assert cuda.restore(shared, is_key=True).isfinite().all()
+
+
 def read_recorded(layer: StaticInt8Layer, query: Tensor) -> None:
     """With the lengths in device memory."""
     if query.shape[2] > 1:
@@ -129,6 +147,7 @@ def read_divided(view: PagesView, query: Tensor) -> None:
 
 
 if __name__ == "__main__":
+    importlib.import_module("quantcache.backends.cuda.shared").WORTH_SHARING = 0
     for each in KINDS:
         run(Int8Layer(), each)
         run(StaticInt8Layer(CAPACITY), each)
