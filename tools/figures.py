@@ -162,6 +162,22 @@ def cuda_attention(theme: Theme) -> str:
     return bars(theme, names, [row["ratio"] for row in found], "times as fast as bfloat16 SDPA, H200")
 
 
+def flashinfer(theme: Theme) -> str:
+    """How many times as fast int8 is as FlashInfer's fastest way of reading each format, two dots for a geometry."""
+    found = rows("flashinfer")
+    with drawn(theme, height=0.5 * len(found) + 1.4) as (figure, axes):
+        for words, name, colour in (("fp8", "fp8", OTHER), ("bf16", "bfloat16", EXACT)):
+            ratios = [row["times_as_fast_as_flashinfer"].get(words) for row in found]
+            axes.scatter(ratios, range(len(found)), s=48, color=theme[colour], zorder=3, label=f"FlashInfer, {name}")
+        axes.set_yticks(range(len(found)), [wrapped(row["row"]) for row in found])
+        axes.invert_yaxis()
+        axes.axvline(1, color=theme[INT8], linewidth=1.2)
+        axes.set(xlabel="int8, times as fast as FlashInfer's fastest", xlim=(0.8, None))
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2)
+        axes.grid(axis="x")
+        return svg(figure)
+
+
 def cpu_generate(theme: Theme) -> str:
     found = rows("cpu-attention", "generate()")
     names = [row["row"].removeprefix("generate(), ") for row in found]
@@ -231,6 +247,7 @@ _DRAWERS = (
     channels,
     rounding,
     cuda_attention,
+    flashinfer,
     cpu_generate,
     generate_gpu,
     generate_cpu,

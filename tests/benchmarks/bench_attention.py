@@ -84,9 +84,11 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int = 30) 
     }
 
 
-def filled(batch: int, num_kv_heads: int, tokens: int, head_dim: int) -> tuple[PagesView, Tensor, Tensor]:
+def filled(
+    batch: int, num_kv_heads: int, tokens: int, head_dim: int, device: str = "cuda"
+) -> tuple[PagesView, Tensor, Tensor]:
     shape = (batch, tokens, num_kv_heads, head_dim)
-    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     pages = Int8Pages(key, value)
     pages.append(key, value)
     return pages.view(), key.contiguous(), value.contiguous()

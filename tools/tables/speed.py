@@ -35,6 +35,36 @@ def cuda_prefill() -> str:
     return table(header, body) + "\n\n" + where("cuda-prefill")
 
 
+def flashinfer() -> str:
+    """Serving engines' kernels: the fastest way of reading each format, and the fastest with pages of 64 tokens."""
+    body = []
+    left_out: dict[str, str] = {}
+    for row in rows("flashinfer"):
+        errors, ratios = row["relative_error"], row["times_as_fast_as_flashinfer"]
+        cells = [row["row"], number(row["median_us"]["int8"])]
+        for words in ("fp8", "bf16"):
+            cells += [_fastest(row, "flashinfer", words), _fastest(row, "flashinfer", words, "pages of 64")]
+        cells.append(number(min((time for name, time in row["median_us"].items() if _is_peer(name)), default=None)))
+        cells += [f"**{ratios[words]:.2f}**" if words in ratios else "-" for words in ("fp8", "bf16")]
+        cells += [number(max(e for name, e in errors.items() if words in name), 2) for words in ("int8", "fp8", "bf16")]
+        body.append(cells)
+        left_out |= {name: why for name, why in row["left_out"].items() if _is_peer(name)}
+    header = (
+        "µs | int8 | FlashInfer fp8 | pages of 64 | FlashInfer bf16 | pages of 64 | other peers, bf16 "
+        "| times as fast as fp8 | as bf16 | relative error: int8 | fp8 | bf16"
+    )
+    absent = "".join(f"Left out: {name}: {why}.\n\n" for name, why in left_out.items())
+    return table(header, body) + "\n\n" + absent + where("flashinfer")
+
+
+def _is_peer(name: str) -> bool:
+    return not name.startswith(("int8", "flashinfer"))
+
+
+def _fastest(row: Row, *words: str) -> str:
+    return number(min((time for name, time in row["median_us"].items() if all(w in name for w in words)), default=None))
+
+
 def _with_dynamic(row: Row, figures: str, name: str = "") -> list[str]:
     """A row's name, its figures with both caches, and their ratio."""
     name = name or row["row"].partition("generate(), ")[2]

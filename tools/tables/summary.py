@@ -52,6 +52,15 @@ def _summary_gpu() -> list[str]:
     return [name, f"{int8:.0f} µs", f"bfloat16 SDPA {min(times.values()):.0f} µs"]
 
 
+def _summary_flashinfer() -> list[str]:
+    times = _find(rows("flashinfer"), row="batch 32, 32/8 heads, 8,192 tokens, head_dim 128")["median_us"]
+    fp8, bf16 = (
+        min(time for name, time in times.items() if name.startswith(f"flashinfer {words}")) for words in ("fp8", "bf16")
+    )
+    other = f"FlashInfer's fastest with fp8 {fp8:.0f} µs, with bfloat16 {bf16:.0f} µs"
+    return ["the same beside a serving engine's kernels", f"{times['int8']:.0f} µs", other]
+
+
 def _summary_cpu() -> list[str]:
     rates = _find(rows("cpu-attention"), row="generate(), SmolLM2-135M, float32, 8192 tokens")["tokens_per_s"]
     name = "`generate()` on a CPU, SmolLM2-135M, 8,192 tokens"
@@ -74,7 +83,7 @@ def summary() -> str:
     body = []
     best, worst = (partial(_summary_compiled, best=best) for best in (True, False))
     lines: tuple[Callable[[], list[str]], ...]
-    lines = (_summary_memory, _summary_quality, _summary_gpu, best, worst, _summary_cpu)
+    lines = (_summary_memory, _summary_quality, _summary_gpu, _summary_flashinfer, best, worst, _summary_cpu)
     for line in lines:
         with contextlib.suppress(NotMeasuredError):
             body.append(line())
