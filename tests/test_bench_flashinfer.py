@@ -26,7 +26,7 @@ class Wrapper:
         head_dim: int, page_size: int, *, q_data_type: torch.dtype, kv_data_type: torch.dtype,
     ) -> None:  # fmt: skip
         if page_size == 128 and self.tensor_cores:
-            raise RuntimeError("no tensor cores for pages of 128\nsecond line")
+            raise RuntimeError("no tensor cores\n at /tmp/some.cu:7 for pages of 128")
         assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32
         self.rows = [indices[a:b].long() for a, b in itertools.pairwise(indptr)]
         self.lengths = [

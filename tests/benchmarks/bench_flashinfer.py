@@ -18,6 +18,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -236,10 +237,15 @@ def candidates(problem: Problem) -> tuple[dict[str, Call], dict[str, str]]:
             calls[name]()
         except Exception as reason:  # what a peer refuses with is its own affair; the file names it
             calls.pop(name, None)
-            left_out[name] = str(reason).strip().splitlines()[0][:200] or type(reason).__name__
+            left_out[name] = in_one_line(reason)
     if not any(name.startswith("flashinfer") for name in calls):
         raise RuntimeError(f"bench_flashinfer: FlashInfer must run, got {left_out}.")
     return calls, left_out
+
+
+def in_one_line(reason: Exception) -> str:
+    """What a peer says, without the places of its files."""
+    return re.sub(r" at /\S+", "", " ".join(str(reason).split()))[:400] or type(reason).__name__
 
 
 def best(times: dict[str, float], *words: str) -> float | None:
