@@ -166,9 +166,9 @@ def flashinfer(theme: Theme) -> str:
     """How many times as fast int8 is as FlashInfer's fastest way of reading each format, two dots for a geometry."""
     found = rows("flashinfer")
     with drawn(theme, height=0.5 * len(found) + 1.4) as (figure, axes):
-        for words, name, colour in (("fp8", "fp8", OTHER), ("bf16", "bfloat16", EXACT)):
+        for words, name, colour in (("fp8", "its fp8", OTHER), ("bf16", "its bfloat16", EXACT)):
             ratios = [row["times_as_fast_as_flashinfer"].get(words) for row in found]
-            axes.scatter(ratios, range(len(found)), s=48, color=theme[colour], zorder=3, label=f"FlashInfer, {name}")
+            axes.scatter(ratios, range(len(found)), s=48, color=theme[colour], zorder=3, label=name)
         axes.set_yticks(range(len(found)), [wrapped(row["row"]) for row in found])
         axes.invert_yaxis()
         axes.axvline(1, color=theme[INT8], linewidth=1.2)
