@@ -36,6 +36,23 @@ def evaluate(
     caches: Annotated[
         str | None, typer.Option(help="Some of int8,bf16-cache,bf16,fp8,hqq,quanto.  [default: all there are]")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of all this, some of humaneval,mmlu,gsm8k,ceval through every cache.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the tasks' questions.  [default: HumanEval and MMLU from PyPI]", file_okay=False
+        ),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Tasks: questions shown with their answers.")] = 5,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: at most so many of each, evenly from its topics.  [default: all]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Tasks: programs written at a time.")] = 16,
+    resume: Annotated[
+        Path | None, typer.Option(help="Tasks: keep answers in this file, and go on from those in it.", dir_okay=False)
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     plot: Plot = None,
@@ -49,7 +66,15 @@ def evaluate(
     quantcache eval
 
     quantcache eval --model Qwen/Qwen2.5-0.5B --text notes.txt --tokens 2048 --plot quality.png
+
+    quantcache eval --tasks humaneval,mmlu --questions 2000 --resume answers.jsonl
     """
+    if tasks is not None:
+        from quantcache.cli.tasks import evaluate_tasks, task_settings
+
+        asked = task_settings(tasks, shots, questions, batch, caches)
+        evaluate_tasks(spec, open_device(device), asked, data, resume, as_json)
+        return
     if tokens <= prompt:
         raise typer.BadParameter(f"must be less than --tokens, {tokens}, got {prompt}", param_hint="--prompt")
     where = open_device(device)

@@ -35,6 +35,37 @@ WINDOWS = (
 )
 
 
+def tasks() -> str:
+    """Each task with each cache."""
+    report = load("tasks")
+    body = []
+    for task, scores in report["tasks"].items():
+        for cache, score in scores.items():
+            name = f"**{cache}**" if cache == "int8 cache" else cache
+            cells = [f"{score['right']:,} of {score['asked']:,}", percent(score["right"] / score["asked"])]
+            cells += [f"{score[alike]:,}" for alike in ("answers_alike", "verdicts_alike")]
+            body.append([TASKS.get(task, task), name, *cells, number(score["mean_kl"], 2)])
+    header = "task | cache | right | | answers alike | verdicts alike | KL"
+    return f"{report['model']} in {report['dtype']}.\n\n" + table(header, body) + "\n\n" + where("tasks")
+
+
+TASKS = {"humaneval": "HumanEval", "mmlu": "MMLU", "gsm8k": "GSM8K", "ceval": "C-Eval"}
+
+
+def original_tasks() -> str:
+    """What the original's page has."""
+    report = load("original-tasks")
+    body = [
+        [row["weights"], *(f"{row[task]:.1f}" for task in ("mmlu", "ceval", "gsm8k", "humaneval"))]
+        for row in report["rows"]
+    ]
+    header = f"{report['model']}, weights | MMLU | C-Eval | GSM8K | HumanEval"
+    return (
+        table(header, body)
+        + f"\n\n[Source]({report['source']}) → [original-tasks.json](benchmarks/original-tasks.json)."
+    )
+
+
 def quality_odd_prompt() -> str:
     found = [row for row in load("quality")["rows"] if row.get("prompt_len", 512) != 512]
     if not found:
