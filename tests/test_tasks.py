@@ -19,6 +19,8 @@ from quantcache.evaluation.tasks.asking import Answer, choose, number_of
 from quantcache.evaluation.tasks.sandbox import passes, passing
 from quantcache.evaluation.tasks.suite import Record, Settings, limited
 from tests.test_cli import folder, run  # noqa: F401 - a fixture
+from tools import measurements
+from tools.tables import TABLES
 
 TOPICS = ("birds", "fish")
 
@@ -69,6 +71,7 @@ def model(folder: Path) -> tuple:  # noqa: F811
 def test_every_task_is_asked_through_every_cache(
     folder: Path,  # noqa: F811
     questions: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("write", "work_out"):
@@ -83,6 +86,11 @@ def test_every_task_is_asked_through_every_cache(
         assert set(scores) == {EXACT, INT8, "bf16 cache"}
         assert scores[EXACT]["answers_alike"] == scores[EXACT]["verdicts_alike"] == asked[task]
         assert (scores[EXACT]["mean_kl"] is None) == (task in ("humaneval", "gsm8k"))
+    (tmp_path / "tasks.json").write_text(out)
+    monkeypatch.setattr(measurements, "FOLDER", tmp_path)
+    table = TABLES["tasks"]()
+    assert "| HumanEval | **int8 cache** | 0 of 3 | 0.0 % |" in table
+    assert "`quantcache " in table
     assert tasks["mmlu"][EXACT]["mean_kl"] == 0
     assert 0 < tasks["mmlu"][INT8]["mean_kl"] < 1e-3
 
@@ -124,9 +132,11 @@ def test_a_run_goes_on_from_its_record(
     model: tuple, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(("mmlu",), shots=1, caches=("int8",))
+    few = Settings(("mmlu",), shots=1, limit=4, caches=("int8",))
     arguments = (*model, settings)
     console = Console(quiet=True)
-    about = {"settings": "same"}
+    about = settings.decisive
+    assert about == few.decisive
     with Record(None, about) as record:
         whole, _ = suite.run(*arguments, record, console, questions)
     file = tmp_path / "answers.jsonl"
@@ -149,7 +159,11 @@ def test_a_run_goes_on_from_its_record(
     assert sum(asked) == whole["mmlu"][EXACT].asked == 28
     assert again == whole
     with pytest.raises(ValueError, match="must be of the same model and settings"):
-        Record(file, {"settings": "others"})
+        Record(file, about | {"shots": 2})
+    with Record(file, about) as record:
+        fewer, _ = suite.run(*model, few, record, console, questions)
+    assert fewer["mmlu"][EXACT].asked == 4
+    assert sum(asked) == 28
 
 
 def test_a_limit_takes_evenly_from_the_topics(questions: Path) -> None:

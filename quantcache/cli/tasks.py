@@ -34,7 +34,7 @@ def evaluate_tasks(
     model, tokenizer, label = open_model(spec, where, console, "float32")
     console.print(f"[bold]{label}[/bold] in float32 on {where}; the reference is the exact cache", highlight=False)
     about = machine(model, label)
-    with Record(resume, {"model": about["model"], "settings": asdict(settings)}) as record:
+    with Record(resume, {"model": label, **settings.decisive}) as record:
         scores, left_out = run(model, tokenizer, settings, record, console, folder)
     if as_json:
         told = {task: {name: asdict(score) for name, score in found.items()} for task, found in scores.items()}

@@ -44,6 +44,11 @@ class Settings:
     batch: int = 16
     caches: tuple[str, ...] = CACHES
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What an answer depends on."""
+        return {"shots": self.shots, "batch": self.batch, "caches": list(self.caches)}
+
     def __post_init__(self) -> None:
         for task in self.tasks:
             if task not in data.TASKS:
@@ -70,11 +75,11 @@ class Score:
 
 
 class Record(AbstractContextManager["Record"]):
-    """Answers as they come, a line of JSON each, which a later run with the same settings goes on from.
+    """Answers as they come, a line of JSON each, which a later run goes on from, with more questions if it likes.
 
     Args:
         file: made if it is not there; None keeps the answers in memory alone.
-        about: model and settings. What they are decides what is answered, so a file with others is refused.
+        about: what an answer depends on; a file of other answers is refused.
 
     Raises:
         ValueError: the file is of another run.
@@ -83,7 +88,6 @@ class Record(AbstractContextManager["Record"]):
     def __init__(self, file: Path | None, about: dict[str, Any]) -> None:
         self.answers: dict[str, dict[str, Answers]] = {}
         self._lines: TextIO | None = None
-        about = json.loads(json.dumps(about))
         if file is None:
             return
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
