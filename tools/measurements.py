@@ -56,7 +56,9 @@ def where(name: str, *, link: str = "benchmarks/") -> str:
     cores = f", {hardware['threads']} threads" if "threads" in hardware else ""
     timer = f", {report['timer']}" if report.get("timer", "wall clock") != "wall clock" else ""
     versions = report.get("versions", {})
-    kept = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "flashinfer") if versions.get(key))
+    kept = ", ".join(
+        f"{key} {versions[key]}" for key in ("torch", "transformers", "flashinfer", "xllamacpp") if versions.get(key)
+    )
     busy = f", load average {report['load_average']}" if report.get("load_average") else ""
     note = f" {report['note']}" if report.get("note") else ""
     source = f"`{report['command']}` → [{name}.json]({link}{name}.json)."

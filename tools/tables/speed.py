@@ -213,6 +213,23 @@ def cpu_generate() -> str:
     return table("tokens per second | int8 | DynamicCache | times as fast", body) + "\n\n" + where("cpu-attention")
 
 
+def llama_cpp() -> str:
+    """One model on a CPU, here and in llama.cpp."""
+    found = rows("llama-cpp")
+    kinds = list(found[0]["tokens_per_s"])
+    body = [
+        [
+            row["row"],
+            *(number(row["tokens_per_s"][kind]) for kind in kinds),
+            *(f"**{row['times_as_fast_as'][kind]:.2f}**" for kind in kinds[1:]),
+        ]
+        for row in found
+    ]
+    header = " | ".join(["tokens per second", *kinds, *(f"int8, times as fast as {kind}" for kind in kinds[1:])])
+    built = f"llama.cpp: {load('llama-cpp')['llama_cpp_system']}."
+    return table(header, body) + f"\n\n{built.replace(' | ', ', ')}\n\n" + where("llama-cpp")
+
+
 def _generate(name: str) -> str:
     """Every way of calling ``generate()``: each row with all of its caches."""
     body = []
