@@ -1,5 +1,6 @@
 """Stored rows that sequences share through a row table, for the tests of the kernels that read one."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +93,12 @@ class Shared:
         return float((output.double() - expected).norm() / expected.norm())
 
 
+@functools.lru_cache(maxsize=16)
+def _pages(case: Case, seed: int) -> Segment:
+    """The pages of a case with one segment; made once for many tables, and not to be written to."""
+    return build(case, seed).view.segments[0]
+
+
 def share(case: Case, kind: str, rows: tuple[int, ...] | None = None) -> Shared:
     """Random states of ``case``, whose sequences read them as a table of ``kind`` says.
 
@@ -103,7 +110,7 @@ def share(case: Case, kind: str, rows: tuple[int, ...] | None = None) -> Shared:
     rows = rows or (case.batch,) * len(case.segments)
     table = make_table(kind, case.batch, case.segments, rows)
     segments = tuple(
-        build(replace(case, batch=count, query_len=1, segments=(pages,)), seed=7 * index).view.segments[0]
+        _pages(replace(case, batch=count, query_len=1, tail_len=1, segments=(pages,)), 7 * index)
         for index, (pages, count) in enumerate(zip(case.segments, rows, strict=True))
     )
     own = build(replace(case, segments=()), seed=99)
