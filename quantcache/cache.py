@@ -3,6 +3,7 @@
 It is long since all that a user calls is documented in this one class; what a method does stands in the rooms below.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ from quantcache.layers.factory import (
     layers_for,
     one_for_two_error,
 )
+from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
@@ -296,6 +298,29 @@ class QuantizedInt8Cache(DynamicCache):
         if lost is None and self._was_asked and native.holds_nothing(self.layers):
             lost = "A model asked this cache for the sizes of its masks and stored nothing"
         return CacheReport(layers, lost)
+
+    def fork(self) -> "QuantizedInt8Cache":
+        """A cache with the same tokens that goes on by itself and shares the bytes that are stored.
+
+            question = document.fork()
+            model.generate(**inputs, cache=question)
+
+        Closed int8 pages are shared until either of the two changes them, which leaves those of the other as they are,
+        and are freed with the last cache that holds them. Exact tails, layers of transformers' own and layers of fixed
+        capacity are copied. ``copy.deepcopy`` copies everything.
+
+        Raises:
+            ValueError: no token is stored.
+        """
+        if native.is_empty(self.layers):
+            raise ValueError(
+                "QuantizedInt8Cache.fork: the cache must hold tokens, got an empty one. "
+                "Run the prefix first, or make another cache."
+            )
+        policy = copy.copy(self._make.policy)
+        memo: dict[int, Any] = {id(self._make.policy): policy}
+        memo |= {id(layer): layer.fork(policy) for layer in self.layers if isinstance(layer, GrowingInt8Layer)}
+        return copy.deepcopy(self, memo)
 
     def __repr__(self) -> str:
         int8 = [layer for layer in self.layers if isinstance(layer, BaseInt8Layer)]

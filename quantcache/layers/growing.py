@@ -9,7 +9,7 @@ from quantcache.layers.base import BaseInt8Layer
 from quantcache.store import traced
 from quantcache.store.growing import Int8Pages
 from quantcache.store.pages import Pages
-from quantcache.store.read_log import ReadLog
+from quantcache.store.read_log import FallbackPolicy, ReadLog
 
 
 class GrowingInt8Layer(BaseInt8Layer):
@@ -33,6 +33,18 @@ class GrowingInt8Layer(BaseInt8Layer):
         assert isinstance(pages, Int8Pages)
         traced.look(self._handle, traced.ITSELF)
         return traced.newest(self._handle, traced.ITSELF, self.get_mask_sizes(0)[0], *pages.no_states())
+
+    def fork(self, policy: FallbackPolicy) -> "GrowingInt8Layer":
+        """A layer of the same tokens, to go on with alone; see ``Int8Pages.fork``.
+
+        Args:
+            policy: of its cache.
+        """
+        made = type(self).__new__(type(self))
+        pages = self.pages and self.pages.fork()
+        read_log = ReadLog(policy, self.read_log.kernel, self.read_log.reason)
+        made.__setstate__(vars(self) | {"pages": pages, "read_log": read_log})
+        return made
 
     def reset(self) -> None:
         """Forget everything, shapes included, and give the memory back."""

@@ -94,6 +94,12 @@ def seq_lens(layers: list[Any]) -> list[int]:
     return [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
 
 
+def is_empty(layers: list[Any]) -> bool:
+    """Whether no token is stored, as far as any layer counts them; linear attention does not."""
+    counts = any(hasattr(layer, "get_seq_length") for layer in layers)
+    return not seq_len(layers) if counts else not layers
+
+
 def holds_nothing(layers: list[Any]) -> bool:
     """Whether nothing is stored; False where a layer counts no tokens, as linear attention does not."""
     return all(hasattr(layer, "get_seq_length") for layer in layers) and not seq_len(layers)

@@ -60,6 +60,8 @@ class Int8Pages(Pages):
         self.row_table: RowTable | None = None
         # Pages dropped, all older than those held; pages held.
         self.first_page, self.num_pages = first_page, 0
+        # Whether others may read the tail's buffers as well, and how many of the first pages held; see ``fork``.
+        self._shares_tail, self._shared = False, 0
         # All tokens, those dropped included, in one number: a traced step computes with it, see ``traced``.
         self.seq_len = first_page * PAGE_SIZE
         # Buffers of the tail; the first tail_len tokens count.
@@ -80,6 +82,8 @@ class Int8Pages(Pages):
         return vars(self) | {
             "_segments": [segment.cloned() for segment in segments],
             "_buffers": (self.key_tail.clone(), self.value_tail.clone()),
+            "_shares_tail": False,
+            "_shared": 0,
             "_newest": None,
             "_closed": None,
             "_backend": None,
@@ -96,6 +100,24 @@ class Int8Pages(Pages):
         copied = memo[id(self)] = Int8Pages.__new__(Int8Pages)
         copied.__setstate__(self.__getstate__())
         return copied
+
+    def fork(self) -> "Int8Pages":
+        """The same tokens, to go on with alone: what is stored is shared, in host memory too.
+
+        Neither writes where the other reads: tails are copied with the next token, and the room behind the closed pages
+        stays that of this one. Memory goes with the last that holds it.
+        """
+        self._write_pending()
+        if not self.is_offloaded:
+            self._arrive()
+        made = Int8Pages.__new__(Int8Pages)
+        vars(made).update(vars(self))
+        # Without slack, which stays the room of this one.
+        made._segments = list(pages_between(self._segments, 0, self.num_pages))
+        made._host = self._host and self._host.narrow(self.num_pages)
+        made._shares_tail = self._shares_tail = True
+        made._shared = self._shared = self.num_pages
+        return made
 
     def stored(self) -> PagesView:
         """See ``Pages.stored``; nothing moves."""
@@ -129,7 +151,7 @@ class Int8Pages(Pages):
             segments = [closed.narrow(start, start + size).cloned() for start in range(0, closed.capacity, size)]
         self._buffers = copied(key_tail, value_tail)
         self._segments, self.num_pages = segments, 0 if closed is None else closed.capacity
-        self.first_page, self.row_table, self._closed = first_page, None, None
+        self.first_page, self.row_table, self._closed, self._shared = first_page, None, None, 0
         self.seq_len = (first_page + self.num_pages) * PAGE_SIZE + key_tail.shape[2]
 
     @property
@@ -211,12 +233,12 @@ class Int8Pages(Pages):
         # Nothing above changed what is stored, and nothing below can fail.
         if skipped:
             self.first_page += self.num_pages + skipped
-            self._segments, self.num_pages, self._host, row_table = new_segments, 0, None, None
+            self._segments, self.num_pages, self._host, row_table, self._shared = new_segments, 0, None, None, 0
         elif new_segments:
             if held is not self._segments:
                 self._host = None  # its copies have the room
             self._segments = held + new_segments
-        self._buffers, self.row_table = buffers, row_table
+        self._buffers, self._shares_tail, self.row_table = buffers, False, row_table
         self.num_pages += closing - skipped
         self.seq_len += key_states.shape[2]
         if closing:
@@ -235,13 +257,13 @@ class Int8Pages(Pages):
         else:
             write_tail(key_states, value_states, *buffers, used, self._append_backend)
         view = PagesView(closed, *buffers, total, backend, pending)
-        self._buffers, self._newest = buffers, view if pending else None
+        self._buffers, self._shares_tail, self._newest = buffers, False, view if pending else None
         self.seq_len += total - used
         return view
 
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
-        """The tail's buffers, or larger ones with the same tokens if ``total`` do not fit."""
-        if total > self._buffers[0].shape[2]:
+        """The tail's buffers, or others with the same tokens if ``total`` do not fit or a fork reads them."""
+        if self._shares_tail or total > self._buffers[0].shape[2]:
             return roomier(*self._buffers, self.tail_len, total, self._append_backend)
         return self._buffers
 
@@ -261,6 +283,9 @@ class Int8Pages(Pages):
         buffers = copied(key_states[:, :, :rest], value_states[:, :, :rest])
         self._buffers, self.num_pages, self._closed = buffers, pages, None
         self.seq_len -= tokens_to_remove
+        if pages < self._shared:  # what another reads behind them is no room
+            self._segments, self._shared = list(pages_between(self._segments, 0, pages)), pages
+            self._host = self._host and self._host.narrow(pages)
         drop_beyond(self._segments, pages)
         if self._host is not None:
             self._host.crop(pages)
@@ -299,6 +324,7 @@ class Int8Pages(Pages):
         self._segments, self._closed = self._segments[segments:], None
         self.row_table = self.row_table and self.row_table.narrow(pages, self.num_pages)
         self.first_page, self.num_pages = self.first_page + pages, self.num_pages - pages
+        self._shared = max(self._shared - pages, 0)
 
     def index_select(self, indices: Tensor) -> None:
         """See ``Pages.index_select``: the tails are copied, the pages stay where they are.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from quantcache.store.segments import Segment, drop_beyond
+from quantcache.store.segments import Segment, drop_beyond, pages_between
 
 
 @functools.cache
@@ -85,6 +85,10 @@ class HostCopy:
         """Drop the oldest ``segments``, which hold ``pages`` pages."""
         self.segments = self.segments[segments:]
         self.num_pages = max(self.num_pages - pages, 0)
+
+    def narrow(self, num_pages: int) -> "HostCopy":
+        """Of the first ``num_pages``, without slack, sharing memory."""
+        return HostCopy(list(pages_between(self.segments, 0, num_pages)), min(self.num_pages, num_pages))
 
     def crop(self, num_pages: int) -> None:
         """Forget pages beyond ``num_pages``, and the segments that then hold none."""
