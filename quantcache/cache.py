@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
-from quantcache.layers import calls, conversion, native, routing
+from quantcache.layers import calls, conversion, native, routing, samples
 from quantcache.layers._host import attention_implementation, given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.editing import EditedStates, edited
@@ -34,6 +34,7 @@ from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 from quantcache.store import traced
+from quantcache.store.fixed import check_room
 from quantcache.store.read_log import FallbackPolicy
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
@@ -208,6 +209,58 @@ class QuantizedInt8Cache(DynamicCache):
             )
         config = model.config.get_text_config(decoder=True)
         return cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len or needed)
+
+    @classmethod
+    def for_samples(
+        cls,
+        model: Any,
+        inputs: Tensor | Mapping[str, Any],
+        n: int,
+        *,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        strict: bool = False,
+        max_cache_len: int | None = None,
+    ) -> "tuple[QuantizedInt8Cache, dict[str, Tensor]]":
+        """A cache in which ``n`` answers to each prompt share its bytes, and the inputs for them.
+
+            cache, repeated = QuantizedInt8Cache.for_samples(model, inputs, 16)
+            model.generate(**repeated, cache=cache, do_sample=True, max_new_tokens=512)
+
+        The prompts run once, but for their last token, with which ``generate()`` goes on; by itself it would run
+        ``n`` copies. Where it makes the copies of the ids itself, for ``num_beams=n`` or ``num_return_sequences=n``,
+        give it the inputs as they were and this cache.
+
+        Args:
+            model: what will generate.
+            inputs: token ids (batch, seq_len), or the keyword arguments of ``generate()`` with ``input_ids`` and, if
+                prompts are padded on the left, ``attention_mask``, as a tokenizer returns them.
+            n: answers to each prompt.
+            residual_length: see the constructor.
+            strict: see the constructor.
+            max_cache_len: see the constructor. Memory for ``n`` copies is then allocated; the prompts run once all the
+                same.
+
+        Returns:
+            The cache, with ``n`` sequences side by side for each prompt, and ids and mask for as many.
+
+        Raises:
+            TypeError, ValueError: no such inputs, padding on the right, ``n`` below 1, or a prompt that does not fit.
+            NotImplementedError: an encoder-decoder model; inputs such as images or embeddings; with ``max_cache_len``
+                a model with layers that are not int8.
+        """
+        prompts = samples.prompts_of(model, inputs, n)
+        config = model.config.get_text_config(decoder=True)
+        cache = cls(config, residual_length=residual_length, strict=strict, max_cache_len=max_cache_len)
+        if max_cache_len is not None:
+            samples.check_layers(cache.layers)
+            check_room(max_cache_len, prompts["input_ids"].shape[1])
+        samples.run(model, cache, prompts)
+        if max_cache_len is None:
+            cache.batch_repeat_interleave(n)
+        else:
+            for layer in cache.layers:
+                layer.repeat(n)
+        return cache, samples.repeated(prompts, n)
 
     @classmethod
     def from_legacy_cache(

@@ -236,6 +236,13 @@ class StaticInt8Layer(BaseInt8Layer):
         if self.pages is not None:
             self.batch_select_indices(torch.arange(self.pages.batch_size).repeat_interleave(repeats))
 
+    def repeat(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times, in other memory, which no step that was recorded before knows."""
+        if self.pages is not None and not self.is_empty:
+            pages = self.pages.repeated(repeats)
+            self._hold(pages, pages.key_tail)
+            self._accepted = ()
+
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage = "empty" if self.is_empty else self.storage

@@ -344,6 +344,19 @@ class StaticInt8Pages(Pages):
             self._host = HostCopy([selected], self._pages) if self.is_offloaded else HostCopy()
             self.memory, self.buffers, self._closed = memory, made, None
 
+    def repeated(self, repeats: int) -> "StaticInt8Pages":
+        """``repeats`` times every sequence, copies side by side, in memory for as many."""
+        self.close_due_pages()
+        tails = self.key_tail.repeat_interleave(repeats, 0), self.value_tail.repeat_interleave(repeats, 0)
+        made = StaticInt8Pages(*tails, self.capacity, self.residual_length)
+        for part, taken in zip(self._pages_held(), made.buffers.pages, strict=True):
+            for row in range(repeats):
+                taken[: self._pages, row::repeats].copy_(part[: self._pages])
+        writes.append_tail(*tails, made.buffers.key_tail, made.buffers.value_tail, 0)
+        made.buffers.lengths.copy_(self.buffers.lengths)
+        made._count(self._pages, self._tail_len)
+        return made
+
     def _pages_held(self) -> Segment:
         """All pages that there is room for, where they are."""
         if self._host is not None and self.is_offloaded:
