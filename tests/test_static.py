@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import CompileConfig, Gemma2Config, GenerationMixin, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import dispatch
 from quantcache.layers._host import cache_argument
 from quantcache.layers.fixed import StaticInt8Layer
+from quantcache.layers.growing import Int8Layer
 from quantcache.quantization.errors import FallbackWarning
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -36,6 +38,14 @@ def new_states(tokens: int, seed: int, device: str = "cpu", batch: int = 2) -> t
     return key.transpose(1, 2), value.transpose(1, 2)
 
 
+@pytest.fixture
+def frames() -> Any:
+    """Graphs that dynamo has made since the test began."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def assert_same_bytes(static: StaticInt8Pages, growing: Int8Pages) -> None:
     static.close_due_pages()
     assert static.seq_len == growing.seq_len
@@ -44,9 +54,10 @@ def assert_same_bytes(static: StaticInt8Pages, growing: Int8Pages) -> None:
     assert static.buffers.lengths.tolist()[:2] == [static.num_pages, static.key_tail.shape[2]]
     for have, want in zip(static.restore(), growing.restore(), strict=True):
         assert torch.equal(have, want)
-    stored = [torch.cat(parts) for parts in zip(*growing.view().segments, strict=True)]
-    for have, want in zip(static.buffers.pages, stored, strict=False):
-        assert torch.equal(have[: static.num_pages], want)
+    stored = [torch.cat(parts) for parts in zip(*growing.stored().segments, strict=True)]
+    held = [torch.cat(parts) for parts in zip(*static.stored().segments, strict=True)]
+    for have, want in zip(held, stored, strict=True):
+        assert torch.equal(have, want)
 
 
 class Attention(torch.nn.Module):
@@ -152,6 +163,35 @@ def test_a_compiled_step_reads_what_an_uncompiled_one_reads(device: str, with_ma
     assert_same_bytes(compiled.pages, _grown_alike(70, [1] * 40 + [5, 1, 70, 1, 1, 5], device))
 
 
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("reordered_first", [True, False])
+def test_a_compiled_step_stays_valid_after_reorderings(reordered_first: bool, device: str, frames: Any) -> None:
+    """One graph, at the addresses it knows; reordered before it, the layer never copies a page."""
+    grown, layer = Int8Layer(), StaticInt8Layer(CAPACITY)
+    for each in (grown, layer):
+        each.update(*new_states(150, 0, device, batch=3))
+        if reordered_first:
+            each.reorder_cache(torch.tensor([2, 0, 0], device=device))
+    addresses = [part.data_ptr() for part in layer.pages.buffers]
+    pages = layer.pages.buffers.pages.key_qdata[:1].clone()
+    step = torch.compile(Attention(layer), fullgraph=True, backend="aot_eager", dynamic=False)
+    for index in range(150):
+        query = random_states(3, 4 * HEADS, 1, HEAD_DIM, seed=index, device=device)[0]
+        states = new_states(1, index, device, batch=3)
+        with torch.no_grad():
+            view = grown.update(*states)[0].pages_view
+            torch.testing.assert_close(step(query, *states), reads.attention(query, view), rtol=2e-3, atol=2e-3)
+        if index % 40 == 20:
+            order = torch.tensor([[1, 0, 2], [2, 2, 1]][index % 3 % 2], device=device)
+            for each in (grown, layer):
+                each.reorder_cache(order)
+    assert frames() == 1
+    assert [part.data_ptr() for part in layer.pages.buffers] == addresses
+    follows = dispatch.BACKENDS[layer.pages.backend[0]].READS_ROW_TABLE
+    assert torch.equal(layer.pages.buffers.pages.key_qdata[:1], pages) == (follows and reordered_first)
+    assert_same_bytes(layer.pages, grown.pages)
+
+
 def _grown_alike(first: int, chunks: list[int], device: str) -> Int8Pages:
     growing = Int8Pages(*new_states(0, 0, device))
     growing.append(*new_states(first, 0, device))
@@ -194,14 +234,6 @@ def compiled_with(backend: str) -> CompileConfig:
 
 def generated(model: GenerationMixin, cache: object, ids: Tensor, **options: Any) -> Tensor:
     return model.generate(ids, **cache_argument(cache), do_sample=False, **{"max_new_tokens": 70, **options})
-
-
-@pytest.fixture
-def frames() -> Any:
-    """Graphs that dynamo has made since the test began."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -38,7 +38,8 @@ class FixedBuffers(NamedTuple):
     key_tail: (batch, num_kv_heads, tail capacity, head_dim) in the model's dtype
     value_tail: (batch, num_kv_heads, tail capacity, v_head_dim)
     lengths: int32 (4,)
-    newest: uint8 (bytes,), the last three as they lie in memory: one copy of them changes all at once
+    row_table: int32 (batch, num_pages), the stored row that each sequence reads a page from; its own of pages to come
+    newest: uint8 (bytes,), the last four as they lie in memory: one copy of them changes all at once
     """
 
     key_qdata: Tensor
@@ -48,6 +49,7 @@ class FixedBuffers(NamedTuple):
     key_tail: Tensor
     value_tail: Tensor
     lengths: Tensor
+    row_table: Tensor
     newest: Tensor
 
     @property
@@ -56,7 +58,7 @@ class FixedBuffers(NamedTuple):
         return Segment(*self[:4])
 
     def like_newest(self) -> "FixedBuffers":
-        """Tails and lengths in memory of their own, uninitialised, beside the same pages."""
+        """Tails, lengths and row table in memory of their own, uninitialised, beside the same pages."""
         newest = torch.empty_like(self.newest)
         first = self.newest.storage_offset()
 
@@ -64,8 +66,7 @@ class FixedBuffers(NamedTuple):
             start = part.storage_offset() * part.itemsize - first
             return newest[start : start + part.nbytes].view(part.dtype).view(part.shape)
 
-        key_tail, value_tail, lengths = map(moved, self[4:7])
-        return self._replace(key_tail=key_tail, value_tail=value_tail, lengths=lengths, newest=newest)
+        return FixedBuffers(*self[:4], *map(moved, self[4:8]), newest)  # type: ignore[call-arg]
 
 
 class StaticShape(NamedTuple):
@@ -78,6 +79,8 @@ class StaticShape(NamedTuple):
         num_kv_heads: of the layer.
         head_dim: of the keys.
         v_head_dim: of the values.
+        is_shared: 1 if sequences may read other rows than their own, so that a recorded step reads the row table; else
+            0. Nothing lies elsewhere for it.
     """
 
     capacity: int
@@ -86,6 +89,7 @@ class StaticShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
+    is_shared: int = 0
 
     @classmethod
     def of(cls, capacity: int, residual_length: int, key_states: Tensor, value_states: Tensor) -> "StaticShape":
@@ -136,6 +140,7 @@ class BufferLayout:
             (self.dtype, (*tail, shape.head_dim)),
             (self.dtype, (*tail, shape.v_head_dim)),
             (torch.int32, (NUM_LENGTHS,)),
+            (torch.int32, (shape.batch, shape.num_pages)),
         ]
         parts, start = [], 0
         for dtype, sizes in shapes:
@@ -153,6 +158,8 @@ class BufferLayout:
         """Memory without a token in it, uint8 (bytes,)."""
         memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         memory[self._parts[4][0] :].zero_()
+        row_table = self.unpack(memory).row_table
+        row_table.copy_(torch.arange(len(row_table), device=device)[:, None])
         return memory
 
     def with_pages(self, newest: Tensor, pages: Segment) -> FixedBuffers:

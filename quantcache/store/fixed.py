@@ -59,6 +59,8 @@ class StaticInt8Pages(Pages):
         """Whether recorded steps ran since the host last knew the lengths."""
         self.was_recorded = False
         """Whether the last step that the host knows of was a recorded one."""
+        self.is_recorded = False
+        """Whether a step was ever recorded, which reads the row table if it was in use then."""
         self._pages = self._tail_len = 0
         # Once pages were offloaded, the tail and the lengths lie apart and ``memory`` is of them alone. Copies of the
         # pages in host memory; what to wait for before those on the device are read, while they are on the way back.
@@ -87,7 +89,7 @@ class StaticInt8Pages(Pages):
     def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
         shape = StaticShape.of(self.capacity, self.residual_length, key_states, value_states)
-        have = self.layout.shape, self.layout.dtype, self.memory.device
+        have = self.layout.shape._replace(is_shared=0), self.layout.dtype, self.memory.device
         return have == (shape, key_states.dtype, key_states.device)
 
     @property
@@ -193,7 +195,7 @@ class StaticInt8Pages(Pages):
         Returns:
             What is read instead of the layer's tail, see ``protocol.Source``; nothing for a single token.
         """
-        self.is_stale = True
+        self.is_stale = self.is_recorded = True
         memory, layout, new_tokens = self.memory, self.layout.constant(), key_states.shape[2]
         if new_tokens == 1:
             writes.advance(key_states, value_states, memory, layout)
@@ -225,9 +227,8 @@ class StaticInt8Pages(Pages):
     def stored(self) -> PagesView:
         """See ``Pages.stored``; pages that are due are closed before."""
         self.close_due_pages()
-        if not self.is_offloaded:
-            return self.view()
-        return PagesView(_first(self._pages_held(), self._pages), self.key_tail, self.value_tail)
+        closed = self._first(self._pages_held(), self._pages)
+        return PagesView(closed.resolved, self.key_tail, self.value_tail)
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """See ``Pages.restore``."""
@@ -237,6 +238,7 @@ class StaticInt8Pages(Pages):
     def reset(self) -> None:
         """Forget every token and keep the memory."""
         self.buffers.lengths.zero_()
+        self.buffers.row_table.copy_(self._own_rows())
         self._count(0, 0)
         if self._host is not None:
             self._host.num_pages = 0
@@ -285,7 +287,9 @@ class StaticInt8Pages(Pages):
         made.newest.copy_(self.buffers.newest)
         if pages < self._pages:
             page = self._pages_held().narrow(pages, pages + 1)
-            reopened = ClosedPages((Segment(*(part.to(self.device) for part in page)),))
+            on_device = Segment(*(part.to(self.device) for part in page))
+            reopened = ClosedPages((on_device,), self._row_table(pages, pages + 1))
+            made.row_table[:, pages:] = self._own_rows()
             key_states, value_states = reads.restore_both(PagesView(reopened, *no_tokens(*self._tail_buffers())))
             writes.append_tail(key_states[:, :, :rest], value_states[:, :, :rest], made.key_tail, made.value_tail, 0)
         else:
@@ -311,13 +315,14 @@ class StaticInt8Pages(Pages):
         else:
             made = self.layout.with_pages(memory, Segment(*(part.clone() for part in self.buffers.pages)))
         if closed:
-            held = self.buffers.pages.narrow(0, self._pages)
+            held, *_ = self._first(self.buffers.pages, self._pages).resolved.segments
             states = key_states[:, :, :closed], value_states[:, :, :closed]
             changed = requantized(held, *states, self.backend[0])
             for part, target in zip(changed, made.pages.narrow(0, self._pages), strict=True):
                 target.copy_(part)
         for part, target in ((key_states, made.key_tail), (value_states, made.value_tail)):
             target[:, :, : self._tail_len].copy_(part[:, :, closed:])
+        made.row_table.copy_(self._own_rows())
         if self._host is None:
             with write_access(self.memory):
                 self.memory.copy_(memory)
@@ -326,8 +331,29 @@ class StaticInt8Pages(Pages):
             self._host.num_pages = 0  # what is there is of before
 
     def index_select(self, indices: Tensor) -> None:
-        """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed."""
+        """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed.
+
+        The tails are copied and the row table is indexed, which recorded steps read from the first time on. The pages
+        are copied, too, where a step was recorded before it, or where the kernels read no such table.
+        """
         rows = checked_indices(indices, self.batch_size)
+        shape = self.layout.shape._replace(is_shared=1)
+        if self.layout.shape != shape and (self.is_recorded or not dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE):
+            self._copy_rows(rows)
+            return
+        on_device, made = rows.to(self.device), self.buffers.like_newest()
+        made.lengths.copy_(self.buffers.lengths)
+        for tail, taken in zip(self._tail_buffers(), (made.key_tail, made.value_tail), strict=True):
+            torch.index_select(tail, 0, on_device, out=taken)
+        # Pages to come have a row for each sequence; how many there are the device may know alone.
+        is_closed = torch.arange(made.row_table.shape[1], device=self.device) < made.lengths[PAGES]
+        made.row_table.copy_(torch.where(is_closed, self.buffers.row_table[on_device], self._own_rows()))
+        layout = layout_for(shape, self.layout.dtype)
+        self.buffers.newest.copy_(made.newest)
+        self.layout, self._closed = layout, None
+
+    def _copy_rows(self, rows: Tensor) -> None:
+        """``index_select`` of the stored bytes."""
         on_device, memory, held = rows.to(self.device), self.memory.clone(), self._pages_held()
         if self._host is None:
             made = self.layout.unpack(memory)
@@ -344,16 +370,37 @@ class StaticInt8Pages(Pages):
             self._host = HostCopy([selected], self._pages) if self.is_offloaded else HostCopy()
             self.memory, self.buffers, self._closed = memory, made, None
 
+    def _own_rows(self) -> Tensor:
+        """What the row table says where every sequence reads its own row, (batch, 1)."""
+        return torch.arange(self.batch_size, dtype=torch.int32, device=self.device)[:, None]
+
+    def _row_table(self, start: int, stop: int) -> Tensor | None:
+        """Of the pages ``start`` to ``stop``; None if every sequence reads its own row."""
+        return self.buffers.row_table[:, start:stop] if self.layout.shape.is_shared else None
+
+    def _first(self, pages: Segment, num_pages: int) -> ClosedPages:
+        """The first ``num_pages`` of all that there is room for."""
+        if not num_pages:
+            return ClosedPages(())
+        return ClosedPages((pages.narrow(0, num_pages),), self._row_table(0, num_pages))
+
     def repeated(self, repeats: int) -> "StaticInt8Pages":
         """``repeats`` times every sequence, copies side by side, in memory for as many."""
         self.close_due_pages()
         tails = self.key_tail.repeat_interleave(repeats, 0), self.value_tail.repeat_interleave(repeats, 0)
         made = StaticInt8Pages(*tails, self.capacity, self.residual_length)
-        for part, taken in zip(self._pages_held(), made.buffers.pages, strict=True):
-            for row in range(repeats):
-                taken[: self._pages, row::repeats].copy_(part[: self._pages])
+        closed = self._first(self._pages_held(), self._pages).resolved
+        shares = dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE
+        for segment in closed.segments:
+            for part, taken in zip(segment, made.buffers.pages, strict=True):
+                for row in range(1 if shares else repeats):
+                    taken[: self._pages, row::repeats].copy_(part)
         writes.append_tail(*tails, made.buffers.key_tail, made.buffers.value_tail, 0)
         made.buffers.lengths.copy_(self.buffers.lengths)
+        if shares:
+            made.layout = layout_for(made.layout.shape._replace(is_shared=1), made.layout.dtype)
+            own = made._own_rows()
+            made.buffers.row_table[:, : self._pages] = own - own % repeats
         made._count(self._pages, self._tail_len)
         return made
 
@@ -395,16 +442,11 @@ class StaticInt8Pages(Pages):
     def _pages_until(self, pages: int) -> ClosedPages:
         if pages != self._pages or self._closed is None:
             self._arrive()
-            closed = _first(self.buffers.pages, pages)
+            closed = self._first(self.buffers.pages, pages)
             if pages != self._pages:
                 return closed
             self._closed = closed
         return self._closed
-
-
-def _first(pages: Segment, num_pages: int) -> ClosedPages:
-    """The first ``num_pages`` of all that there is room for."""
-    return ClosedPages((pages.narrow(0, num_pages),) if num_pages else ())
 
 
 def _no_pages(pages: Segment, device: torch.device) -> Segment:

@@ -43,7 +43,7 @@ def unpacked(tensors: list[Tensor], form: list[int], dtype: torch.dtype) -> Page
         shape = StaticShape(*form)
         buffers = layout_for(shape, dtype).unpack(memory)
         key_tail, value_tail, lengths = source or buffers[4:7]
-        closed = ClosedPages((buffers.pages,))
+        closed = ClosedPages((buffers.pages,), buffers.row_table if shape.is_shared else None)
         return PagesView(closed, key_tail, value_tail, lengths=lengths, scratch=scratch, capacity=shape.capacity)
     num_segments, tail_len, capacity = form
     parts, (key_tail, value_tail, *table) = tensors[: _PARTS * num_segments], tensors[_PARTS * num_segments :]
@@ -126,7 +126,8 @@ def _reader(name: str, view: PagesView) -> tuple[Backend, PagesView]:
     """The backend ``name``, and the view as it can read it."""
     backend = BACKENDS[name]
     if view.row_table is not None and not backend.READS_ROW_TABLE:
-        view = PagesView(view.closed.resolved, *view.buffers, view.tail_len, capacity=view.capacity)
+        closed, lengths, scratch = view.closed.resolved, view.lengths, view.scratch
+        view = PagesView(closed, *view.buffers, view.tail_len, lengths=lengths, scratch=scratch, capacity=view.capacity)
     return backend, view
 
 

@@ -127,7 +127,9 @@ class PagesView:
         if self.lengths is None:
             return self
         num_pages, tail_len = self.lengths[:2].tolist()
-        closed = ClosedPages(tuple(segment.narrow(0, num_pages) for segment in self.segments if num_pages))
+        segments = tuple(segment.narrow(0, num_pages) for segment in self.segments if num_pages)
+        row_table = None if self.row_table is None else self.row_table[:, :num_pages]
+        closed = ClosedPages(segments, row_table)
         return PagesView(closed, *self.buffers, tail_len, self.backend, capacity=self.capacity)
 
     def shows(self, other: "PagesView") -> bool:
