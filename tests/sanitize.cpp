@@ -50,7 +50,7 @@ int run(int64_t dtype, int64_t head_dim, int64_t v_head_dim, int64_t group, int6
            {heads * tokens * v_head_dim, tokens * v_head_dim, v_head_dim}, value_qdata.get(), value_metadata.get()};
   failed |= quantcache_store(&store);
 
-  SegmentArgs segment{key_qdata.get(), key_metadata.get(), value_qdata.get(), value_metadata.get(), pages};
+  SegmentArgs segment{key_qdata.get(), key_metadata.get(), value_qdata.get(), value_metadata.get(), pages, batch};
   auto key_tail = states(batch * heads * tail_len * head_dim, dtype);
   auto value_tail = states(batch * heads * tail_len * v_head_dim, dtype);
   auto query = states(batch * heads * group * query_len * head_dim, dtype);
@@ -75,10 +75,18 @@ int run(int64_t dtype, int64_t head_dim, int64_t v_head_dim, int64_t group, int6
   args.attn_mask = mask.get(), args.mask_dtype = kBool, args.mask_stride[0] = kv_len, args.mask_stride[3] = 1;
   args.window = 70, args.softcap = 3, args.sinks = sinks.get();
   failed |= quantcache_attention(&args);
+  // Neighbours that share pages, other ones from page to page.
+  auto rows = buffer<int32_t>(batch * pages);
+  for (int64_t i = 0; i < batch * pages; ++i) rows[static_cast<size_t>(i)] = int32_t((i / pages + i % 2) / 2);
+  RowTableArgs table{rows.get(), pages};
+  args.row_table = table;
+  failed |= quantcache_attention(&args);
+  args.attn_mask = nullptr, args.window = 0;
+  failed |= quantcache_attention(&args);
 
   auto dense = buffer<char>(batch * heads * kv_len * head_dim * size);
-  RestoreArgs restore{threads, dtype, 1, batch, heads, head_dim, &segment, pages ? 1 : 0, key_tail.get(), tail_len,
-                      {key_stride[0], key_stride[1], key_stride[2]}, dense.get()};
+  RestoreArgs restore{threads, dtype, 1, batch, heads, head_dim, &segment, pages ? 1 : 0, table, key_tail.get(),
+                      tail_len, {key_stride[0], key_stride[1], key_stride[2]}, dense.get()};
   return failed | quantcache_restore(&restore);
 }
 

@@ -23,7 +23,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 WRITES_ON_READ, READS_LENGTHS = host.WRITES_ON_READ, host.READS_LENGTHS
 append_tail, make_scratch = host.append_tail, host.make_scratch
-READS_ROW_TABLE: Final = False
+READS_ROW_TABLE: Final = True
 
 ISA_VARIABLE: Final = "QUANTCACHE_CPU_ISA"
 ISAS: Final = ("avx512", "avx2", "portable")
@@ -31,9 +31,9 @@ ISAS: Final = ("avx512", "avx2", "portable")
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES: Final = {**_DTYPES, torch.bool: 3}
 
-_ATTENTION_ARGS: Final = struct.Struct("8q Pq P3q PP7q Pq4q 2q 2d PP")
+_ATTENTION_ARGS: Final = struct.Struct("8q Pq Pq P3q PP7q Pq4q 2q 2d PP")
 _STORE_ARGS: Final = struct.Struct("7q P3q PP")
-_RESTORE_ARGS: Final = struct.Struct("6q Pq P4q P")
+_RESTORE_ARGS: Final = struct.Struct("6q Pq Pq P4q P")
 
 
 @functools.cache
@@ -129,6 +129,7 @@ def restore(view: View, is_key: bool) -> Tensor:
         head_dim,
         _segment_table(view),
         len(view.segments),
+        *_row_table(view),
         tail.data_ptr(),
         view.tail_len,
         *tail.stride()[:3],
@@ -169,6 +170,7 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
         v_head_dim,
         _segment_table(view),
         len(view.segments),
+        *_row_table(view),
         query.data_ptr(),
         *query.stride()[:3],
         key_tail.data_ptr(),
@@ -211,11 +213,17 @@ def _segment_table(view: View) -> int:
             for s in view.segments
         ]
         check_pages(view.buffers[0].device, contiguous)
-        fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), len(parts[0]))]
+        fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), *parts[0].shape[:2])]
         packed = (ctypes.c_int64 * len(fields))(*fields)
         found = view.memo["cpu"] = ctypes.addressof(packed), packed, contiguous
     address: int = found[0]
     return address
+
+
+def _row_table(view: View) -> tuple[int, int]:
+    """Address of the row table and elements from a sequence to the next; (0, 0) where every one reads its own row."""
+    table = view.row_table
+    return (0, 0) if table is None or not table.shape[1] else (table.data_ptr(), table.stride(0))
 
 
 def _rows(states: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-// attend: attention of the query rows of one KV head to a run of blocks (pages, then the tail in blocks of 64).
+// attend: attention of the query rows of one KV head to a run of blocks (pages, then the tail in blocks of 64), of one
+// sequence or of a band of them that share pages.
 //   restored key = scale_d * (code - zero_d), a scale per channel: folded into the query once a page,
 //     score = sum_d (q_d * scale_d) * code_d  -  sum_d (q_d * scale_d) * zero_d
 //   restored value = scale_t * (code - zero_t), a scale per token: folded into the weight,
 //     output_d = sum_t (p_t * scale_t) * code_td  -  sum_t (p_t * scale_t) * zero_t
-// Traffic: each page is read once, 2 * 64 * head_dim bytes and its metadata, whatever the number of rows in the group.
+// Traffic: each page is read once, 2 * 64 * head_dim bytes and its metadata, whatever the number of rows in the group
+// and of neighbouring sequences that read it.
 // All arithmetic is float32. A hidden token has the weight zero even if its page is broken.
 #pragma once
 
@@ -122,15 +124,32 @@ static void softmax_step(const Scratch& scratch, int64_t count, Partial state, i
   store4(rescale, change);
 }
 
+// What the rows of a tile that are not attended for hold, which may be other sequences' rows: kept over softmax_step.
+template <int kRows>
+struct KeptRows {
+  static constexpr int kKept = kRowTile - kRows;
+  Partial state;
+  int64_t row;
+  float kept[3][kKept ? kKept : 1];
+  KeptRows(Partial state, int64_t row) : state(state), row(row + kRows) { copy(true); }
+  ~KeptRows() { copy(false); }
+  void copy(bool out) {
+    float* parts[3] = {state.row_max + row, state.row_sum + row, state.value_offset + row};
+    for (int part = 0; part < 3; ++part)
+      for (int i = 0; i < kKept; ++i) (out ? kept[part][i] : parts[part][i]) = out ? parts[part][i] : kept[part][i];
+  }
+};
+
+// The rows `row` to row + kRows of a band, or to row + 4 where kRows is 4; `is_first` of all that read the block.
 template <int kRows, typename Code>
-static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t row,
+static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t row, bool is_first,
                         const Scratch& scratch, Partial state) {
   constexpr bool kIsPage = sizeof(Code) == 1;
   const AttentionArgs& args = *plan.args;
   Reach reach[kRowTile];
   bool is_seen = false, is_whole = block.count == kPageSize;
   for (int64_t i = 0; i < kRowTile; ++i) {
-    reach[i] = reach_of(plan, row + i < plan.rows ? row + i : plan.rows - 1);
+    reach[i] = reach_of(plan, row + (i < kRows ? i : kRows - 1));
     is_seen |= reach[i].first < block.first + block.count && reach[i].last >= block.first;
     is_whole &= reach[i].first <= block.first && reach[i].last >= block.first + block.count - 1;
   }
@@ -143,7 +162,7 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
     query = scratch.folded;
   }
   score_tokens<kRows>(query, plan.width, block.keys, block.key_stride, block.count, scratch.scores,
-                      row ? nullptr : block.own_values, block.value_stride);
+                      is_first ? block.own_values : nullptr, block.value_stride);
   int64_t count = round_up(block.count, 4);
   Vec biases = repeat4(bias), cap = splat(float(args.softcap));
   if (kIsPage || args.softcap)
@@ -152,25 +171,30 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
       store(scratch.scores + i, args.softcap ? cap * tanh_vec(score / cap) : score);
     }
   if (!is_whole) hide_out_of_reach(scratch.scores, block.first, count, reach);
-  if (args.attn_mask) apply_mask(plan, head, row, block.first, block.count, scratch.scores);
-  softmax_step<kIsPage>(scratch, count, state, row, rescale);
+  if (args.attn_mask) apply_mask(plan, head, row, kRows, block.first, block.count, scratch.scores);
+  {
+    KeptRows<kRows> kept(state, row);
+    softmax_step<kIsPage>(scratch, count, state, row, rescale);
+  }
   add_values<kRows>(scratch.scores, rescale, block.values, block.value_stride, block.count,
-                    state.output + row * plan.v_width, plan.v_width, row ? nullptr : block.next_keys);
+                    state.output + row * plan.v_width, plan.v_width, is_first ? block.next_keys : nullptr);
 }
 
+// A block for the sequences `begin` to `end` of a band.
 template <typename Code>
-static void attend_block(const AttentionPlan& plan, const Block<Code>& block, int64_t head, const Scratch& scratch,
-                         Partial state) {
-  for (int64_t row = 0; row < plan.rows; row += kRowTile) {
-    int64_t rows = plan.rows - row;
+static void attend_block(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t begin, int64_t end,
+                         const Scratch& scratch, Partial state) {
+  for (int64_t row = begin * plan.rows; row < end * plan.rows; row += kRowTile) {
+    int64_t rows = end * plan.rows - row;
+    bool is_first = row == begin * plan.rows;
     if (rows >= 4)
-      attend_rows<4>(plan, block, head, row, scratch, state);
+      attend_rows<4>(plan, block, head, row, is_first, scratch, state);
     else if (rows == 3)
-      attend_rows<3>(plan, block, head, row, scratch, state);
+      attend_rows<3>(plan, block, head, row, is_first, scratch, state);
     else if (rows == 2)
-      attend_rows<2>(plan, block, head, row, scratch, state);
+      attend_rows<2>(plan, block, head, row, is_first, scratch, state);
     else
-      attend_rows<1>(plan, block, head, row, scratch, state);
+      attend_rows<1>(plan, block, head, row, is_first, scratch, state);
   }
 }
 

@@ -9,16 +9,19 @@ namespace {
 static void read_query(const AttentionPlan& plan, int64_t head, float* query) {
   const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.dtype);
-  int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
+  int64_t first_q_head = head % args.num_kv_heads * plan.group;
+  Band band = band_of(plan, head);
   const char* states = static_cast<const char*>(args.query);
   for (int64_t row = 0; row < plan.padded_rows; ++row) {
     float* target = query + row * plan.width;
-    if (row >= plan.rows) {
+    if (row >= band.count * plan.rows) {
       __builtin_memset(target, 0, plan.width * sizeof(float));
       continue;
     }
-    int64_t offset = batch * args.query_stride[0] + (first_q_head + row / plan.num_queries) * args.query_stride[1] +
-                     (plan.first_query + row % plan.num_queries) * args.query_stride[2];
+    int64_t own = row % plan.rows;
+    int64_t offset = (band.first + row / plan.rows) * args.query_stride[0] +
+                     (first_q_head + own / plan.num_queries) * args.query_stride[1] +
+                     (plan.first_query + own % plan.num_queries) * args.query_stride[2];
     read_any_row(dtype, states + offset * element_size(dtype), args.head_dim, target, plan.width);
     for (int64_t d = 0; d < plan.width; d += kLanes) store(target + d, load(target + d) * float(args.softmax_scale));
   }
@@ -35,16 +38,21 @@ static const int8_t* padded_codes(const int8_t* codes, int64_t head_dim, int64_t
   return padded;
 }
 
-static const int8_t* keys_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t page, int64_t head) {
+// Where the page of a segment that starts with page `start` of the layer lies for a sequence: counted in pages of heads.
+static int64_t place_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t start, int64_t page,
+                        int64_t sequence, int64_t head) {
   const AttentionArgs& args = *plan.args;
-  return segment.key_qdata + (page * args.batch * args.num_kv_heads + head) * kPageSize * args.head_dim;
+  int64_t row = stored_row(args.row_table, sequence, page);
+  return ((page - start) * segment.rows + row) * args.num_kv_heads + head % args.num_kv_heads;
 }
 
-static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, int64_t page, int64_t first,
-                        int64_t head, const Scratch& scratch, Partial state) {
+// The page `page` of the layer for the sequences `begin` to `end` of a band, which read it from one row.
+static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, int64_t start, int64_t page,
+                        int64_t head, int64_t begin, int64_t end, const Scratch& scratch, Partial state) {
   const AttentionArgs& args = *plan.args;
-  int64_t index = page * args.batch * args.num_kv_heads + head;
-  const int8_t* keys = keys_of(plan, segment, page, head);
+  int64_t sequence = band_of(plan, head).first + begin;
+  int64_t index = place_of(plan, segment, start, page, sequence, head);
+  const int8_t* keys = segment.key_qdata + index * kPageSize * args.head_dim;
   const int8_t* values = segment.value_qdata + index * kPageSize * args.v_head_dim;
   unpack_metadata(segment.key_metadata + index * args.head_dim, args.head_dim, scratch.key_scale, scratch.key_zero);
   unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
@@ -52,17 +60,22 @@ static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, i
                       padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
                       plan.width,
                       plan.v_width,
-                      first,
+                      page * kPageSize,
                       kPageSize,
                       values,
-                      page + 1 < segment.num_pages ? keys_of(plan, segment, page + 1, head) : nullptr};
-  attend_block(plan, block, head, scratch, state);
+                      nullptr};
+  if (page + 1 < start + segment.num_pages)
+    block.next_keys =
+        segment.key_qdata + place_of(plan, segment, start, page + 1, sequence, head) * kPageSize * args.head_dim;
+  attend_block(plan, block, head, begin, end, scratch, state);
 }
 
-static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, const Scratch& scratch, Partial state) {
+// The tail from token `first` of the layer on, for the sequence `member` of a band.
+static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, int64_t member, const Scratch& scratch,
+                        Partial state) {
   const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.dtype);
-  int64_t batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
+  int64_t batch = band_of(plan, head).first + member, kv_head = head % args.num_kv_heads;
   int64_t start = first - plan.num_pages * kPageSize;
   int64_t count = args.tail_len - start < kPageSize ? args.tail_len - start : kPageSize;
   auto read = [&](const void* states, const int64_t* stride, int64_t head_dim, int64_t width, float* tile) {
@@ -75,7 +88,7 @@ static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, 
   read(args.key_tail, args.key_tail_stride, args.head_dim, plan.width, scratch.key_tile);
   read(args.value_tail, args.value_tail_stride, args.v_head_dim, plan.v_width, scratch.value_tile);
   Block<float> block{scratch.key_tile, scratch.value_tile, plan.width, plan.v_width, first, count, nullptr, nullptr};
-  attend_block(plan, block, head, scratch, state);
+  attend_block(plan, block, head, member, member + 1, scratch, state);
 }
 
 static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float* memory) {
@@ -94,11 +107,19 @@ static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float
   int64_t end = plan.first_block + num_blocks * (split + 1) / plan.num_splits;
   const SegmentArgs* segment = args.segments;
   int64_t segment_start = 0;
+  Band band = band_of(plan, head);
   for (; block < end && block < plan.num_pages; ++block) {
     while (block >= segment_start + segment->num_pages) segment_start += segment++->num_pages;
-    attend_page(plan, *segment, block - segment_start, block * kPageSize, head, scratch, state);
+    for (int64_t member = 0, next; member < band.count; member = next) {
+      int64_t row = stored_row(args.row_table, band.first + member, block);
+      next = member + 1;
+      while (next < band.count && stored_row(args.row_table, band.first + next, block) == row) ++next;
+      attend_page(plan, *segment, segment_start, block, head, member, next, scratch, state);
+    }
   }
-  for (; block < end; ++block) attend_tail(plan, block * kPageSize, head, scratch, state);
+  for (; block < end; ++block)
+    for (int64_t member = 0; member < band.count; ++member)
+      attend_tail(plan, block * kPageSize, head, member, scratch, state);
 }
 
 // The partials of all splits, in order, and the sink to the output rows.
@@ -106,9 +127,11 @@ static void merge(const AttentionPlan& plan, int64_t head, float* memory) {
   const AttentionArgs& args = *plan.args;
   float* output = Scratch(plan, memory).output_row;
   Dtype dtype = static_cast<Dtype>(args.dtype);
-  int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
-  for (int64_t row = 0; row < plan.rows; ++row) {
-    int64_t q_head = first_q_head + row / plan.num_queries, query = plan.first_query + row % plan.num_queries;
+  int64_t first_q_head = head % args.num_kv_heads * plan.group;
+  Band band = band_of(plan, head);
+  for (int64_t row = 0; row < band.count * plan.rows; ++row) {
+    int64_t batch = band.first + row / plan.rows, own = row % plan.rows;
+    int64_t q_head = first_q_head + own / plan.num_queries, query = plan.first_query + own % plan.num_queries;
     float row_max = args.sinks ? args.sinks[q_head] : -kInfinity;
     for (int64_t split = 0; split < plan.num_splits; ++split) {
       float other = Partial(plan, head, split).row_max[row];

@@ -95,7 +95,7 @@ constexpr int64_t kPassFloats = int64_t{1} << 16;
 
 struct AttentionJob {
   AttentionPlan plan;
-  std::atomic<int64_t>* left;  // (batch * num_kv_heads,): parts not done
+  std::atomic<int64_t>* left;  // (num_bands * num_kv_heads,): parts not done
   float* scratch;
   int64_t scratch_stride;
 };
@@ -109,14 +109,36 @@ void attention_task(void* context, int64_t task, int64_t worker) {
   if (job.left[head].fetch_sub(1, std::memory_order_acq_rel) == 1) isa().kernels->merge(job.plan, head, scratch);
 }
 
-AttentionPlan plan_attention(const AttentionArgs& args, int64_t first_query, int64_t num_queries) {
+bool share_a_page(const RowTableArgs& table, int64_t sequence, int64_t other, int64_t first, int64_t end) {
+  for (int64_t page = first; page < end; ++page)
+    if (stored_row(table, sequence, page) == stored_row(table, other, page)) return true;
+  return false;
+}
+
+// Cuts the batch into bands, no longer than a pass has room for; bands (batch,), returns how many there are.
+int64_t find_bands(const AttentionPlan& plan, Band* bands) {
+  const AttentionArgs& args = *plan.args;
+  int64_t wider = plan.width > plan.v_width ? plan.width : plan.v_width;
+  int64_t longest = kPassFloats / (plan.rows * wider), count = 0;
+  int64_t end = plan.end_block < plan.num_pages ? plan.end_block : plan.num_pages;
+  for (int64_t sequence = 0; sequence < args.batch; ++sequence) {
+    if (sequence && bands[count - 1].count < longest &&
+        share_a_page(args.row_table, sequence - 1, sequence, plan.first_block, end))
+      ++bands[count - 1].count;
+    else
+      bands[count++] = {sequence, 1};
+  }
+  return count;
+}
+
+// bands (batch,): scratch for them where there is a row table.
+AttentionPlan plan_attention(const AttentionArgs& args, int64_t first_query, int64_t num_queries, Band* bands) {
   AttentionPlan plan{};
   plan.args = &args;
   plan.group = args.num_q_heads / args.num_kv_heads;
   plan.first_query = first_query;
   plan.num_queries = num_queries;
   plan.rows = plan.group * num_queries;
-  plan.padded_rows = (plan.rows + kRowTile - 1) / kRowTile * kRowTile;
   plan.width = aligned(args.head_dim);
   plan.v_width = aligned(args.v_head_dim);
   for (int64_t i = 0; i < args.num_segments; ++i) plan.num_pages += args.segments[i].num_pages;
@@ -127,7 +149,13 @@ AttentionPlan plan_attention(const AttentionArgs& args, int64_t first_query, int
   plan.end_block = end > 0 ? (end + kPageSize - 1) / kPageSize : 0;
   plan.first_block = (first > 0 ? first : 0) / kPageSize;
   if (plan.first_block > plan.end_block) plan.first_block = plan.end_block;
-  int64_t heads = args.batch * args.num_kv_heads, blocks = plan.end_block - plan.first_block;
+  plan.bands = bands;
+  plan.num_bands = bands ? find_bands(plan, bands) : args.batch;
+  int64_t longest = 1;
+  for (int64_t i = 0; bands && i < plan.num_bands; ++i) longest = bands[i].count > longest ? bands[i].count : longest;
+  int64_t padding = longest > 1 ? 2 * (kRowTile - 1) : kRowTile - 1;
+  plan.padded_rows = (longest * plan.rows + padding) / kRowTile * kRowTile;
+  int64_t heads = plan.num_bands * args.num_kv_heads, blocks = plan.end_block - plan.first_block;
   int64_t wanted = heads ? (args.num_threads * kTasksPerThread + heads - 1) / heads : 1;
   int64_t most = blocks / kMinTaskBlocks > 1 ? blocks / kMinTaskBlocks : 1;
   plan.num_splits = args.num_threads == 1 ? 1 : wanted < most ? wanted : most;
@@ -155,9 +183,12 @@ void restore_task(void* context, int64_t task, int64_t worker) {
 
 // Queries from `first_query` on, all in one pass over the pages.
 int attend_queries(const AttentionArgs& args, int64_t first_query, int64_t num_queries) {
-  AttentionJob job{plan_attention(args, first_query, num_queries), nullptr, nullptr, 0};
+  std::unique_ptr<Band[]> bands(args.row_table.rows ? new (std::nothrow) Band[static_cast<size_t>(args.batch)]
+                                                    : nullptr);
+  if (args.row_table.rows && !bands) return 1;
+  AttentionJob job{plan_attention(args, first_query, num_queries, bands.get()), nullptr, nullptr, 0};
   AttentionPlan& plan = job.plan;
-  int64_t heads = args.batch * args.num_kv_heads, tasks = heads * plan.num_splits;
+  int64_t heads = plan.num_bands * args.num_kv_heads, tasks = heads * plan.num_splits;
   int64_t worth = heads * (plan.end_block - plan.first_block) * (plan.padded_rows / kRowTile) / kMinThreadBlocks;
   int64_t threads = args.num_threads < worth ? args.num_threads : worth > 1 ? worth : 1;
   job.scratch_stride = aligned(scratch_size(plan));

@@ -11,11 +11,17 @@ enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 
 // Consecutive pages in one allocation; the four tensors of Segment in store/segments.py, each contiguous.
 struct SegmentArgs {
-  const int8_t* key_qdata;         // (P, batch, num_kv_heads, 64, head_dim)
-  const uint32_t* key_metadata;    // (P, batch, num_kv_heads, head_dim) pairs: bfloat16 scale | zero_point << 16
-  const int8_t* value_qdata;       // (P, batch, num_kv_heads, 64, v_head_dim)
-  const uint32_t* value_metadata;  // (P, batch, num_kv_heads, 64) pairs
-  int64_t num_pages;               // P
+  const int8_t* key_qdata;         // (P, rows, num_kv_heads, 64, head_dim)
+  const uint32_t* key_metadata;    // (P, rows, num_kv_heads, head_dim) pairs: bfloat16 scale | zero_point << 16
+  const int8_t* value_qdata;       // (P, rows, num_kv_heads, 64, v_head_dim)
+  const uint32_t* value_metadata;  // (P, rows, num_kv_heads, 64) pairs
+  int64_t num_pages, rows;         // P; sequences stored
+};
+
+// Which stored row each sequence of the batch reads a page from: null where it is its own, else (batch, pages), int32.
+struct RowTableArgs {
+  const int32_t* rows;
+  int64_t stride;
 };
 
 struct AttentionArgs {
@@ -23,6 +29,7 @@ struct AttentionArgs {
   int64_t batch, num_q_heads, num_kv_heads, query_len, head_dim, v_head_dim;
   const SegmentArgs* segments;
   int64_t num_segments;
+  RowTableArgs row_table;
   const void* query;  // (batch, num_q_heads, query_len, head_dim)
   int64_t query_stride[3];
   const void* key_tail;    // (batch, num_kv_heads, tail_len, head_dim)
@@ -50,6 +57,7 @@ struct RestoreArgs {
   int64_t batch, num_kv_heads, head_dim;
   const SegmentArgs* segments;  // of each only the keys or only the values are read
   int64_t num_segments;
+  RowTableArgs row_table;
   const void* tail;  // (batch, num_kv_heads, tail_len, head_dim)
   int64_t tail_len, tail_stride[3];
   void* output;  // (batch, num_kv_heads, P * 64 + tail_len, head_dim), contiguous

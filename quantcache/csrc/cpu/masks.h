@@ -46,16 +46,17 @@ static float half_as_float(Dtype dtype, uint16_t bits) {
   return sign ? -value : value;
 }
 
-// Applies args.attn_mask to `count` tokens of the rows `row` to row + 4 that exist.
-static void apply_mask(const AttentionPlan& plan, int64_t head, int64_t row, int64_t first, int64_t count,
-                       float* scores) {
+// Applies args.attn_mask to `count` tokens of the rows `row` to row + num_rows of a band.
+static void apply_mask(const AttentionPlan& plan, int64_t head, int64_t row, int64_t num_rows, int64_t first,
+                       int64_t count, float* scores) {
   const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.mask_dtype);
-  int64_t batch = head / args.num_kv_heads, first_q_head = head % args.num_kv_heads * plan.group;
+  int64_t first_sequence = band_of(plan, head).first, first_q_head = head % args.num_kv_heads * plan.group;
   int64_t stride = args.mask_stride[3], previous = -1;
-  for (int64_t i = 0; i < kRowTile && row + i < plan.rows; ++i) {
-    int64_t q_head = first_q_head + (row + i) / plan.num_queries;
-    int64_t query = plan.first_query + (row + i) % plan.num_queries;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    int64_t batch = first_sequence + (row + i) / plan.rows, own = (row + i) % plan.rows;
+    int64_t q_head = first_q_head + own / plan.num_queries;
+    int64_t query = plan.first_query + own % plan.num_queries;
     int64_t start =
         batch * args.mask_stride[0] + q_head * args.mask_stride[1] + query * args.mask_stride[2] + first * stride;
     if (dtype == kBool) {

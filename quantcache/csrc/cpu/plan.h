@@ -6,21 +6,38 @@
 constexpr int64_t kRowTile = 4;     // query rows that share every loaded key and value
 constexpr int64_t kWidthStep = 16;  // rows of scratch are padded to the widest vector
 
+// Neighbouring sequences of the batch that share pages: a task reads each page once for all that read it.
+struct Band {
+  int64_t first, count;
+};
+
 struct AttentionPlan {
   const AttentionArgs* args;
+  const Band* bands;  // null: every sequence is one
+  int64_t num_bands;
   int64_t group;                     // query heads per KV head
   int64_t first_query, num_queries;  // the queries of this pass
-  int64_t rows;                      // group * num_queries: row r is head r / num_queries of the group,
-                                     // query first_query + r % num_queries
-  int64_t padded_rows;               // to kRowTile
+  int64_t rows;                      // group * num_queries of a sequence: row r is head r / num_queries of the group,
+                                     // query first_query + r % num_queries; those of a band lie one behind the other
+  int64_t padded_rows;               // of the longest band, so that a tile may begin at its last row
   int64_t width;                     // head_dim, to kWidthStep
   int64_t v_width;                   // v_head_dim, to kWidthStep
   int64_t num_pages, kv_len;
   int64_t first_block, end_block;  // blocks of 64 tokens that some row may see; the tail starts a block
   int64_t num_splits;              // parts the blocks are divided in
   int64_t partial_size;            // floats of a Partial: row_max, row_sum, value_offset, output
-  float* partials;                 // (batch * num_kv_heads, num_splits, partial_size)
+  float* partials;                 // (num_bands * num_kv_heads, num_splits, partial_size)
 };
+
+static inline Band band_of(const AttentionPlan& plan, int64_t head) {
+  int64_t index = head / plan.args->num_kv_heads;
+  return plan.bands ? plan.bands[index] : Band{index, 1};
+}
+
+// The stored row that a sequence reads a page from.
+static inline int64_t stored_row(const RowTableArgs& table, int64_t sequence, int64_t page) {
+  return table.rows ? table.rows[sequence * table.stride + page] : sequence;
+}
 
 // Floats of scratch for one thread.
 static inline int64_t scratch_size(const AttentionPlan& plan) {
@@ -34,7 +51,7 @@ static inline int64_t scratch_size(const AttentionPlan& plan) {
 }
 
 struct Kernels {
-  // Part `split` of the blocks for KV head `head` of batch * num_kv_heads: fills its partial.
+  // Part `split` of the blocks for KV head `head` of num_bands * num_kv_heads: fills its partial.
   void (*attend)(const AttentionPlan& plan, int64_t head, int64_t split, float* scratch);
   // All partials of `head`, in order, to its output rows.
   void (*merge)(const AttentionPlan& plan, int64_t head, float* scratch);

@@ -78,7 +78,7 @@ static void restore_block(const RestoreArgs& args, int64_t block, int64_t head, 
     }
     return;
   }
-  int64_t index = page * args.batch * args.num_kv_heads + head;
+  int64_t index = (page * found->rows + stored_row(args.row_table, batch, block)) * args.num_kv_heads + kv_head;
   const int8_t* qdata = (args.is_key ? found->key_qdata : found->value_qdata) + index * kPageSize * args.head_dim;
   const uint32_t* metadata =
       args.is_key ? found->key_metadata + index * args.head_dim : found->value_metadata + index * kPageSize;
