@@ -341,11 +341,17 @@ class QuantizedInt8Cache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values: codes, metadata, exact tails, native layers and slack."""
+        """Bytes allocated for keys and values: codes, metadata, exact tails, native layers and slack.
+
+        What sequences of the cache share counts once. What it shares with its forks counts in each of them.
+        """
         return sum(layer_nbytes(layer) for layer in self.layers)
 
     def report(self) -> CacheReport:
-        """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table."""
+        """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table.
+
+        ``rows_stored`` of a layer below its ``rows_read`` says that sequences share pages.
+        """
         layers = [layer_report(layer, layer_idx) for layer_idx, layer in enumerate(self.layers)]
         lost = self._make.policy.lost
         if lost is None and self._was_asked and native.holds_nothing(self.layers):
@@ -508,7 +514,7 @@ class QuantizedInt8Cache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences ``beam_idx`` (batch,) of the batch in every layer, in that order."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        native.reorder_rows(self.layers, beam_idx)
         self._select_ids(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

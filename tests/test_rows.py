@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantcache import QuantizedInt8Cache
 from quantcache.backends import dispatch
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
@@ -134,6 +135,37 @@ def test_a_table_counts_what_is_read() -> None:
     assert table.is_identity(segments)
     assert table.share_read(segments) == 1
     assert RowTable(table.rows[[0, 0, 1, 1]]).share_read(segments) == 0.5
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+def test_layers_alike_share_one_table() -> None:
+    cache = QuantizedInt8Cache()
+    for layer_idx in range(3):
+        cache.update(*random_states(2, 2, 300, 16, seed=layer_idx), layer_idx)
+    where = [addresses(layer.pages) for layer in cache.layers]
+    cache.batch_repeat_interleave(2)
+    for step, order in enumerate(([3, 1, 1, 0], [0, 0, 2, 3])):
+        for layer_idx in range(3):
+            cache.update(*random_states(4, 2, 100, 16, seed=layer_idx + step), layer_idx)
+        cache.reorder_cache(torch.tensor(order))
+        assert len({id(layer.pages.row_table) for layer in cache.layers}) == 1
+    assert [addresses(layer.pages)[: len(had)] for layer, had in zip(cache.layers, where, strict=True)] == where
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+def test_shared_bytes_count_once_and_the_report_says_who_shares() -> None:
+    cache = QuantizedInt8Cache()
+    cache.update(*random_states(2, 2, 300, 16), 0)
+    assert "rows" not in str(cache.report())
+    pages = sum(segment.nbytes for segment in cache.layers[0].pages.segments)
+    cache.batch_repeat_interleave(8)
+    assert sum(segment.nbytes for segment in cache.layers[0].pages.segments) == pages
+    assert cache.nbytes == pages + sum(buffer.nbytes for buffer in cache.layers[0].pages._buffers)
+    (row,) = cache.report().layers
+    assert (row.rows_stored, row.rows_read) == (2 * 4, 16 * 4)
+    head, line = str(cache.report()).splitlines()
+    assert head.endswith("rows stored  rows read")
+    assert line.endswith("8            64")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``BaseInt8Layer``: the layer contract of transformers over the store, which every int8 layer keeps."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_RESIDUAL_LENGTH
 from quantcache.store import reads, traced
 from quantcache.store.offloading import copy_stream
-from quantcache.store.pages import Pages
+from quantcache.store.pages import Pages, Selection
 from quantcache.store.read_log import FallbackPolicy, ReadLog
 from quantcache.store.tensor import Int8Tensor, autocast_to
 from quantcache.store.view import PagesView
@@ -293,14 +294,14 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
                 f"got {-tokens_to_remove}."
             )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor | Selection) -> None:
         """Take the sequences ``beam_idx`` (batch,) of the batch, in that order, byte for byte."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Selection) -> None:
         """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
         if self.pages is not None and not self.is_empty:
-            self.pages.index_select(torch.as_tensor(indices))
+            self.pages.index_select(indices if isinstance(indices, Selection) else torch.as_tensor(indices))
             self._accepted = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -324,9 +325,13 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         storage = self.storage if self.get_seq_length() else "empty"
         if self.pages is not None and self.pages.is_offloaded:
             storage += ", in host memory"
-        return LayerReport(
+        row = LayerReport(
             layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
         )
+        if self.pages is None:
+            return row
+        read = self.pages.batch_size * self.pages.num_pages
+        return dataclasses.replace(row, rows_stored=self.pages.rows_stored, rows_read=read)
 
     def _pages_for(self, key_states: Tensor, value_states: Tensor) -> Pages:
         """What the first tokens go to."""

@@ -13,7 +13,7 @@ from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 from quantcache.store import traced
 from quantcache.store.fixed import StaticInt8Pages, check_room
-from quantcache.store.pages import Pages
+from quantcache.store.pages import Pages, Selection
 from quantcache.store.read_log import FallbackPolicy
 from quantcache.store.tensor import RecordedStates
 
@@ -213,7 +213,7 @@ class StaticInt8Layer(BaseInt8Layer):
             self.pages.synchronize()
         super().check_crop(tokens_to_remove)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Selection) -> None:
         """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order.
 
         Raises:
@@ -221,15 +221,15 @@ class StaticInt8Layer(BaseInt8Layer):
         """
         if self.pages is None:
             return
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(1)
-        if len(indices) != self.pages.batch_size:
+        given = torch.as_tensor(indices.indices if isinstance(indices, Selection) else indices)
+        if given.dtype == torch.bool:
+            given = given.nonzero().squeeze(1)
+        if len(given) != self.pages.batch_size:
             raise ValueError(
                 "StaticInt8Layer: a cache of fixed capacity keeps its batch of "
-                f"{self.pages.batch_size} sequences, got {len(indices)}. Use QuantizedInt8Cache without max_cache_len."
+                f"{self.pages.batch_size} sequences, got {len(given)}. Use QuantizedInt8Cache without max_cache_len."
             )
-        self.pages.index_select(indices)
+        self.pages.index_select(indices if isinstance(indices, Selection) else given)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused but for 1, which changes nothing: the batch is fixed."""
@@ -249,8 +249,8 @@ class StaticInt8Layer(BaseInt8Layer):
         if self.pages is not None and self.pages.is_offloaded:
             storage += ", in host memory"
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
-        seq_len, kernel = 0, self.read_log.kernel
+        seq_len, kernel, rows = 0, self.read_log.kernel, 0
         if self.pages is not None:
-            seq_len = self.pages.seq_len
+            seq_len, rows = self.pages.seq_len, self.pages.rows_stored
             kernel = f"{self.pages.backend[0]}, compiled" if self.pages.was_recorded else kernel
-        return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason)
+        return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason, rows, rows)

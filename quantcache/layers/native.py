@@ -14,6 +14,7 @@ from transformers.cache_utils import (
 
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.report import LayerReport
+from quantcache.store.pages import Selection
 
 
 def reset(layer: Any) -> None:
@@ -41,11 +42,21 @@ def crop(layers: list[Any], tokens_to_remove: int) -> None:
             layer.crop(tokens_to_remove)
 
 
+def reorder_rows(layers: list[Any], beam_idx: Tensor) -> None:
+    """``QuantizedInt8Cache.reorder_cache`` of every layer."""
+    selection = Selection(torch.as_tensor(beam_idx))
+    for layer in layers:
+        layer.reorder_cache(selection if isinstance(layer, BaseInt8Layer) else beam_idx)
+
+
 def select_rows(layers: list[Any], indices: Tensor) -> None:
     """``QuantizedInt8Cache.batch_select_indices``, of every layer or of none."""
     _check_rows(layers, "batch_select_indices")
+    selection = Selection(torch.as_tensor(indices))
     for layer in layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, BaseInt8Layer):
+            layer.batch_select_indices(selection)
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
             rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
             layer.reorder_cache(rows)  # type: ignore[arg-type]
         else:
@@ -55,8 +66,14 @@ def select_rows(layers: list[Any], indices: Tensor) -> None:
 def repeat_rows(layers: list[Any], repeats: int) -> None:
     """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
     _check_rows(layers, "batch_repeat_interleave")
+    selections: dict[int, Selection] = {}
     for layer in layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, BaseInt8Layer):
+            batch = 0 if layer.pages is None else layer.pages.batch_size
+            if batch not in selections:
+                selections[batch] = Selection(torch.arange(batch).repeat_interleave(repeats))
+            layer.batch_select_indices(selections[batch])
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
             rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
             layer.reorder_cache(rows)  # type: ignore[arg-type]
         else:

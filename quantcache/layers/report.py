@@ -16,6 +16,8 @@ class LayerReport:
         kernel: what read the layer last: a backend of ``ops``, "exact" while no page is closed, "restored" after a
             fallback, "native" for a transformers layer, "none" before the first read.
         reason: why the read was a fallback, else None.
+        rows_stored: rows of closed pages in memory, each one page of one sequence.
+        rows_read: pages that the sequences read, more than are stored where they share some.
     """
 
     layer_idx: int
@@ -24,11 +26,13 @@ class LayerReport:
     nbytes: int
     kernel: str
     reason: str | None
+    rows_stored: int = 0
+    rows_read: int = 0
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table.
+    """What ``QuantizedInt8Cache.report()`` returns; ``str()`` of it is a table, with rows where sequences share some.
 
     Attributes:
         layers: a row for each.
@@ -44,11 +48,16 @@ class CacheReport:
         return ", ".join(dict.fromkeys(row.kernel for row in self.layers)) or "none"
 
     def __str__(self) -> str:
-        head = ("layer", "storage", "tokens", "bytes", "kernel", "reason")
-        rows = [
+        head: tuple[str, ...] = ("layer", "storage", "tokens", "bytes", "kernel", "reason")
+        rows: list[tuple[str, ...]] = [
             (str(r.layer_idx), r.storage, f"{r.seq_len:,}", f"{r.nbytes:,}", r.kernel, r.reason or "")
             for r in self.layers
         ]
+        if any(r.rows_stored != r.rows_read for r in self.layers):
+            head += ("rows stored", "rows read")
+            rows = [
+                (*cells, f"{r.rows_stored:,}", f"{r.rows_read:,}") for cells, r in zip(rows, self.layers, strict=True)
+            ]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
         lines += [] if self.lost is None else [f"{self.lost}."]

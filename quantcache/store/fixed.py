@@ -14,7 +14,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.buffer import PAGES, SEQ_LEN, TAIL_LEN, BufferLayout, StaticShape, layout_for
 from quantcache.store.offloading import HostCopy, write_access
-from quantcache.store.pages import Pages, checked_indices, no_tokens
+from quantcache.store.pages import Pages, Selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
@@ -103,6 +103,11 @@ class StaticInt8Pages(Pages):
         if self._host is None:
             return self.memory.nbytes
         return self.memory.nbytes + self.buffers.pages.nbytes + self._host.nbytes
+
+    @property
+    def rows_stored(self) -> int:
+        """See ``Pages.rows_stored``: one for each sequence, read or not."""
+        return self.batch_size * self.num_pages
 
     @property
     def keeps_addresses(self) -> bool:
@@ -330,18 +335,19 @@ class StaticInt8Pages(Pages):
             self.memory, self.buffers, self._closed = memory, made, None
             self._host.num_pages = 0  # what is there is of before
 
-    def index_select(self, indices: Tensor) -> None:
+    def index_select(self, indices: Tensor | Selection) -> None:
         """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed.
 
         The tails are copied and the row table is indexed, which recorded steps read from the first time on. The pages
         are copied, too, where a step was recorded before it, or where the kernels read no such table.
         """
-        rows = checked_indices(indices, self.batch_size)
+        selection = indices if isinstance(indices, Selection) else Selection(indices)
+        on_device = selection.on(self.device, self.batch_size)
         shape = self.layout.shape._replace(is_shared=1)
         if self.layout.shape != shape and (self.is_recorded or not dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE):
-            self._copy_rows(rows)
+            self._copy_rows(selection.rows(self.batch_size))
             return
-        on_device, made = rows.to(self.device), self.buffers.like_newest()
+        made = self.buffers.like_newest()
         made.lengths.copy_(self.buffers.lengths)
         for tail, taken in zip(self._tail_buffers(), (made.key_tail, made.value_tail), strict=True):
             torch.index_select(tail, 0, on_device, out=taken)

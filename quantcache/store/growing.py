@@ -16,7 +16,7 @@ from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
-from quantcache.store.pages import Pages, checked_indices, no_tokens
+from quantcache.store.pages import Pages, Selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between
 from quantcache.store.tail import copied, roomier, write_tail
@@ -126,6 +126,10 @@ class Int8Pages(Pages):
             closed = tuple(self.row_table.select(closed))
         return PagesView(ClosedPages(closed), self.key_tail, self.value_tail)
 
+    def _held(self) -> list[Segment]:
+        """The segments where they are, in host memory too, whether or not they are all there yet."""
+        return self._host.segments if self.is_offloaded and self._host is not None else self._segments
+
     def _readable_segments(self) -> list[Segment]:
         """The segments where they are, in host memory too, in the order of what reads them next."""
         if not self.is_offloaded:
@@ -181,6 +185,11 @@ class Int8Pages(Pages):
         """See ``Pages.nbytes``."""
         held = sum(segment.nbytes for segment in self._segments) + sum(buffer.nbytes for buffer in self._buffers)
         return held + (self._host.nbytes if self._host is not None else 0)
+
+    @property
+    def rows_stored(self) -> int:
+        """See ``Pages.rows_stored``."""
+        return sum(segment.capacity * segment.rows for segment in pages_between(self._held(), 0, self.num_pages))
 
     def no_states(self) -> tuple[Tensor, Tensor]:
         """Keys and values of no tokens, with the shapes, dtype and device of those stored; shares their memory."""
@@ -314,7 +323,7 @@ class Int8Pages(Pages):
     def drop_prefix(self) -> None:
         """Free the segments that lie wholly before the newest ``keep_tokens``. Views that exist keep theirs."""
         needed, pages, segments = self._oldest_needed(0), 0, 0
-        held = self._host.segments if self.is_offloaded and self._host is not None else self._segments
+        held = self._held()
         while segments < len(held) and pages + held[segments].capacity <= needed:
             pages, segments = pages + held[segments].capacity, segments + 1
         if not segments:
@@ -326,17 +335,17 @@ class Int8Pages(Pages):
         self.first_page, self.num_pages = self.first_page + pages, self.num_pages - pages
         self._shared = max(self._shared - pages, 0)
 
-    def index_select(self, indices: Tensor) -> None:
+    def index_select(self, indices: Tensor | Selection) -> None:
         """See ``Pages.index_select``: the tails are copied, the pages stay where they are.
 
         Where sequences read fewer than half of the stored rows, the others are given back.
         """
         self._write_pending()
-        rows = checked_indices(indices, self.batch_size)
-        on_device = rows.to(self.device)
-        buffers = self._buffers[0][on_device], self._buffers[1][on_device]
-        table = self.row_table or RowTable.identity(self.batch_size, self.num_pages)
-        chosen = RowTable(table.rows[rows.numpy()])
+        selection = indices if isinstance(indices, Selection) else Selection(indices)
+        batch = self.batch_size
+        on_device = selection.on(self.device, batch)
+        buffers = self._buffers[0].index_select(0, on_device), self._buffers[1].index_select(0, on_device)
+        chosen = selection.of(self.row_table, batch, self.num_pages)
         segments = pages_between(self._readable_segments(), 0, self.num_pages)
         if chosen.is_identity(segments):
             self.row_table = None

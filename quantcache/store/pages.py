@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantcache.backends import dispatch
 from quantcache.store import reads
+from quantcache.store.segments import MadeOnce, RowTable
 from quantcache.store.view import PagesView
 
 
@@ -42,7 +43,12 @@ class Pages(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes allocated: codes, metadata, tail, their slack, and host copies."""
+        """Bytes allocated: codes, metadata, tail, their slack, and host copies; what sequences share counts once."""
+
+    @property
+    @abstractmethod
+    def rows_stored(self) -> int:
+        """Rows of the closed pages in memory; sequences that share them read more than there are."""
 
     @abstractmethod
     def _tail_buffers(self) -> tuple[Tensor, Tensor]:
@@ -88,7 +94,7 @@ class Pages(ABC):
         """
 
     @abstractmethod
-    def index_select(self, indices: Tensor) -> None:
+    def index_select(self, indices: "Tensor | Selection") -> None:
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
 
     @abstractmethod
@@ -138,6 +144,32 @@ class Pages(ABC):
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
         self.index_select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+class Selection(MadeOnce):
+    """Sequences to take of several layers: checked, moved to a device, and made of a row table once for all of them.
+
+    Args:
+        indices: see ``checked_indices``.
+    """
+
+    def __init__(self, indices: Tensor) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def rows(self, batch: int) -> Tensor:
+        """``checked_indices`` of ``batch`` sequences."""
+        return self._once(batch, lambda: checked_indices(self.indices, batch))
+
+    def on(self, device: torch.device, batch: int) -> Tensor:
+        """``rows`` on ``device``."""
+        return self._once((device, batch), lambda: self.rows(batch).to(device))
+
+    def of(self, table: RowTable | None, batch: int, pages: int) -> RowTable:
+        """The table of the sequences taken, where ``table`` was that of all, None if each reads its own rows."""
+        held = table or self._once(("identity", batch, pages), lambda: RowTable.identity(batch, pages))
+        # With the table itself, so that no other takes its place in memory.
+        return self._once(("of", id(held)), lambda: (RowTable(held.rows[self.rows(batch).numpy()]), held))[0]
 
 
 def no_tokens(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Closed pages: segments of them, and which stored row each sequence of the batch reads a page from."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -128,17 +128,39 @@ def drop_beyond(segments: list[Segment], num_pages: int) -> None:
         segments.pop()
 
 
-class RowTable(NamedTuple):
+_Made = TypeVar("_Made")
+
+
+class MadeOnce:
+    """What keeps what it has made, for who asks again."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, Any] = {}
+
+    def _once(self, name: object, make: Callable[[], _Made]) -> _Made:
+        if name not in self._made:
+            self._made[name] = make()
+        made: _Made = self._made[name]
+        return made
+
+
+class RowTable(MadeOnce):
     """Which stored row each sequence of the batch reads a page from, on the host; immutable.
 
     Reordering, selecting and repeating sequences is an index on it; pages stay where they are, and sequences that were
-    one share its bytes.
+    one share its bytes. What is made of it is made once: layers alike share one table.
 
     Attributes:
         rows: int32 (batch, pages).
     """
 
-    rows: Rows
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is of the rows alone."""
+        return {"rows": self.rows, "_made": {}}
 
     @classmethod
     def identity(cls, batch: int, pages: int) -> "RowTable":
@@ -147,7 +169,7 @@ class RowTable(NamedTuple):
 
     def on(self, device: torch.device) -> Tensor:
         """As a tensor on ``device``."""
-        return torch.tensor(self.rows, device=device)
+        return self._once(device, lambda: torch.tensor(self.rows, device=device))
 
     def select(self, segments: Iterable[Segment]) -> list[Segment]:
         """Segments without slack as the sequences read them, each in memory of its own."""
@@ -160,23 +182,31 @@ class RowTable(NamedTuple):
     def is_identity(self, segments: Iterable[Segment]) -> bool:
         """Whether every sequence reads its own row of segments with as many rows as there are sequences."""
         batch = len(self.rows)
-        same = all(segment.rows == batch for segment in segments)
-        return same and bool((self.rows == np.arange(batch)[:, None]).all())
+        if any(segment.rows != batch for segment in segments):
+            return False
+        return self._once("identity", lambda: bool((self.rows == np.arange(batch)[:, None]).all()))
 
     def share_read(self, segments: Iterable[Segment]) -> float:
         """The share of the stored rows of all pages that some sequence reads, from 0 to 1."""
+        sizes = tuple((segment.capacity, segment.rows) for segment in segments)
+        return self._once(sizes, lambda: self._share_read(sizes))
+
+    def _share_read(self, sizes: tuple[tuple[int, int], ...]) -> float:
         stored = used = first = 0
-        for segment in segments:
-            part = self.rows[:, first : first + segment.capacity]
-            seen = np.zeros((segment.rows, part.shape[1]), dtype=bool)
+        for capacity, rows in sizes:
+            part = self.rows[:, first : first + capacity]
+            seen = np.zeros((rows, part.shape[1]), dtype=bool)
             seen[part, np.arange(part.shape[1])] = True
-            used, stored, first = used + int(seen.sum()), stored + seen.size, first + segment.capacity
+            used, stored, first = used + int(seen.sum()), stored + seen.size, first + capacity
         return used / stored if stored else 1.0
 
     def narrow(self, start: int, stop: int) -> "RowTable":
         """Of the pages ``start`` to ``stop`` alone."""
-        return RowTable(self.rows[:, start:stop])
+        return self._once((start, stop), lambda: RowTable(self.rows[:, start:stop]))
 
     def extended(self, pages: int) -> "RowTable":
         """With ``pages`` more, which have a row for each sequence."""
-        return RowTable(np.concatenate([self.rows, RowTable.identity(len(self.rows), pages).rows], axis=1))
+        if not pages:
+            return self
+        more = RowTable.identity(len(self.rows), pages).rows
+        return self._once(pages, lambda: RowTable(np.concatenate([self.rows, more], axis=1)))
