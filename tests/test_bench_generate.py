@@ -9,7 +9,7 @@ import torch
 
 from tests.processes import finished
 
-ROWS = ["turn", "chunk", "lookup", "assisted", "beams", "padding", "fixed", "turns"]
+ROWS = ["turn", "chunk", "lookup", "assisted", "beams", "shared-samples", "shared-beams", "padding", "fixed", "turns"]
 
 
 def benchmark(out: Path, *rows: str) -> list[dict]:

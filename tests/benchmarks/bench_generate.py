@@ -31,6 +31,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation.models import ModelError, load_model
+from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
 from tests.benchmarks.bench_cpu_attention import processor
 
@@ -79,16 +80,17 @@ class Sizes:
     window: int
     decode: int
     decoded: int
+    shared: int
     num_samples: int = 16
 
 
 SIZES = {
     "tiny": Sizes(first=300, turn=300, new=80, chunk=96, lookup=200, beams=200, samples=200, padded=200, window=1100,
-                  decode=200, decoded=8, num_samples=2),
+                  decode=200, decoded=8, shared=200, num_samples=2),
     "cpu": Sizes(first=4096, turn=4096, new=512, chunk=512, lookup=2048, beams=1024, samples=512, padded=1024,
-                 window=2048, decode=4096, decoded=16, num_samples=8),
+                 window=2048, decode=4096, decoded=16, shared=4096, num_samples=8),
     "gpu": Sizes(first=32768, turn=32768, new=512, chunk=2048, lookup=16384, beams=8192, samples=2048, padded=4096,
-                 window=4096, decode=32768, decoded=32),
+                 window=4096, decode=32768, decoded=32, shared=8192),
 }  # fmt: skip
 
 
@@ -163,6 +165,9 @@ class Call:
         options: other arguments of ``generate()``.
         reuses: one cache is emptied for each run, as who compiles does: what is recorded holds its addresses.
         gpu_only: the call differs from others only on a GPU.
+        answers: to one prompt, which the int8 cache runs once and shares, as ``for_samples`` does; the stock caches
+            run a copy for each.
+        whole: time all of the call, the prompt included.
     """
 
     says: str
@@ -177,12 +182,16 @@ class Call:
     options: Row = field(default_factory=dict)
     reuses: bool = False
     gpu_only: bool = False
+    answers: int = 1
+    whole: bool = False
 
     @property
     def unit(self) -> str:
         """What is timed."""
         if self.turns > 1:
             return "all turns"
+        if self.whole:
+            return "whole call"
         return "first token" if self.new_tokens == 1 else "per token"
 
 
@@ -201,6 +210,13 @@ def calls(sizes: Sizes) -> dict[str, Call]:
         "beams": Call(f"4 beams after {s.beams:,}", s.beams, s.decoded, options={"num_beams": 4}),
         "samples": Call(f"{s.num_samples} samples after {s.samples:,}", s.samples, s.decoded,
                         options={"do_sample": True, "num_return_sequences": s.num_samples}),
+        "shared-samples": Call(f"{s.num_samples} samples of one prompt of {s.shared:,}", s.shared, s.decoded,
+                               answers=s.num_samples, whole=True,
+                               options={"do_sample": True, "num_return_sequences": s.num_samples}),
+        "shared-beams": Call(f"4 beams of one prompt of {s.shared:,}", s.shared, s.decoded, whole=True, answers=4,
+                             options={"num_beams": 4}),
+        "shared-beam-steps": Call(f"4 beams of one prompt of {s.shared:,}, steps", s.shared, s.decoded, answers=4,
+                                  options={"num_beams": 4}),
         "padding": Call(f"left padding, batch 8, up to {s.padded:,}", s.padded, s.decoded, batch=8, padded=True),
         "sliding": Call(f"sliding window of {s.window:,}, after {2 * s.window:,}", 2 * s.window, s.decoded,
                         window=s.window),
@@ -293,6 +309,9 @@ def generate(bench: Bench, call: Call, ids: Tensor, cache: Any, new_tokens: int,
             mask[row, : row * call.prompt // (2 * call.batch)] = 0
     torch.manual_seed(0)  # for samples
     clock = Clock()
+    if call.answers > 1 and isinstance(cache, QuantizedInt8Cache):
+        samples.run(bench.model(call.window), cache, {"input_ids": ids, "attention_mask": mask})
+        cache.batch_repeat_interleave(call.answers)
     output = bench.model(call.window).generate(
         ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=new_tokens, stopping_criteria=[clock],
         **options,
@@ -328,6 +347,8 @@ def run(bench: Bench, call: Call, cache: Any, ids: Tensor) -> float:
     """Seconds of what is timed."""
     if call.turns == 1:
         _, clock = generate(bench, call, ids, cache, call.new_tokens)
+        if call.whole:
+            return now() - clock.start
         return clock.first() if call.new_tokens == 1 else clock.per_token()
     start, said = now(), ids[:, :0]
     for turn in range(call.turns):
