@@ -101,8 +101,12 @@ def test_the_safetensors_library_reads_and_would_write_the_same_bytes(path: Path
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
     "newer_layout": (
-        lambda table, told: told.update(layout=2, quantcache="7.0"),
-        "the layout must be 1, which this version of quantcache reads, got 2, written by quantcache 7.0. Use a newer",
+        lambda table, told: told.update(layout=3, quantcache="7.0"),
+        "the layout must be 1 or 2, which this version of quantcache reads, got 3, written by quantcache 7.0. Use a",
+    ),
+    "layout_without_row_table": (
+        lambda table, told: told.update(layout=2),
+        "the layout of a file with such tensors must be 1, got 2.",
     ),
     "page_size": (lambda table, told: told.update(page_size=32), "'page_size' of the description must be 64, got 32."),
     "residual_length": (

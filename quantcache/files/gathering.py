@@ -27,6 +27,11 @@ def head_axis(part: str) -> int:
     return _HEADS_OF_PAGES if part in schema.PAGE_PARTS else _HEADS_OF_STATES
 
 
+def _is_whole(name: str) -> bool:
+    """Whether every rank takes all of a tensor, which has no heads."""
+    return name == schema.INPUT_IDS or name.endswith(f".{schema.ROW_TABLE}")
+
+
 def check_part(place: str, name: str, part: str) -> None:
     """Refuse what is not known to be cut by heads.
 
@@ -48,7 +53,7 @@ def check_shares(entries: Mapping[str, Entry], ranks: Ranks | None) -> None:
         ValueError: a number of heads that the ranks do not divide.
     """
     for name, entry in entries.items() if ranks is not None else ():
-        if name == schema.INPUT_IDS:
+        if _is_whole(name):
             continue
         part = name.split(".", 2)[2]
         check_part("QuantizedInt8Cache.load", name, part)
@@ -62,7 +67,7 @@ def check_shares(entries: Mapping[str, Entry], ranks: Ranks | None) -> None:
 
 def local_heads(name: str, whole: Tensor, ranks: Ranks | None) -> Tensor:
     """This rank's part of the tensor ``name`` of a file, in memory of its own where it is not all of it."""
-    if ranks is None or name == schema.INPUT_IDS or not ranks.is_split:
+    if ranks is None or _is_whole(name) or not ranks.is_split:
         return whole
     axis = head_axis(name.split(".", 2)[2])
     share = whole.shape[axis] // ranks.size

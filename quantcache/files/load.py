@@ -64,10 +64,10 @@ def load(
             place = device_of_layer(model, layer_idx) if where is None else where
             if isinstance(layer, GrowingInt8Layer):
                 if held is not None:
-                    closed, key_tail, value_tail = schema.read_pages(held, read, place, max_tokens)
-                    layer.lazy_initialization(key_tail, value_tail)
+                    closed, row_table, *tails = schema.read_pages(held, read, file.refuse, place, max_tokens)
+                    layer.lazy_initialization(tails[0], tails[1])
                     assert layer.pages is not None
-                    layer.pages.fill(closed, key_tail, value_tail, held.first_page)
+                    layer.pages.fill(closed, tails[0], tails[1], held.first_page, row_table)
                     if max_tokens is not None:
                         layer.pages.crop(max(layer.pages.seq_len - max_tokens, 0))
                 continue
@@ -155,7 +155,7 @@ def _check_layers(file: Container, description: dict[str, Any], cache: KnownProm
             # What the next query sees must be there.
             if held.held < min(held.seq_len, window - 1 if window else held.seq_len):
                 raise file.refuse(f"layer {layer_idx} must hold its window of {window}", f"{held.held} tokens")
-            expected |= {schema.part_name(layer_idx, part) for part in schema.PARTS}
+            expected |= {schema.part_name(layer_idx, part) for part in schema.parts_of(held.num_rows is not None)}
             batches.add(held.batch)
         elif kind != "int8":
             prefix = schema.part_name(layer_idx, "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache import __version__
-from quantcache.files import container, fingerprint, gathering, host_states, schema
+from quantcache.files import container, fingerprint, gathering, host_states, schema, shared
 from quantcache.files.container import PathLike, Progress
 from quantcache.files.description import check
 from quantcache.files.header import arrange
@@ -54,7 +54,7 @@ def save(
         )
     contents = contents_of(cache, input_ids, model)
     description = {
-        "layout": schema.LAYOUT,
+        "layout": schema.layout_of(contents.specs),
         "quantcache": __version__,
         "page_size": PAGE_SIZE,
         "residual_length": contents.residual_length,
@@ -107,9 +107,11 @@ def _contents(cache: KnownPrompt, input_ids: Tensor | None, ranks: Ranks | None)
         if isinstance(layer, BaseInt8Layer):
             made.layers.append(_described(layer))
             if layer.pages is not None and not layer.pages.is_empty:
-                view = layer.pages.stored()
+                view = layer.pages.stored(shares=ranks is None)
+                if view.row_table is not None:
+                    view = shared.flattened(view) or layer.pages.stored()
                 specs = schema.pages_specs(layer_idx, view)
-                for part in schema.PARTS:
+                for part in schema.parts_of(view.row_table is not None):
                     name = schema.part_name(layer_idx, part)
                     if ranks is None:
                         made.specs[name] = specs[name]

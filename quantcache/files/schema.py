@@ -1,23 +1,25 @@
-"""Layout 1 of a prompt cache: which tensors a file holds, and what must hold between them.
+"""The layouts of a prompt cache: which tensors a file holds, and what must hold between them.
 
-The page in the documentation specifies it; ``LAYOUT`` rises with any change that this code could not read.
+The page in the documentation specifies them; another one comes with any change that this code could not read.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from quantcache.files import shared
 from quantcache.files.container import Container
-from quantcache.files.description import check
+from quantcache.files.description import Refuse, check
 from quantcache.files.header import Entry
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store.segments import Segment
+from quantcache.store.segments import RowTable, Segment
 from quantcache.store.view import PagesView
 
-LAYOUT: Final = 1
+LAYOUT, SHARED_LAYOUT = LAYOUTS = 1, 2
+"""Of the second some layer has a row table, and is stored without what its sequences share."""
 
 INPUT_IDS: Final = "input_ids"
 """int64 (batch, seq_len): the tokens whose keys and values are stored."""
@@ -32,9 +34,22 @@ _TAILS: Final = ("key_tail", "value_tail")
 PARTS: Final = (*PAGE_PARTS, *_TAILS)
 """What an int8 layer has in a file: ``layers.{layer_idx}.{part}``."""
 
+ROW_TABLE: Final = "row_table"
+"""What a layer has besides in ``SHARED_LAYOUT`` whose sequences share rows; see ``shared``."""
+
 _TAIL_DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def parts_of(has_row_table: bool) -> tuple[str, ...]:
+    """The parts of a layer in a file."""
+    return (*PARTS, ROW_TABLE) if has_row_table else PARTS
+
+
+def layout_of(names: Collection[str]) -> int:
+    """The layout of a file with such tensors."""
+    return SHARED_LAYOUT if any(name.endswith(f".{ROW_TABLE}") for name in names) else LAYOUT
 
 
 def part_name(layer_idx: int, part: str) -> str:
@@ -46,6 +61,8 @@ def pages_specs(layer_idx: int, view: PagesView) -> Specs:
     """Dtypes and shapes of the tensors that a file holds of one layer, from ``Int8Pages.stored``."""
     batch, num_kv_heads, _, head_dim = view.key_tail.shape
     rows, v_head_dim = (view.num_pages, batch, num_kv_heads), view.value_tail.shape[3]
+    if view.row_table is not None:
+        rows = (view.num_pages, 1, num_kv_heads)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "key_qdata": (torch.int8, (*rows, PAGE_SIZE, head_dim)),
         "key_metadata": (torch.int16, (*rows, head_dim, 2)),
@@ -54,12 +71,14 @@ def pages_specs(layer_idx: int, view: PagesView) -> Specs:
         "key_tail": (view.key_tail.dtype, tuple(view.key_tail.shape)),
         "value_tail": (view.value_tail.dtype, tuple(view.value_tail.shape)),
     }
+    if view.row_table is not None:
+        shapes[ROW_TABLE] = (torch.int32, tuple(view.row_table.shape))
     return {part_name(layer_idx, part): spec for part, spec in shapes.items()}
 
 
 def pages_pieces(view: PagesView, part: str) -> Iterator[Tensor]:
     """The bytes of one part of a layer, in pieces that fit a small staging buffer."""
-    if part in _TAILS:
+    if part in (*_TAILS, ROW_TABLE):
         yield getattr(view, part)
         return
     for segment in view.segments:
@@ -84,6 +103,7 @@ class StoredPages:
         batch: sequences.
         tail_len: exact tokens behind the pages.
         first_page: pages dropped before the first one stored.
+        num_rows: rows of the pages, where a row table says which are read; None: one for each page and sequence.
     """
 
     layer_idx: int
@@ -91,6 +111,7 @@ class StoredPages:
     batch: int
     tail_len: int
     first_page: int
+    num_rows: int | None = None
 
     @property
     def held(self) -> int:
@@ -149,21 +170,35 @@ def check_pages(container: Container, layer_idx: int, residual_length: int, firs
     if found["key_tail"].nbytes == 0 and not any(found["key_qdata"].shape[:1]):
         raise container.refuse(f"layer {layer_idx} must hold tokens", "none")
     num_pages = found["key_qdata"].shape[0] if found["key_qdata"].shape else 0
-    rows = (num_pages, batch, num_kv_heads)
+    rows, num_rows = (num_pages, batch, num_kv_heads), None
+    table = container.entries.get(part_name(layer_idx, ROW_TABLE))
+    if table is not None and container.description.get("layout") == SHARED_LAYOUT:
+        rows, num_rows = (num_pages, 1, num_kv_heads), num_pages
+        found[ROW_TABLE], num_pages = table, table.shape[-1] if table.shape else 0
+        demand(ROW_TABLE, "I32", (batch, num_pages))
+        if not num_pages <= num_rows <= batch * num_pages:
+            raise container.refuse(
+                f"layer {layer_idx} must have from {num_pages} to {batch * num_pages} rows of pages", num_rows
+            )
     demand("key_qdata", "I8", (*rows, PAGE_SIZE, head_dim))
     demand("key_metadata", "I16", (*rows, head_dim, 2))
     demand("value_qdata", "I8", (*rows, PAGE_SIZE, v_head_dim))
     demand("value_metadata", "I16", (*rows, PAGE_SIZE, 2))
-    return StoredPages(layer_idx, num_pages, batch, tail_len, first_page)
+    return StoredPages(layer_idx, num_pages, batch, tail_len, first_page, num_rows)
 
 
 def read_pages(
-    stored: StoredPages, read: Callable[[str, int | None], Tensor], device: torch.device, max_tokens: int | None
-) -> tuple[Segment | None, Tensor, Tensor]:
+    stored: StoredPages,
+    read: Callable[[str, int | None], Tensor],
+    refuse: Refuse,
+    device: torch.device,
+    max_tokens: int | None,
+) -> tuple[list[Segment], RowTable | None, Tensor, Tensor]:
     """What ``Int8Pages.fill`` takes: the pages and tails of one layer, bit for bit as they were saved.
 
     Args:
         stored: from ``check_pages``.
+        refuse: makes the error of a row table that cannot be followed.
         read: gives the first rows (None: all) of the named tensor, on the CPU.
         device: where the bytes go.
         max_tokens: read no more pages than that many tokens need, the last one whole; None for all tokens.
@@ -171,14 +206,22 @@ def read_pages(
     wanted = stored.held if max_tokens is None else min(max_tokens, stored.held)
     num_pages = min(stored.num_pages, -(-wanted // PAGE_SIZE))
     tail_len = max(0, wanted - stored.num_pages * PAGE_SIZE)
-    parts = (read(part_name(stored.layer_idx, part), num_pages).to(device) for part in PAGE_PARTS)
-    closed = Segment(*parts) if num_pages else None
+    num_rows, firsts = num_pages, [0]
+    if stored.num_rows is not None:
+        table = part_name(stored.layer_idx, ROW_TABLE)
+        places = read(table, None)
+        firsts = shared.first_rows(places, stored.num_rows, lambda rule, got: refuse(f"of {table} {rule}", got))
+        num_rows, firsts, places = firsts[num_pages], firsts[: num_pages + 1], places[:, :num_pages]
+    parts = (read(part_name(stored.layer_idx, part), num_rows).to(device) for part in PAGE_PARTS)
+    closed, row_table = [Segment(*parts)] if num_pages else [], None
+    if closed and stored.num_rows is not None:
+        closed, row_table = shared.segments_of(closed[0], places, firsts)
     tails = []
     for part in _TAILS:
         tail = read(part_name(stored.layer_idx, part), None if tail_len else 0)
         kept = tail[:, :, :tail_len] if tail_len else tail.new_empty(stored.batch, tail.shape[1], 0, tail.shape[3])
         tails.append(kept.to(device))
-    return closed, tails[0], tails[1]
+    return closed, row_table, tails[0], tails[1]
 
 
 def check_description(container: Container) -> dict[str, Any]:
@@ -189,12 +232,14 @@ def check_description(container: Container) -> dict[str, Any]:
     """
     description = container.description
     layout = description.get("layout")
-    if type(layout) is not int or layout != LAYOUT:
+    if type(layout) is not int or layout not in LAYOUTS:
         written = description.get("quantcache")
         raise container.refuse(
-            f"the layout must be {LAYOUT}, which this version of quantcache reads",
+            f"the layout must be {LAYOUT} or {SHARED_LAYOUT}, which this version of quantcache reads",
             f"{layout!r}, written by quantcache {written}" if isinstance(written, str) else repr(layout),
-            "Use a newer quantcache." if type(layout) is int and layout > LAYOUT else "",
+            "Use a newer quantcache." if type(layout) is int and layout > max(LAYOUTS) else "",
         )
+    if layout != (fitting := layout_of(container.entries)):
+        raise container.refuse(f"the layout of a file with such tensors must be {fitting}", layout)
     check(description, container.refuse)
     return dict(description)

@@ -229,11 +229,11 @@ class StaticInt8Pages(Pages):
         """See ``Pages.view``."""
         return PagesView(self._pages_until(self.num_pages), *self._tail_buffers(), self._tail_len, self.backend)
 
-    def stored(self) -> PagesView:
+    def stored(self, shares: bool = False) -> PagesView:
         """See ``Pages.stored``; pages that are due are closed before."""
         self.close_due_pages()
         closed = self._first(self._pages_held(), self._pages)
-        return PagesView(closed.resolved, self.key_tail, self.value_tail)
+        return PagesView(closed if shares else closed.resolved, self.key_tail, self.value_tail)
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """See ``Pages.restore``."""

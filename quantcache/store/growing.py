@@ -119,12 +119,14 @@ class Int8Pages(Pages):
         made._shared = self._shared = self.num_pages
         return made
 
-    def stored(self) -> PagesView:
+    def stored(self, shares: bool = False) -> PagesView:
         """See ``Pages.stored``; nothing moves."""
-        closed = pages_between(self._readable_segments(), 0, self.num_pages)
-        if self.row_table is not None:
+        closed, table = pages_between(self._readable_segments(), 0, self.num_pages), None
+        if self.row_table is not None and shares:
+            table = self.row_table.on(torch.device("cpu"))
+        elif self.row_table is not None:
             closed = tuple(self.row_table.select(closed))
-        return PagesView(ClosedPages(closed), self.key_tail, self.value_tail)
+        return PagesView(ClosedPages(closed, table), self.key_tail, self.value_tail)
 
     def _held(self) -> list[Segment]:
         """The segments where they are, in host memory too, whether or not they are all there yet."""
@@ -140,7 +142,14 @@ class Int8Pages(Pages):
             torch.accelerator.synchronize(self.device)  # the last pages may be on their way
         return self._host.segments
 
-    def fill(self, closed: Segment | None, key_tail: Tensor, value_tail: Tensor, first_page: int = 0) -> None:
+    def fill(
+        self,
+        closed: list[Segment],
+        key_tail: Tensor,
+        value_tail: Tensor,
+        first_page: int = 0,
+        row_table: RowTable | None = None,
+    ) -> None:
         """Take over what ``stored`` gave of other pages; these must be empty.
 
         Args:
@@ -148,14 +157,18 @@ class Int8Pages(Pages):
             key_tail: exact keys behind them; copied.
             value_tail: exact values.
             first_page: pages dropped before.
+            row_table: which row each sequence reads of them; None: its own.
         """
-        segments = [] if closed is None else [closed]
-        if closed is not None and self.keep_tokens is not None:
+        if self.keep_tokens is not None:
             size = self._segment_capacity(1)
-            segments = [closed.narrow(start, start + size).cloned() for start in range(0, closed.capacity, size)]
+            closed = [
+                segment.narrow(start, min(start + size, segment.capacity)).cloned()
+                for segment in closed
+                for start in range(0, segment.capacity, size)
+            ]
         self._buffers = copied(key_tail, value_tail)
-        self._segments, self.num_pages = segments, 0 if closed is None else closed.capacity
-        self.first_page, self.row_table, self._closed, self._shared = first_page, None, None, 0
+        self._segments, self.num_pages = closed, sum(segment.capacity for segment in closed)
+        self.first_page, self.row_table, self._closed, self._shared = first_page, row_table, None, 0
         self.seq_len = (first_page + self.num_pages) * PAGE_SIZE + key_tail.shape[2]
 
     @property

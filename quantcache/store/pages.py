@@ -59,8 +59,13 @@ class Pages(ABC):
         """All tokens held, for reading."""
 
     @abstractmethod
-    def stored(self) -> PagesView:
-        """As ``view``, for copying: every sequence reads its own row, offloaded pages are those in host memory."""
+    def stored(self, shares: bool = False) -> PagesView:
+        """As ``view``, for copying: offloaded pages are those in host memory.
+
+        Args:
+            shares: give stored rows once, and a row table where sequences read others than their own; if False, every
+                sequence reads its own row.
+        """
 
     @abstractmethod
     def append(self, key_states: Tensor, value_states: Tensor) -> PagesView:
