@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import calls, conversion, native, routing, samples
-from quantcache.layers._host import attention_implementation, given_to_generate
+from quantcache.layers._host import given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.editing import EditedStates, edited
 from quantcache.layers.factory import (
@@ -126,7 +126,7 @@ class QuantizedInt8Cache(DynamicCache):
                 "Use QuantizedInt8Cache(model.config, max_cache_len=...)."
             )
         # Eager attention is to restore the states, so that nothing is left to warn of.
-        policy = FallbackPolicy(strict, warned=attention_implementation(config) == "eager")
+        policy = FallbackPolicy(strict)
         make = LayerFactory(residual_length, policy, max_cache_len, offloading=offloading)
         # Not DynamicCache.__init__: it would make the layers.
         if config is None:

@@ -32,6 +32,7 @@ ROUTED: dict[str, Any] = {
 GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 4096}
 LOCAL: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
 NO_FLEX = ("sdpa", "eager")
+OWN_CODE = "its eager attention is no function that transformers could be given another for"
 WINDOWED = ["sliding_attention", "full_attention"]
 
 
@@ -47,6 +48,7 @@ class Architecture:
         implementations: attention implementations that the model itself has on a CPU.
         note: what the docs say beside it.
         restores: why int8 is restored even by implementations that could read it, "" where it is not.
+        eager: why it is restored by the model's eager attention alone, likewise.
         text_in: name of the sub-config of the text model, which ``config`` then goes into.
         bare: leave ``SIZES`` out.
     """
@@ -58,6 +60,7 @@ class Architecture:
     implementations: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
     note: str = ""
     restores: str = ""
+    eager: str = ""
     text_in: str | None = None
     bare: bool = False
 
@@ -191,6 +194,7 @@ ARCHITECTURES = (
         "FalconForCausalLM",
         config={"new_decoder_architecture": True, "num_kv_heads": 2},
         implementations=NO_FLEX,
+        eager=OWN_CODE,
     ),
     Architecture(
         "GPT-2",
@@ -288,9 +292,12 @@ ARCHITECTURES = (
         "GPTNeoForCausalLM",
         config={"num_layers": 2, "num_heads": 4, "window_size": 64} | LOCAL,
         implementations=("eager",),
+        eager=OWN_CODE,
     ),
     Architecture("GPT-BigCode", "GPTBigCodeForCausalLM", config=GPT, note="one KV head", implementations=NO_FLEX),
-    Architecture("Bloom", "BloomForCausalLM", config={"n_layer": 2, "n_head": 4}, implementations=("eager",)),
+    Architecture(
+        "Bloom", "BloomForCausalLM", config={"n_layer": 2, "n_head": 4}, implementations=("eager",), eager=OWN_CODE
+    ),
     Architecture(
         "LFM2", "Lfm2ForCausalLM", ("LinearAttentionLayer", "int8"), {"layer_types": ["conv", "full_attention"]}
     ),

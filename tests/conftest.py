@@ -28,6 +28,15 @@ def unpatched() -> Iterator[None]:
     calls.unwatch_generate()
 
 
+@pytest.fixture
+def unknown_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2's eager attention is a function of which nothing is known, so that it is given restored states."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    own = modeling_qwen2.eager_attention_forward
+    monkeypatch.setattr(modeling_qwen2, "eager_attention_forward", lambda *args, **kwargs: own(*args, **kwargs))
+
+
 class _Deprecations(logging.Handler):
     """transformers logs what it would warn of where a model is traced; that is an error here like any warning."""
 

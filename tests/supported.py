@@ -25,7 +25,7 @@ def reading(architecture: Architecture, implementation: str) -> str:
         return "-"
     if not any("int8" in storage for storage in architecture.storage):
         return "own"
-    return "restored" if implementation == "eager" or architecture.restores else "int8"
+    return "restored" if architecture.restores or (implementation == "eager" and architecture.eager) else "int8"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -42,7 +42,7 @@ def _models() -> str:
                 architecture.name,
                 "; ".join(NATIVE.get(storage, storage) for storage in dict.fromkeys(architecture.storage)),
                 *(reading(architecture, implementation) for implementation in IMPLEMENTATIONS),
-                architecture.note or architecture.restores,
+                architecture.note or architecture.restores or architecture.eager,
             )
             for architecture in ARCHITECTURES
         ),

@@ -1,5 +1,6 @@
 """What breaks when transformers, torch or accelerate change what ``layers/_host.py`` touches of them?"""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,10 +59,35 @@ def test_attention_functions_can_be_looked_up_and_replaced() -> None:
     assert len(calls) == model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_a_config_tells_which_attention_function_its_model_uses(name: str) -> None:
-    assert _host.attention_implementation(llama(attn_implementation=name).config) == name
-    assert _host.attention_implementation(None) is None
+def test_models_with_eager_attention_ask_for_it_by_their_own_function() -> None:
+    asked, model = [], llama(attn_implementation="eager")
+    own = sys.modules[type(model).__module__].eager_attention_forward
+
+    def route(function: Any) -> Any:
+        asked.append(function)
+        return function
+
+    _host.route_eager(route)
+    _host.route_eager(route)
+    model(prompt(3))
+    assert asked == [own] * model.config.num_hidden_layers
+    llama(attn_implementation="sdpa")(prompt(3))
+    assert _host.unroute_eager() == []
+    model(prompt(3))
+    assert len(asked) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("asked", ["argument", "config", None])
+def test_attention_functions_can_tell_whether_their_weights_are_collected(asked: str | None) -> None:
+    seen, model = [], llama(attn_implementation="eager")
+    _host.route_eager(lambda function: (seen.append(_host.wants_weights()), function)[1])
+    try:
+        model.config.output_attentions = asked == "config"
+        model(prompt(3), **({"output_attentions": True} if asked == "argument" else {}))
+    finally:
+        _host.unroute_eager()
+    assert seen == [asked is not None] * model.config.num_hidden_layers
+    assert not _host.wants_weights()
 
 
 class Watcher:

@@ -491,6 +491,7 @@ def test_a_compiled_step_that_restores_says_so() -> None:
         total(*new_states(1, 1))
 
 
+@pytest.mark.usefixtures("unknown_eager_attention")
 def test_a_strict_cache_does_not_restore_in_a_compiled_step(frames: Any) -> None:
     model = tiny_model(attn_implementation="eager")
     cache = QuantizedInt8Cache(model.config, max_cache_len=200, strict=True)

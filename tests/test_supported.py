@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers.models.gptj import modeling_gptj
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
 from quantcache.backends import dispatch
@@ -47,11 +48,14 @@ def test_attention_reads_as_the_page_says_and_warns_only_where_more_was_wanted(
 ) -> None:
     case = Case(architecture, implementation)
     expected = reading(architecture, implementation)
+    if (architecture.name, implementation) == ("GPT-J", "eager") and not hasattr(
+        modeling_gptj, "eager_attention_forward"
+    ):
+        expected = "restored"  # older ones have code of their own
     cache = case.cache()
-    surprised = expected == "restored" and implementation != "eager"
     with quiet_flex() if implementation == "flex_attention" else nullcontext():
         case.logits(tokens(PROMPT), cache)
-        with pytest.warns(FallbackWarning) if surprised else nullcontext():
+        with pytest.warns(FallbackWarning) if expected == "restored" else nullcontext():
             case.logits(tokens(1), cache)
     kernels = {layer.read_log.kernel for layer in int8_layers(cache)}
     backend = dispatch.choose_backend(torch.device("cpu"))
@@ -66,10 +70,10 @@ def test_attention_reads_as_the_page_says_and_warns_only_where_more_was_wanted(
                 assert row.kernel == "native"
 
 
-def test_eager_attention_without_a_config_warns_once() -> None:
-    case = Case(next(one for one in ARCHITECTURES if one.name == "Llama"), "eager")
-    cache = QuantizedInt8Cache()
-    case.logits(tokens(PROMPT), cache)
-    with pytest.warns(FallbackWarning, match="on cached states"):
-        case.logits(tokens(1), cache)
-    case.logits(tokens(1), cache)  # warnings are errors
+def test_a_read_that_restores_warns_once() -> None:
+    case = Case(next(one for one in ARCHITECTURES if one.name == "Bloom"), "eager")
+    for cache in (QuantizedInt8Cache(), QuantizedInt8Cache(case.config)):
+        case.logits(tokens(PROMPT), cache)
+        with pytest.warns(FallbackWarning, match="on cached states"):
+            case.logits(tokens(1), cache)
+        case.logits(tokens(1), cache)  # warnings are errors

@@ -238,6 +238,8 @@ def test_pages_are_offloaded_by_a_graph_too(
     assert [layer.pages.is_offloaded for layer in cache.layers] == [False, True]  # the first is on its way back
 
 
+@pytest.mark.usefixtures("unknown_eager_attention")
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
 def test_a_read_that_restores_says_so_in_a_graph(kind: str) -> None:
     torch._dynamo.reset()

@@ -19,16 +19,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.models.auto import tokenization_auto
 from transformers.quantizers import auto as quantizers_auto
+from transformers.utils import output_capturing
 
 _GIVEN: Final = "_is_user_defined"
 
 _lock = threading.Lock()
-_patched: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-"""By name, methods of ``GenerationMixin`` and what was put in their place."""
+_patched: dict[tuple[type[Any], str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""By class and name, methods of transformers' and what was put in their place."""
 
 
 CACHE_NAMES: Final = ("cache", "past_key_values")
@@ -162,10 +163,31 @@ def attention_function(name: str) -> Callable[..., Any] | None:
     return function
 
 
-def attention_implementation(config: PreTrainedConfig | None) -> str | None:
-    """The name of the attention function that the decoder of ``config`` uses, None where nobody has decided."""
-    decoder = None if config is None else config.get_text_config(decoder=True)
-    return getattr(decoder, "_attn_implementation", None)
+def route_eager(route: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have models with eager attention call ``route`` of their own function, however often this is called."""
+    from transformers.modeling_utils import AttentionInterface
+
+    def routed(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+            function: Callable[..., Any] = original(self, attn_implementation, default)
+            return route(function) if attn_implementation == "eager" else function
+
+        return get_interface
+
+    _patch(AttentionInterface, "get_interface", routed)
+
+
+def unroute_eager() -> list[str]:
+    """Have them call it themselves again; what is returned is as for ``unwatch_generate``."""
+    from transformers.modeling_utils import AttentionInterface
+
+    return _unpatch(AttentionInterface)
+
+
+def wants_weights() -> bool:
+    """Whether the model that is running collects what its attention functions return as weights."""
+    return any(name.endswith("attentions") for name in output_capturing._active_collector.get() or ())
 
 
 @dataclass
@@ -207,15 +229,8 @@ _call: "ContextVar[WatchedCall | None]" = ContextVar("quantcache_call", default=
 
 def watch_generate(begin: BeginCall) -> None:
     """Have ``generate`` of every model ask ``begin`` for what watches the call, however often this is called."""
-    with _lock:
-        for name, wrapped in (
-            ("generate", functools.partial(_watched_generate, begin=begin)),
-            ("prepare_inputs_for_generation", _watched_prepare),
-        ):
-            original = getattr(GenerationMixin, name)
-            if name not in _patched or original is not _patched[name][1]:
-                _patched[name] = original, wrapped(original)
-                setattr(GenerationMixin, name, _patched[name][1])
+    _patch(GenerationMixin, "generate", functools.partial(_watched_generate, begin=begin))
+    _patch(GenerationMixin, "prepare_inputs_for_generation", _watched_prepare)
 
 
 def unwatch_generate() -> list[str]:
@@ -224,15 +239,31 @@ def unwatch_generate() -> list[str]:
     Returns:
         What stays as it is, because someone wrapped it again since.
     """
+    return _unpatch(GenerationMixin)
+
+
+def _patch(owner: type[Any], name: str, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``wrapped`` of a method in its place, unless it is there already."""
+    with _lock:
+        original = getattr(owner, name)
+        if (owner, name) not in _patched or original is not _patched[owner, name][1]:
+            _patched[owner, name] = original, wrapped(original)
+            setattr(owner, name, _patched[owner, name][1])
+
+
+def _unpatch(owner: type[Any]) -> list[str]:
+    """Put the methods of ``owner`` back; what stays, because someone wrapped it again since, is returned."""
     stay = []
     with _lock:
-        for name, (original, wrapper) in list(_patched.items()):
-            current = getattr(GenerationMixin, name)
-            if current is not wrapper and current is not original:
-                stay.append(described(f"GenerationMixin.{name}", current))
+        for (patched, name), (original, wrapper) in list(_patched.items()):
+            if patched is not owner:
                 continue
-            setattr(GenerationMixin, name, original)
-            del _patched[name]
+            current = getattr(owner, name)
+            if current is not wrapper and current is not original:
+                stay.append(described(f"{owner.__name__}.{name}", current))
+                continue
+            setattr(owner, name, original)
+            del _patched[owner, name]
     return stay
 
 
