@@ -247,15 +247,17 @@ def tails(args: Arguments) -> list[tuple[int, tuple[int, ...]]]:
     return [(given.key_tail, given.key_tail_stride), (given.value_tail, given.value_tail_stride)]
 
 
-def attend(args: Arguments, num_pages: int, tail_len: int) -> None:
-    """Write the output that is asked for."""
-    query, dense, asked = attended(args, num_pages, tail_len)
+def attend(args: Arguments, num_pages: int, tail_len: int, hidden: Tensor | None = None) -> None:
+    """Write the output that is asked for, with nothing of the keys that are ``hidden`` besides."""
+    query, dense, asked = attended(args, num_pages, tail_len, hidden)
     output = reference.attend(query, *dense, asked)
     memory(args.given.output, args.dtype, output.shape).copy_(output)
 
 
-def attended(args: Arguments, num_pages: int, tail_len: int) -> tuple[Tensor, list[Tensor], AttentionOptions]:
-    """The query, the dense keys and values, and the options of a launch."""
+def attended(
+    args: Arguments, num_pages: int, tail_len: int, hidden: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], AttentionOptions]:
+    """The query, the dense keys and values, and the options of a launch, whose mask hides what is ``hidden``, too."""
     given = args.given
     heads = given.batch, given.num_kv_heads
     dense = []
@@ -270,6 +272,8 @@ def attended(args: Arguments, num_pages: int, tail_len: int) -> tuple[Tensor, li
     if given.mask:
         mask_shape = given.batch, num_q_heads, given.query_len, kv_len
         mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], mask_shape, given.mask_stride)
+        if hidden is not None:
+            mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
     asked = AttentionOptions(
         mask,
         bool(given.is_causal),
@@ -361,44 +365,56 @@ def built_as(args: Arguments) -> Any:
     return PREFILL.Shape(*(args.macros[name] for name in ("ROW_TILES", "WARPS", "TILE_KEYS", "BUFFERS", "WARPGROUP")))
 
 
-def check_blocks(args: Arguments, kv_len: int) -> None:
-    """What was found in a mask leaves out no block that a query sees."""
-    given = args.given
-    if not given.mask:
-        return
-    every = given.batch, given.num_kv_heads * given.group, given.query_len, kv_len
-    mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], every, given.mask_stride)
-    # Every query block that a query may look at, at the strides that the kernel uses.
-    blocks = memory(
-        given.blocks,
-        torch.uint8,
-        (*every[:2], -(-given.query_len // PREFILL.BLOCK_QUERIES), -(-kv_len // PAGE_SIZE)),
-        (*given.block_stride, 1),
-    )
-    seen = mask if mask.dtype == torch.bool else mask != -torch.inf
-    by_query = blocks.repeat_interleave(PREFILL.BLOCK_QUERIES, 2)[:, :, : given.query_len]
-    assert (by_query.repeat_interleave(PAGE_SIZE, 3)[..., :kv_len][seen] & 1).all()
-
-
 def prefill(args: Arguments) -> None:
     given = args.given
     shape = built_as(args)
     assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths, bool(args.macros["SHARES_PAGES"]))
     num_pages, tail_len = live_lengths(args)
     if args.macros["SHARES_PAGES"]:
-        check_blocks(args, num_pages * PAGE_SIZE + tail_len)
+        passed_over(given, num_pages * PAGE_SIZE + tail_len)
         leave_parts(args, num_pages, tail_len)
         return
     assert given.row_tiles == -(-given.group * given.query_len // shape.rows)
     heads = given.batch * given.num_kv_heads
     assert args.grid == (heads * given.row_tiles * given.num_splits, 1, 1)
-    check_blocks(args, num_pages * PAGE_SIZE + tail_len)
     if given.num_splits == 1:
-        attend(args, num_pages, tail_len)
+        attend(args, num_pages, tail_len, passed_over(given, num_pages * PAGE_SIZE + tail_len))
         return
     rows = heads * given.row_tiles * given.num_splits * shape.rows
     assert given.sums == given.partial + 4 * rows * args.widths[1]
     memory(given.partial, torch.float32, (rows * (args.widths[1] + 2),)).fill_(torch.nan)
+
+
+def passed_over(given: SimpleNamespace, kv_len: int) -> Tensor | None:
+    """The keys whose blocks are not read for a query, bool (batch, num_q_heads, query_len, kv_len); None: none are."""
+    if given.mask:
+        every = given.batch, given.num_kv_heads * given.group, given.query_len, kv_len
+        mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], every, given.mask_stride)
+        # Every query block that a query may look at, at the strides that the kernel uses.
+        blocks = memory(
+            given.blocks,
+            torch.uint8,
+            (*every[:2], -(-given.query_len // PREFILL.BLOCK_QUERIES), -(-kv_len // PAGE_SIZE)),
+            (*given.block_stride, 1),
+        )
+        seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+        read = read_blocks(given, blocks).repeat_interleave(PREFILL.BLOCK_QUERIES, 2)[:, :, : given.query_len]
+        hidden = ~read.repeat_interleave(PAGE_SIZE, 3)[..., :kv_len]
+        if mask.dtype == torch.bool:
+            assert not (hidden & seen).any()
+        else:  # what is faint may be passed over, and must weigh nothing
+            assert (mask[hidden] <= torch.finfo(mask.dtype).min / 2).all()
+        return hidden
+    return None
+
+
+def read_blocks(given: SimpleNamespace, blocks: Tensor) -> Tensor:
+    """Which blocks of a mask are read for which blocks of queries."""
+    seen, faint = blocks & 1 != 0, blocks & 4 != 0
+    if given.sighted:
+        sighted = memory(given.sighted, torch.int32, blocks.shape[:3], given.sighted_stride)
+        faint = faint & (sighted != -1)[..., None]
+    return seen | faint
 
 
 def merge_parts(args: Arguments) -> None:
@@ -406,7 +422,8 @@ def merge_parts(args: Arguments) -> None:
     assert given.num_splits > 1
     warps = built_as(args).threads // 32
     assert args.grid[0] * warps >= given.batch * given.num_kv_heads * given.group * given.query_len
-    attend(args, *live_lengths(args))
+    num_pages, tail_len = live_lengths(args)
+    attend(args, num_pages, tail_len, passed_over(given, num_pages * PAGE_SIZE + tail_len))
 
 
 def scan_mask(args: Arguments) -> None:
@@ -414,19 +431,32 @@ def scan_mask(args: Arguments) -> None:
     shape = given.batch, given.heads, given.queries, given.kv_len
     mask = memory(given.mask, ELEMENT_TYPES[given.mask_dtype], shape, given.stride)
     blocks = -(-given.queries // PREFILL.BLOCK_QUERIES), -(-given.kv_len // PAGE_SIZE)
-    seen, whole = (mask, mask) if mask.dtype == torch.bool else (mask != -torch.inf, mask == 0)
-    padded = [
-        torch.full((*shape[:2], blocks[0] * PREFILL.BLOCK_QUERIES, blocks[1] * PAGE_SIZE), value)
-        for value in (False, True)
-    ]
-    for target, source in zip(padded, (seen, whole), strict=True):
-        target[:, :, : given.queries, : given.kv_len] = source
-    any_, all_ = (
-        part.view(*shape[:2], blocks[0], PREFILL.BLOCK_QUERIES, blocks[1], PAGE_SIZE).transpose(3, 4).flatten(4)
-        for part in padded
-    )
-    found = any_.any(-1).to(torch.uint8) + 2 * (~all_.all(-1)).to(torch.uint8)
+    is_bool = mask.dtype == torch.bool
+    seen = mask if is_bool else ~(mask <= torch.finfo(mask.dtype).min / 2)
+    faint, whole = (mask, mask) if is_bool else (mask != -torch.inf, mask == 0)
+
+    def in_blocks(elements: torch.Tensor, elsewhere: bool) -> torch.Tensor:
+        padded = torch.full((*shape[:2], blocks[0] * PREFILL.BLOCK_QUERIES, blocks[1] * PAGE_SIZE), elsewhere)
+        padded[:, :, : given.queries, : given.kv_len] = elements
+        return padded.view(*shape[:2], blocks[0], PREFILL.BLOCK_QUERIES, blocks[1], PAGE_SIZE).transpose(3, 4)
+
+    any_, faint = (in_blocks(elements, False).flatten(4).any(-1) for elements in (seen, faint))
+    found = any_ + 4 * (faint & ~any_) + 2 * ~in_blocks(whole, True).flatten(4).all(-1)
     memory(given.blocks, torch.uint8, found.shape).copy_(found)
+    assert bool(given.sighted) == (not is_bool)
+    if given.sighted:
+        seq_len = given.kv_len
+        if given.lengths:
+            num_pages, tail_len = memory(given.lengths, torch.int32, (2,)).tolist()
+            seq_len = num_pages * PAGE_SIZE + tail_len
+        rows = (
+            in_blocks(seen & (torch.arange(given.kv_len) < seq_len), False).any(5).any(3)
+        )  # (batch, heads, query blocks, BLOCK_QUERIES)
+        rows.flatten(2)[..., given.queries :] = True
+        bits = (rows.long() << torch.arange(PREFILL.BLOCK_QUERIES)).sum(-1)
+        words = memory(given.sighted, torch.int32, bits.shape)
+        assert not words.any()
+        words.copy_(bits - (bits >> 31 << 32))
 
 
 def _leave_partial_results(given: SimpleNamespace, splits: int, tiles: int, v_head_dim: int) -> None:

@@ -255,6 +255,45 @@ def test_a_row_table_may_be_part_of_a_larger_one() -> None:
         assert shared.error(reads.attention(shared.query, view)) <= TOLERANCE[torch.float16]
 
 
+LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@pytest.mark.parametrize("dtype", LOWEST)
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"is_causal": True}, {"window": 90}], ids=str)
+@pytest.mark.parametrize("hides", ["left padding", "whole rows", "all but a far key", "one row for all queries"])
+def test_blocks_hidden_by_the_lowest_number_are_passed_over_where_that_changes_nothing(
+    hides: str, options: dict[str, Any], dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that sees no key attends to all alike, so its blocks are read."""
+    case = Case(2, 2, 4, 40, (2, 5), 40, 64, 80, torch.bfloat16)
+    seen = torch.ones(2, 1, case.query_len, case.kv_len, dtype=torch.bool)
+    seen[1, :, :, :200] = False
+    if hides == "whole rows":
+        seen[0, :, 3] = False
+    elif hides == "all but a far key":
+        seen[0] = False
+        seen[0, :, :, 70] = True
+    elif hides == "one row for all queries":
+        seen = seen[:, :, :1]
+    options = {"sinks": torch.randn(case.num_q_heads)} if "sinks" in options else dict(options)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, LOWEST[dtype])
+    read, of = [], emulated_cuda.read_blocks
+
+    def noted(*arguments: Any) -> Tensor:
+        read.append(of(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(emulated_cuda, "read_blocks", noted)
+    check(build(case), attn_mask=mask, **options)
+    assert launched[:2] == ["scan_mask", "prefill"]
+    every = bool(options.keys() & {"is_causal", "window"})  # other rules may hide what the mask shows
+    for query_block in (0, 1):
+        is_whole = every or (hides == "whole rows" and query_block == 0)
+        assert bool(read[0][0, 0, query_block, 0]) == (is_whole or hides != "all but a far key")
+        assert not read[0][1, 0, query_block, :3].any() or every
+        assert read[0][1, 0, query_block, 3]
+
+
 def test_float32_has_one_kernel_for_any_number_of_rows(launched: list[str]) -> None:
     check(build(Case(2, 2, 4, 40, (2, 5), 40, 64, 80, torch.float32)), is_causal=True)
     assert launched == ["attention"]

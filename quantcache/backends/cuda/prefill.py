@@ -27,8 +27,8 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
 
-_PREFILL_ARGS: Final = struct.Struct("11P 16q 12i 2f 4Pq Pq i")
-_SCAN_ARGS: Final = struct.Struct("2P 4q 5i")
+_PREFILL_ARGS: Final = struct.Struct("12P 19q 12i 2f 4Pq Pq i")
+_SCAN_ARGS: Final = struct.Struct("4P 4q 5i")
 
 
 class Shape(NamedTuple):
@@ -274,8 +274,8 @@ def launch_plan(
     key_tail, key_address, key0, key1, key2 = readable(key_tail)
     value_tail, value_address, value0, value1, value2 = readable(value_tail)
 
-    mask = blocks = mask_dtype = 0
-    mask_strides, block_strides, found = [0] * 4, [0] * 3, None
+    mask = blocks = sighted = mask_dtype = 0
+    mask_strides, block_strides, sighted_strides, found = [0] * 4, [0] * 3, [0] * 3, None
     if attn_mask is not None:
         if attn_mask.dtype not in MASK_DTYPES:
             attn_mask = attn_mask.float()
@@ -284,8 +284,11 @@ def launch_plan(
         mask_strides = _broadcast_strides(attn_mask)
         # In a recorded step all that there is room for.
         kv_len = table.num_pages * PAGE_SIZE + view.tail_len
-        found = _scanned(kernels, attn_mask, kv_len if attn_mask.shape[3] == 1 else attn_mask.shape[3])
-        blocks, block_strides = found.data_ptr(), _broadcast_strides(found)[:3]
+        found = _scanned(kernels, attn_mask, kv_len if attn_mask.shape[3] == 1 else attn_mask.shape[3], lengths)
+        blocks, block_strides = found.blocks.data_ptr(), _broadcast_strides(found.blocks)[:3]
+        # Where another rule hides keys, too, a key that the mask shows may be none that is seen.
+        if found.sighted is not None and not is_causal and window is None:
+            sighted, sighted_strides = found.sighted.data_ptr(), _broadcast_strides(found.sighted)
     if sinks is not None:
         sinks = sinks.float().contiguous()
     heads = num_kv_heads if sequences else batch * num_kv_heads
@@ -297,11 +300,13 @@ def launch_plan(
         sums = partial + 4 * rows * v_head_dim
     arguments = (
         *(query_address, 0 if output is None else output.data_ptr(), table.address, key_address, value_address),
-        *(mask, blocks, 0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
+        *(mask, blocks, sighted),
+        *(0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
         *(partial, sums),
         *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
         *mask_strides,
         *block_strides,
+        *sighted_strides,
         *(num_kv_heads, group, query_len, table.num_pages, view.tail_len, table.num_segments),
         *(num_splits, is_causal, window or 0, mask_dtype, batch, row_tiles),
         options.scale(head_dim),
@@ -325,36 +330,51 @@ BLOCK_QUERIES: Final = 32
 """Queries whose masks are looked at together."""
 
 
-def _scanned(kernels: Kernels, mask: Tensor, kv_len: int) -> Tensor:
-    """What ``scan_mask`` finds, uint8 (batch, heads, query blocks, key blocks); once for the layers of a call."""
-    key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len, current_stream(mask.device.index))
-    base = mask if mask._base is None else mask._base
-    is_known = not base.is_inference() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    if is_known:
-        known = _known.get(mask.device.index)
-        if known is not None and known.key == (*key, base._version) and known.base() is base:
-            return known.blocks
-    batch, heads, queries, _ = mask.shape
-    found = mask.new_empty(batch, heads, -(-queries // BLOCK_QUERIES), -(-kv_len // PAGE_SIZE), dtype=torch.uint8)
-    launch(
-        kernels.scan_mask,
-        (-(-found.numel() // (kernels.shape.threads // 32)), 1, 1),
-        mask.device.index,
-        _SCAN_ARGS,
-        *(mask.data_ptr(), found.data_ptr(), *_broadcast_strides(mask)),
-        *(batch, heads, queries, kv_len, MASK_DTYPES[mask.dtype]),
-    )
-    if is_known:
-        _known[mask.device.index] = _Scanned((*key, base._version), TensorWeakRef(base), found)
-    return found
-
-
 class _Scanned(NamedTuple):
-    """What was found in the mask that was looked at last on a device."""
+    """What was found in a mask.
+
+    Attributes:
+        key: of the mask.
+        base: its memory.
+        blocks: uint8 (batch, heads, query blocks, key blocks).
+        sighted: int32 (batch, heads, query blocks), a bit for each query that sees some key; None for a mask of bools.
+    """
 
     key: tuple[object, ...]
     base: TensorWeakRef
     blocks: Tensor
+    sighted: Tensor | None
+
+
+def _scanned(kernels: Kernels, mask: Tensor, kv_len: int, lengths: Tensor | None) -> _Scanned:
+    """What ``scan_mask`` finds; once for the layers of a call."""
+    key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len, current_stream(mask.device.index))
+    base = mask if mask._base is None else mask._base
+    is_bool = mask.dtype == torch.bool
+    # What is seen of an additive mask depends on the length, which is one layer's own where the device holds it.
+    is_known = not base.is_inference() and (is_bool or lengths is None)
+    is_known = is_known and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if is_known:
+        known = _known.get(mask.device.index)
+        if known is not None and known.key == (*key, base._version) and known.base() is base:
+            return known
+    batch, heads, queries, _ = mask.shape
+    blocks = mask.new_empty(batch, heads, -(-queries // BLOCK_QUERIES), -(-kv_len // PAGE_SIZE), dtype=torch.uint8)
+    sighted = None if is_bool else mask.new_zeros(blocks.shape[:3], dtype=torch.int32)
+    launch(
+        kernels.scan_mask,
+        (-(-blocks.numel() // (kernels.shape.threads // 32)), 1, 1),
+        mask.device.index,
+        _SCAN_ARGS,
+        *(mask.data_ptr(), blocks.data_ptr(), 0 if sighted is None else sighted.data_ptr()),
+        0 if lengths is None else lengths.data_ptr(),
+        *_broadcast_strides(mask),
+        *(batch, heads, queries, kv_len, MASK_DTYPES[mask.dtype]),
+    )
+    scanned = _Scanned((*key, base._version if is_known else None), TensorWeakRef(base), blocks, sighted)
+    if is_known:
+        _known[mask.device.index] = scanned
+    return scanned
 
 
 _known: Final[dict[int, _Scanned]] = {}

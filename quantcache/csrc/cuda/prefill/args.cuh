@@ -10,11 +10,13 @@ struct PrefillArgs {
   const void* value_tail;
   const void* mask;    // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
   const u8* blocks;    // (batch, heads, blocks of kBlockQueries, blocks of a page's keys): what scan_mask found
+  const u32* sighted;  // (batch, heads, blocks of kBlockQueries), likewise; null where other rules hide keys, too
   const float* sinks;  // (num_kv_heads * group,) or null
   const int* lengths;  // pages and tail_len in device memory, or null for the two below
   float* partial;      // (batch, num_kv_heads, row tiles, splits, kRows, V_HEAD_DIM), not normalised
   float* sums;         // (..., kRows, 2): largest logit and sum of weights
   i64 query_stride[3], key_tail_stride[3], value_tail_stride[3], mask_stride[4], block_stride[3];
+  i64 sighted_stride[3];
   int num_kv_heads, group, query_len, num_pages, tail_len, num_segments;
   int num_splits, is_causal, window, mask_dtype, batch, row_tiles;
   float softmax_scale, softcap;
@@ -22,10 +24,10 @@ struct PrefillArgs {
   RowTable row_table;
   int sequences;  // of a CTA, where SHARES_PAGES
 };
-static_assert(sizeof(PrefillArgs) == 336, "as backends/cuda/prefill.py packs it");
+static_assert(sizeof(PrefillArgs) == 368, "as backends/cuda/prefill.py packs it");
 
 constexpr int kBlockQueries = 32;  // whose masks are looked at together
-enum : u8 { kSeen = 1, kPartly = 2 };
+enum : u8 { kSeen = 1, kPartly = 2, kFaint = 4 };
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side. Where SHARES_PAGES, those of
 // num_sequences sequences from `batch` on, one after the other, and head is kv_head.

@@ -2,6 +2,14 @@
 
 #include "prefill/shared.cuh"
 
+#if HAS_MASK
+// Whether each of a block of queries sees some key by the mask, so that what is faint weighs nothing.
+DEVICE bool all_sighted(const PrefillArgs& args, int sequence, int q_head, int query_block) {
+  const i64 index = sequence * args.sighted_stride[0] + q_head * args.sighted_stride[1];
+  return args.sighted[index + query_block * args.sighted_stride[2]] == ~0u;
+}
+#endif
+
 // Whether any row of a sequence sees a block of keys, and whether some row does not see all of it.
 DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int block, int sequence) {
   const int first_key = block * kPageSize, last_key = first_key + kPageSize - 1;
@@ -20,12 +28,13 @@ DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int bloc
   const int first = args.block_stride[2] ? rows.first_query / kBlockQueries : 0;
   const int last = args.block_stride[2] ? rows.last_query / kBlockQueries : 0;
   for (int head = first_head; head <= last_head; head++) {
-    const u8* found = args.blocks + sequence * args.block_stride[0] +
-                      (rows.kv_head * args.group + head) * args.block_stride[1] + block;
+    const int q_head = rows.kv_head * args.group + head;
+    const u8* found = args.blocks + sequence * args.block_stride[0] + q_head * args.block_stride[1] + block;
 #pragma unroll 4
     for (int i = first; i <= last; i++) {
       const u8 x = found[i * args.block_stride[2]];
       any |= x & kSeen, is_partly |= (x & kPartly) != 0;
+      if (x & kFaint) any |= !(args.sighted && all_sighted(args, sequence, q_head, i));
     }
   }
   is_seen &= any;
