@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Kernel, folded, launch, load_kernel, readable
 from quantcache.backends.devices import check_pages
 from quantcache.backends.protocol import SegmentLike, View
@@ -163,13 +164,18 @@ def pages_kernel(name: str, states: Tensor, head_dim: int, v_head_dim: int, has_
     return _kernel_of_pages(name, head_dim, v_head_dim, states.dtype, states.device.index, has_row_table)
 
 
+def macros_for(head_dim: int, v_head_dim: int, dtype: torch.dtype, has_row_table: bool = False) -> nvrtc.Macros:
+    """See ``pages/build.cuh``."""
+    return (
+        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
+        ("HAS_ROW_TABLE", int(has_row_table)),
+    )
+
+
 @functools.cache
 def _kernel_of_pages(
     name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int, has_row_table: bool
 ) -> Kernel:
-    macros = (
-        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
-        ("HAS_ROW_TABLE", int(has_row_table)),
-    )
+    macros = macros_for(head_dim, v_head_dim, dtype, has_row_table)
     threads = max(256, 2 * head_dim) if name in ("store_pages", "advance") else 256
     return load_kernel("pages.cu", macros, name, index, threads, 0)

@@ -5,7 +5,8 @@ from typing import Final, NamedTuple
 
 import torch
 
-from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Kernel, folded, gpu, load_kernel
+from quantcache.backends.cuda import nvrtc
+from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Gpu, Kernel, folded, gpu, load_kernel
 from quantcache.quantization.errors import BuildError
 
 HEAD_DIM_STEP: Final = 16
@@ -95,12 +96,19 @@ def plan_for(
 def choose_shape(
     index: int, rows: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, heads: int, is_short: bool
 ) -> Shape:
+    """``shape_on`` the GPU ``index``."""
+    return shape_on(gpu(index), rows, head_dim, v_head_dim, dtype, heads, is_short)
+
+
+def shape_on(
+    device: Gpu, rows: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, heads: int, is_short: bool
+) -> Shape:
     """How the kernel is built for a kind of call; found by trying, see ``docs/benchmarks/cuda-attention.json``.
 
     Few heads are best served by one large CTA a processor, which leaves few splits to merge, many by small ones.
 
     Args:
-        index: of the device.
+        device: where it runs.
         rows: query rows per KV head.
         head_dim: of queries and keys.
         v_head_dim: of values.
@@ -108,7 +116,6 @@ def choose_shape(
         heads: KV heads in the whole batch.
         is_short: whether there are only a few pages for each processor.
     """
-    device = gpu(index)
     step = 32 if head_dim + v_head_dim <= 256 else 16
     row_tiles = 2 if rows > 8 and max(head_dim, v_head_dim) <= 128 else 1
     if max(head_dim, v_head_dim) > 128:
@@ -177,6 +184,26 @@ SHORT: Final = 16
 """Pages for each processor below which a call is short."""
 
 
+def macros_for(
+    shape: Shape,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    has_mask: bool,
+    has_softcap: bool,
+    has_row_table: bool = False,
+    folds_grid: bool = False,
+) -> nvrtc.Macros:
+    """See ``attention/build.cuh``."""
+    return (
+        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
+        *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
+        *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
+        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
+        ("FOLDS_GRID", int(folds_grid)),
+    )
+
+
 @functools.cache
 def _attention_kernel(
     index: int,
@@ -189,13 +216,7 @@ def _attention_kernel(
     has_row_table: bool,
     folds_grid: bool,
 ) -> Kernel:
-    macros = (
-        *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
-        *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
-        *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
-        *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
-        ("FOLDS_GRID", int(folds_grid)),
-    )
+    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table, folds_grid)
     element_size = 4 if dtype == torch.float32 else 2
     shared_bytes = shape.shared_bytes(head_dim, v_head_dim, element_size, MAX_SPLITS + 1)
     return load_kernel("attention.cu", macros, "attention", index, shape.threads, shared_bytes)

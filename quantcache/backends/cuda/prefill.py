@@ -12,6 +12,7 @@ from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.launch import (
     DTYPES,
     MASK_DTYPES,
+    Gpu,
     Kernel,
     current_stream,
     gpu,
@@ -78,8 +79,12 @@ _SLOTS: Final = 8
 
 
 def choose_shape(index: int, rows: int, head_dim: int, v_head_dim: int) -> Shape:
+    """``shape_on`` the GPU ``index``."""
+    return shape_on(gpu(index), rows, head_dim, v_head_dim)
+
+
+def shape_on(device: Gpu, rows: int, head_dim: int, v_head_dim: int) -> Shape:
     """The shape for calls with ``rows`` query rows for each KV head."""
-    device = gpu(index)
     if device.arch == WARPGROUP_ARCH:
         if max(head_dim, v_head_dim) <= 64:
             warps = min((12, 8), key=lambda warps: -(-rows // (16 * warps)) * _TILE_TIME[warps])
@@ -99,6 +104,11 @@ _TILE_TIME: Final = {8: 1.25, 12: 1.61}
 
 WARPGROUP_ARCH: Final = "sm_90"
 """What has the instructions of ``common/warpgroup.cuh``; they are built for "sm_90a"."""
+
+
+def arch_for(device: Gpu, shape: Shape) -> str:
+    """What kernels of a shape are built for."""
+    return device.arch + "a" * shape.is_warpgroup
 
 
 class Kernels(NamedTuple):
@@ -145,7 +155,7 @@ def kernels_for(
 ) -> Kernels:
     """A build for ``macros_for`` the arguments."""
     macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table, shares_pages)
-    arch = gpu(index).arch + "a" * shape.is_warpgroup
+    arch = arch_for(gpu(index), shape)
 
     def load(name: str, shared_bytes: int) -> Kernel:
         return load_kernel("prefill.cu", macros, name, index, shape.threads, shared_bytes, arch)
