@@ -81,6 +81,13 @@ def why_chosen(device: torch.device, name: str) -> str:
     return why_torch(device) if name == "torch" else "the fastest there is for this device"
 
 
+def where_from(device: torch.device, name: str) -> str:
+    """Where the kernels come from with which the backend ``name`` serves ``device``; empty if it has none."""
+    if name == "torch":
+        return ""
+    return cpu_backend.where_from() if name == "cpu" else cuda_backend.where_from(device)
+
+
 def tail_writer(device: torch.device) -> str | None:
     """What writes a few tokens on a CPU, no work for which kernels need be built; elsewhere None: what reads them."""
     return "torch" if device.type == "cpu" else None

@@ -15,11 +15,13 @@ class Finding:
         device: "cpu", "cuda:0" ...
         backend: what would run there, or "none" if a forced backend cannot.
         reason: why it is that one.
+        kernels: where its kernels come from, empty if it has none.
     """
 
     device: str
     backend: str
     reason: str
+    kernels: str = ""
 
 
 def doctor() -> None:
@@ -38,13 +40,13 @@ def doctor() -> None:
     for sentence in untested():
         console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
     console.print(where_kept(), soft_wrap=True, highlight=False)
-    table = Table("device", "backend", "why")
+    table = Table("device", "backend", "why", "kernels")
     for finding in examine():
         name = finding.device
         if name.startswith("cuda"):  # what tells one GPU from another
             gpu = torch.cuda.get_device_properties(name)
             name = f"{name}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
-        table.add_row(name, finding.backend, finding.reason)
+        table.add_row(name, finding.backend, finding.reason, finding.kernels)
     console.print(table)
 
 
@@ -77,5 +79,8 @@ def examine() -> list[Finding]:
         except ValueError as error:
             findings.append(Finding(name, "none", str(error)))
             continue
-        findings.append(Finding(name, backend, dispatch.why_chosen(torch.device(name), backend)))
+        device = torch.device(name)
+        findings.append(
+            Finding(name, backend, dispatch.why_chosen(device, backend), dispatch.where_from(device, backend))
+        )
     return findings

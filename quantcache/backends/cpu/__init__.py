@@ -79,6 +79,12 @@ def unavailable() -> str | None:
     return None
 
 
+def where_from() -> str:
+    """Where the kernels come from, and the instruction set in use."""
+    library()
+    return f"{build.where_from[-1]}, {isa()}"
+
+
 def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -> None:
     """See ``writes.store_pages``."""
     run, num_threads = library().quantcache_store, torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Builds the CPU kernels with the system's C++ compiler, which ninja runs, once, and finds them again.
+"""Finds the CPU kernels in the wheel, or builds them with the system's C++ compiler, which ninja runs, once.
 
-The shared library is kept under a name made of everything it depends on, so a changed source or compiler makes a new
-one and nothing has to be invalidated; ``artifacts`` says where, and what is checked before it is loaded.
+What was built is kept under a name made of everything it depends on, so a changed source or compiler makes a new
+library and nothing has to be invalidated; ``artifacts`` says where, and what is checked before it is loaded.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from quantcache.backends import artifacts
+from quantcache.backends import artifacts, prebuilt
 from quantcache.quantization.errors import BuildError
 
 COMPILER_VARIABLE: Final = "CXX"
@@ -58,8 +58,15 @@ _EXEC: Final = f"{_GROUP} && exec "
 logger = logging.getLogger("quantcache")
 
 
+PROGRAM: Final = "cpu"
+"""The kernels, as the wheel names them."""
+
+where_from: Final[list[str]] = []
+"""Where each library came from that this process has loaded."""
+
+
 def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The kernels, built if they are not in the cache.
+    """The kernels, built if they are neither in the wheel nor in the cache.
 
     Args:
         extra_flags: for compiling and linking, behind the usual ones.
@@ -67,9 +74,32 @@ def load_library(extra_flags: Sequence[str] = ()) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or it fails. The message is the reason.
     """
+    found = prebuilt.find(PROGRAM, variant(), built_from(extra_flags))
+    if found is not None:
+        try:
+            library = _loaded(found)
+        except BuildError as error:
+            logger.warning("quantcache: the CPU kernels of the wheel are not used: %s.", error)
+        else:
+            where_from.append("in the wheel")
+            return library
     compiler = find_compiler()
     prefix = library_prefix(compiler, extra_flags)
-    return _loaded(artifacts.find_kept(prefix, ".so") or build(compiler, prefix, extra_flags))
+    library = _loaded(artifacts.find_kept(prefix, ".so") or build(compiler, prefix, extra_flags))
+    where_from.append(f"built by {compiler[0]}")
+    return library
+
+
+def variant() -> str:
+    """What a library is built for, as the wheel names it."""
+    return f"{sys.platform} {platform.machine()}"
+
+
+def built_from(extra_flags: Sequence[str] = ()) -> str:
+    """All that a build depends on besides the compiler and what it builds for."""
+    flags = repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags)))
+    sources = (part for source in _source_files() for part in (source.name, source.read_text(encoding="utf-8")))
+    return "\0".join((flags, *sources))
 
 
 def find_compiler() -> list[str]:
@@ -97,12 +127,7 @@ def find_compiler() -> list[str]:
 def library_prefix(compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> str:
     """Start of the file name for these sources, flags, compiler and machine; a digest of the file ends it."""
     digest = hashlib.sha256()
-    version = _printed([*compiler, "--version"])
-    parts = [repr((FLAGS, LINK_FLAGS, sorted(ISA_FLAGS.items()), tuple(extra_flags))), shlex.join(compiler), version]
-    parts += [sys.platform, platform.machine()]
-    for source in _source_files():
-        parts += [source.name, source.read_text(encoding="utf-8")]
-    for part in parts:
+    for part in (built_from(extra_flags), shlex.join(compiler), _printed([*compiler, "--version"]), variant()):
         digest.update(part.encode() + b"\0")
     return f"quantcache_cpu-{digest.hexdigest()[:32]}"
 

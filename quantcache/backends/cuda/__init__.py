@@ -1,7 +1,8 @@
 """The backend of CUDA kernels: reads the int8 pages where they lie, on NVIDIA GPUs from compute capability 8.0.
 
-The sources in ``csrc/cuda`` are built by NVRTC for the head_dims and the kind of call at hand, see ``nvrtc.py``, and
-launched with one packed structure, see the ``Args`` of each source. Nothing here waits for the GPU.
+The sources in ``csrc/cuda`` are built for the head_dims and the kind of call at hand, by NVRTC if they did not come
+built in the wheel, see ``nvrtc.py``, and launched with one packed structure, see the ``Args`` of each source. Nothing
+here waits for the GPU.
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch import Tensor
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.advance import advance
 from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, make_scratch
-from quantcache.backends.cuda.launch import DTYPES
+from quantcache.backends.cuda.launch import DTYPES, gpu
 from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
 from quantcache.backends.cuda.prefill import prefill
@@ -34,6 +35,7 @@ __all__ = [
     "store_pages",
     "unavailable",
     "unsupported",
+    "where_from",
 ]
 
 WRITES_ON_READ: Final = True
@@ -58,7 +60,28 @@ def _unavailable(index: int) -> str | None:
             f"the CUDA kernels need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, "
             f"this GPU has {capability[0]}.{capability[1]}"
         )
-    return nvrtc.unavailable()
+    reason = nvrtc.unavailable()
+    if reason and not nvrtc.unloadable() and nvrtc.prebuilt_states(gpu(index).arch):
+        return None
+    return reason
+
+
+def where_from(device: torch.device) -> str:
+    """Where the kernels come from that ``device`` runs."""
+    reason = nvrtc.unavailable()
+    others = f"none, because {reason}" if reason else f"built at first use by NVRTC {nvrtc.version()}"
+    arch = gpu(device.index if device.index is not None else torch.cuda.current_device()).arch
+    states = nvrtc.prebuilt_states(arch)
+    if not states:
+        return others
+    names = {number: str(dtype).removeprefix("torch.") for dtype, number in DTYPES.items()}
+    kinds = sorted({(names[number], head_dim, v_head_dim) for head_dim, v_head_dim, number in states})
+    head_dims = sorted({head_dim for _, head_dim, _ in kinds})
+    dtypes = sorted({dtype for dtype, *_ in kinds})
+    return (
+        f"of {arch} in the wheel, for head_dim {', '.join(map(str, head_dims))} in {' and '.join(dtypes)}; "
+        f"others: {others}"
+    )
 
 
 def unsupported(*states: Tensor) -> str | None:
@@ -69,4 +92,9 @@ def unsupported(*states: Tensor) -> str | None:
         head_dim = tensor.shape[-1]
         if head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
             return f"the CUDA kernels take head_dims up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP}, got {head_dim}"
+    if states[0].is_cuda and (reason := nvrtc.unavailable()):
+        # head_dim of queries or keys comes first, and that of values last.
+        kind = (states[0].shape[-1], states[-1].shape[-1], DTYPES[states[0].dtype])
+        if kind not in nvrtc.prebuilt_states(gpu(states[0].device.index).arch):
+            return f"the wheel has no kernels for head_dims {kind[:2]} in {states[0].dtype}, and {reason}"
     return None

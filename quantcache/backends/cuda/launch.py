@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import struct
 import threading
 from typing import Any, Final, NamedTuple
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda import nvrtc
+
+logger = logging.getLogger("quantcache")
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element types that the kernels take, and their numbers in the sources."""
@@ -86,10 +89,21 @@ def load_kernel(
 
 @functools.cache
 def _library(source: str, macros: nvrtc.Macros, arch: str) -> Any:
-    """The kernels of a source, for every device of ``arch``."""
+    """The kernels of a source, for every device of ``arch``: the wheel's, or built."""
     from cuda.bindings import driver
 
-    return _check(driver.cuLibraryLoadData(nvrtc.cubin(source, macros, arch), None, None, 0, None, None, 0))
+    def load(code: bytes) -> tuple[Any, ...]:
+        loaded: tuple[Any, ...] = driver.cuLibraryLoadData(code, None, None, 0, None, None, 0)
+        return loaded
+
+    prebuilt = nvrtc.prebuilt_cubin(source, macros, arch)
+    if prebuilt is not None:
+        status, library = load(prebuilt)
+        if not int(status):
+            return library
+        # A driver that is older than the wheel's NVRTC; the NVRTC here is one that torch runs with.
+        logger.warning("quantcache: %s of the wheel is not used: the driver returned %r.", source, status)
+    return _check(load(nvrtc.cubin(source, macros, arch)))
 
 
 class _Launches(threading.local):

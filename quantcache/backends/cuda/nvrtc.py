@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels with NVRTC, once, and finds them again.
+"""Finds CUDA kernels in the wheel, or builds them with NVRTC, once, and finds them again.
 
 No compiler, toolkit or header is needed: NVRTC comes with torch. What it makes is kept under a name made of everything
 it depends on, so a changed source or NVRTC makes a new file and nothing has to be invalidated; ``artifacts`` says
@@ -14,12 +14,21 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from quantcache.backends import artifacts
+from quantcache.backends import artifacts, prebuilt
 from quantcache.quantization.errors import BuildError
 
 SOURCES: Final = Path(__file__).parents[2] / "csrc" / "cuda"
 
 Macros = tuple[tuple[str, int], ...]
+
+
+PROGRAMS: Final = ("attention.cu", "pages.cu", "prefill.cu")
+"""The source files that are built, with what they include."""
+
+
+def prebuilt_cubin(source: str, macros: Macros, arch: str) -> bytes | None:
+    """The machine code of one source file as it came in the wheel, or None. Arguments as of ``cubin``."""
+    return prebuilt.find(source, variant(macros, arch), built_from(source))
 
 
 def cubin(source: str, macros: Macros, arch: str) -> bytes:
@@ -40,6 +49,34 @@ def cubin(source: str, macros: Macros, arch: str) -> bytes:
     code = _compile(source, macros, arch)
     artifacts.keep(prefix, ".cubin", code)
     return code
+
+
+def variant(macros: Macros, arch: str) -> str:
+    """A build of a source, as the wheel names it."""
+    return " ".join([arch, *(f"{name}={value}" for name, value in sorted(macros))])
+
+
+def built_from(source: str) -> str:
+    """All that a build depends on besides its variant and NVRTC."""
+    return f"{program_text(source)}\n{OPTIONS!r}"
+
+
+@functools.cache
+def prebuilt_states(arch: str) -> frozenset[tuple[int, int, int]]:
+    """For which states the wheel has kernels of every program: head_dim, v_head_dim and number of the element type.
+
+    Args:
+        arch: of the GPU, as "sm_90".
+    """
+    found: dict[str, set[tuple[int, int, int]]] = {program: set() for program in PROGRAMS}
+    for name in prebuilt.index().kernels:
+        program, built_for, *macros = name.split(" ")
+        if program in found and built_for.rstrip("a") == arch:
+            values = dict(macro.split("=") for macro in macros)
+            found[program].add((int(values["HEAD_DIM"]), int(values["V_HEAD_DIM"]), int(values["DTYPE"])))
+    if not all(prebuilt.is_current(program, built_from(program)) for program in PROGRAMS):
+        return frozenset()
+    return frozenset.intersection(*map(frozenset, found.values()))
 
 
 def digest_of(source: str, macros: Macros, arch: str) -> str:
@@ -103,18 +140,28 @@ def version() -> str:
 @functools.cache
 def unavailable() -> str | None:
     """Why nothing can be built here, or None; asked once a process."""
-    for name in ("cuda.bindings", "cuda.core"):
-        try:
-            found = importlib.util.find_spec(name)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            return f"the package {name.replace('.', '-')} is not installed"
+    reason = _not_installed("cuda.bindings") or _not_installed("cuda.core")
+    if reason is not None:
+        return reason
     try:
         version()
     except BuildError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def unloadable() -> str | None:
+    """Why not even a kernel of the wheel could be loaded here, or None; asked once a process."""
+    return _not_installed("cuda.bindings")
+
+
+def _not_installed(module: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    return f"the package {module.replace('.', '-')} is not installed" if found is None else None
 
 
 def _compile(source: str, macros: Macros, arch: str) -> bytes:

@@ -8,6 +8,12 @@
 #include <dlfcn.h>
 #endif
 
+#if defined(__GLIBC__) && defined(__x86_64__)
+// glibc 2.34 gave dlsym a new version when it moved it, and keeps the old one for good. With that a library that was
+// built on a new system is loaded by older ones, too, as a wheel for manylinux_2_28 must be.
+__asm__(".symver dlsym,dlsym@GLIBC_2.2.5");
+#endif
+
 namespace {
 
 struct Team {
