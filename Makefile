@@ -82,8 +82,12 @@ docs: $(STAMP) ## write the measured tables into the pages and build the site in
 site: $(STAMP) ## build the site in site/, strictly, with the tables there are; `check` says whether they are right
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-build: $(STAMP) ## make the wheel in dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# What reports its progress is the build hook, tools/wheel.py. All kernels take hours of a processor; those that were built
+# before are kept. QUANTCACHE_KERNELS="* sm_90*" makes some of them.
+build: $(STAMP) ## make the wheels in dist/: the pure one, and for Linux on x86-64 the one with kernels in it
+	$(BIN)/python -m hatchling build --target wheel --directory dist
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then set -x; \
+		HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/python -m hatchling build --target wheel --directory dist; fi
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

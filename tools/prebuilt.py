@@ -151,11 +151,13 @@ def _library_name() -> str:
 
 def _built(wanted: list[Cubin]) -> dict[str, bytes]:
     """The cubins by name, in their order, built in as many processes as there are processors."""
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(wanted)))
+    workers, says = min(len(os.sched_getaffinity(0)), len(wanted)), f"{len(wanted)} CUDA kernels"
+    if workers < 2:
+        return {cubin.name: nvrtc.cubin(*cubin) for cubin in track(wanted, says)}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
         futures = {pool.submit(nvrtc.cubin, *cubin): cubin for cubin in wanted}
-        for future in track(as_completed(futures), f"{len(wanted)} CUDA kernels", total=len(wanted)):
+        for future in track(as_completed(futures), says, total=len(wanted)):
             future.result()
         return {cubin.name: future.result() for future, cubin in futures.items()}
     finally:
