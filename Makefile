@@ -82,8 +82,8 @@ docs: $(STAMP) ## write the measured tables into the pages and build the site in
 site: $(STAMP) ## build the site in site/, strictly, with the tables there are; `check` says whether they are right
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# What reports its progress is the build hook, tools/wheel.py. All kernels take hours of a processor; those that were built
-# before are kept. QUANTCACHE_KERNELS="* sm_90*" makes some of them.
+# The kernels are built by the hook tools/wheel.py, those of each GPU in some ten minutes of a processor, and kept.
+# QUANTCACHE_KERNELS="* sm_90*" makes a wheel with some of them.
 build: $(STAMP) ## make the wheels in dist/: the pure one, and for Linux on x86-64 the one with kernels in it
 	$(BIN)/python -m hatchling build --target wheel --directory dist
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then set -x; \
