@@ -33,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(prebuilt, "FOLDER", folder)
     monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(wheel, "_built", lambda wanted: {cubin.name: machine_code(cubin) for cubin in BUILDS})
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0.88")
     monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
     monkeypatch.setattr(build, "library_prefix", lambda compiler: "library")
     monkeypatch.setattr(artifacts, "find_kept", lambda prefix, suffix: b"a library")
@@ -47,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """What was found out about another wheel."""
-    for function in (prebuilt.index, prebuilt._unpacked, nvrtc.prebuilt_states):
+    for function in (prebuilt.index, prebuilt._unpacked, nvrtc.prebuilt_states, launch.reads_wheel):
         function.cache_clear()
 
 
@@ -108,7 +109,7 @@ class Driver:
     """Loads what it accepts."""
 
     def __init__(self, refused: bytes = b"nothing") -> None:
-        self.refused, self.asked = refused, list[bytes]()
+        self.refused, self.asked, self.version = refused, list[bytes](), 13010
 
     def load(self, code: bytes, *_: object) -> tuple[int, bytes]:
         self.asked.append(code)
@@ -120,6 +121,7 @@ def driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
     module = pytest.importorskip("cuda.bindings.driver")
     driver = Driver()
     monkeypatch.setattr(module, "cuLibraryLoadData", driver.load)
+    monkeypatch.setattr(module, "cuDriverGetVersion", lambda: (0, driver.version))
     monkeypatch.setattr(nvrtc, "_compile", lambda *cubin: b"built")
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
     return driver
@@ -139,6 +141,12 @@ def test_a_driver_that_refuses_the_wheels_kernel_gets_one_that_is_built_here(
     assert "attention.cu of the wheel is not used: the driver returned 209" in caplog.text
 
 
+def test_a_driver_of_an_older_cuda_is_not_tried(driver: Driver) -> None:
+    driver.version = 12090
+    assert launch._library.__wrapped__(*BUILDS[0]) == b"built"
+    assert driver.asked == [b"built"]
+
+
 def test_what_the_wheel_does_not_have_is_built(driver: Driver) -> None:
     assert launch._library.__wrapped__("attention.cu", (), "sm_90") == b"built"
     assert driver.asked == [b"built"]
@@ -147,7 +155,7 @@ def test_what_the_wheel_does_not_have_is_built(driver: Driver) -> None:
 @pytest.fixture
 def without_nvrtc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "NVRTC cannot be used: it is not there")
-    monkeypatch.setattr(nvrtc, "unloadable", lambda: None)
+    monkeypatch.setattr(cuda, "reads_wheel", lambda: True)
     monkeypatch.setattr(cuda, "gpu", lambda index: emulated_cuda.H200)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
@@ -155,7 +163,7 @@ def without_nvrtc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_nvrtc")
 def test_without_nvrtc_the_wheels_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda._unavailable.__wrapped__(0) is None
-    monkeypatch.setattr(nvrtc, "unloadable", lambda: "no driver")
+    monkeypatch.setattr(cuda, "reads_wheel", lambda: False)
     assert cuda._unavailable.__wrapped__(0) == "NVRTC cannot be used: it is not there"
 
 

@@ -137,7 +137,7 @@ def build_into(folder: Path, pattern: str = "*") -> None:
     library = artifacts.find_kept(prefix, ".so") or build.build(compiler, prefix)
     (folder / LIBRARY).write_bytes(library)
     places[_library_name()] = prebuilt.Place(LIBRARY, 0, len(library), prebuilt.digest(library))
-    index = prebuilt.Index(current, places)._asdict()
+    index = prebuilt.Index(current, places, nvrtc.version())._asdict()
     (folder / prebuilt.INDEX).write_text(json.dumps(index, indent=0), encoding="utf-8")
 
 

@@ -40,10 +40,12 @@ class Index(NamedTuple):
     Attributes:
         texts: digest of the text that the kernels of each program were built from.
         kernels: place of each kernel by its name: program and variant, with a space between.
+        nvrtc: version that built the CUDA kernels; empty if there are none.
     """
 
     texts: dict[str, str]
     kernels: dict[str, Place]
+    nvrtc: str = ""
 
 
 def digest(content: bytes) -> str:
@@ -58,7 +60,7 @@ def index() -> Index:
         read = json.loads((FOLDER / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Index({}, {})
-    return Index(read["texts"], {name: Place(*place) for name, place in read["kernels"].items()})
+    return Index(read["texts"], {name: Place(*place) for name, place in read["kernels"].items()}, read["nvrtc"])
 
 
 def is_current(program: str, text: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.advance import advance
 from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, make_scratch
-from quantcache.backends.cuda.launch import DTYPES, gpu
+from quantcache.backends.cuda.launch import DTYPES, gpu, reads_wheel
 from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
 from quantcache.backends.cuda.prefill import prefill
@@ -61,9 +61,7 @@ def _unavailable(index: int) -> str | None:
             f"this GPU has {capability[0]}.{capability[1]}"
         )
     reason = nvrtc.unavailable()
-    if reason and not nvrtc.unloadable() and nvrtc.prebuilt_states(gpu(index).arch):
-        return None
-    return reason
+    return None if reason and reads_wheel() and nvrtc.prebuilt_states(gpu(index).arch) else reason
 
 
 def where_from(device: torch.device) -> str:
@@ -72,7 +70,7 @@ def where_from(device: torch.device) -> str:
     others = f"none, because {reason}" if reason else f"built at first use by NVRTC {nvrtc.version()}"
     arch = gpu(device.index if device.index is not None else torch.cuda.current_device()).arch
     states = nvrtc.prebuilt_states(arch)
-    if not states:
+    if not states or not reads_wheel():
         return others
     names = {number: str(dtype).removeprefix("torch.") for dtype, number in DTYPES.items()}
     kinds = sorted({(names[number], head_dim, v_head_dim) for head_dim, v_head_dim, number in states})

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from quantcache.backends import prebuilt
 from quantcache.backends.cuda import nvrtc
 
 logger = logging.getLogger("quantcache")
@@ -88,6 +89,23 @@ def load_kernel(
 
 
 @functools.cache
+def reads_wheel() -> bool:
+    """Whether the driver loads the wheel's kernels: one of an older CUDA than the NVRTC that built them may not.
+
+    What NVRTC builds here it does load, since both are those that torch runs with.
+    """
+    built_by = prebuilt.index().nvrtc
+    if not built_by:
+        return False
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return False
+    version: int = _check(driver.cuDriverGetVersion())
+    return version // 1000 >= int(built_by.partition(".")[0])
+
+
+@functools.cache
 def _library(source: str, macros: nvrtc.Macros, arch: str) -> Any:
     """The kernels of a source, for every device of ``arch``: the wheel's, or built."""
     from cuda.bindings import driver
@@ -96,12 +114,11 @@ def _library(source: str, macros: nvrtc.Macros, arch: str) -> Any:
         loaded: tuple[Any, ...] = driver.cuLibraryLoadData(code, None, None, 0, None, None, 0)
         return loaded
 
-    prebuilt = nvrtc.prebuilt_cubin(source, macros, arch)
-    if prebuilt is not None:
-        status, library = load(prebuilt)
+    built = nvrtc.prebuilt_cubin(source, macros, arch) if reads_wheel() else None
+    if built is not None:
+        status, library = load(built)
         if not int(status):
             return library
-        # A driver that is older than the wheel's NVRTC; the NVRTC here is one that torch runs with.
         logger.warning("quantcache: %s of the wheel is not used: the driver returned %r.", source, status)
     return _check(load(nvrtc.cubin(source, macros, arch)))
 

@@ -150,12 +150,6 @@ def unavailable() -> str | None:
     return None
 
 
-@functools.cache
-def unloadable() -> str | None:
-    """Why not even a kernel of the wheel could be loaded here, or None; asked once a process."""
-    return _not_installed("cuda.bindings")
-
-
 def _not_installed(module: str) -> str | None:
     try:
         found = importlib.util.find_spec(module)
