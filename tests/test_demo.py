@@ -1,5 +1,6 @@
 """Does ``quantcache demo`` compare two caches on any model, and say what is wrong with its arguments?"""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,25 +41,39 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_the_table_compares_both_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TEXT_TOKENS", 256)
-    monkeypatch.setattr(demo, "RACE_TOKENS", 128)
+def test_the_demo_compares_answer_memory_and_speed(folder: Path) -> None:
     code, output = run(
         "demo", "--model", str(folder), "--prompt", "abc " * 60, "--max-new-tokens", "12", "--device", "cpu"
     )
     assert code == 0
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
-    rows = {row[0]: row[1:] for row in cells}
-    # 2 layers, 2 heads of 16 channels, keys and values in float32, 240 + 11 tokens: 251 * 512 bytes.
-    assert rows["KV cache"][0] == f"{251 * 512:,} bytes"
+    assert "float32 on cpu" in output
+    assert "a prompt of 240 tokens" in output
+    assert re.search(r"^The same answer\.$|^The answers differ from token \d+ on\.$", output, re.MULTILINE)
+    bars = dict(re.findall(r"^(\w+) +█+ (.*)$", output, re.MULTILINE))
+    # 2 layers, 2 heads of 16 channels, keys and values, 240 + 11 tokens: 251 * 512 bytes in float32.
+    assert bars["bfloat16"] == f"{251 * 256 / 1024:.2f} KiB"
+    assert f"In float32 the default cache takes {251 * 512 / 1024:.2f} KiB here" in output
     # 3 pages: a byte an element, 4 bytes a channel of keys and a token of values; 59 exact tokens in a buffer of 64.
     codes, metadata, tail = 3 * 64 * 128, 3 * 4 * (16 + 64) * 4, 64 * 512
-    assert rows["KV cache"][1] == f"{codes + metadata + tail:,} bytes"
-    assert rows["read by"][:2] == ["transformers", dispatch.choose_backend(torch.device("cpu"))]
-    assert rows["decoding after 128 tokens"][0].endswith("tokens/s")
-    assert rows["answers"][0] == "12 tokens"
-    assert rows["mean KL from the default cache"][1].endswith("nats/token")
-    assert rows["same most likely token"][1].endswith("of 128")
+    assert f" {(codes + metadata + tail) / 1024:.2f} KiB" in output
+    assert f"int8 takes {(codes + metadata + tail) / (251 * 256):.0%} of bfloat16" in output
+    assert bars["default"].endswith("tokens/s")
+    assert bars["int8"].endswith("tokens/s")
+    assert f"read by {dispatch.choose_backend(torch.device('cpu'))}" in output
+    assert "The next 32 predictions" in output
+    assert re.search(r"the same most likely token in \d+, mean KL [\d.e-]+ nats", output)
+
+
+@pytest.mark.real_model
+def test_the_demo_answers_rightly_about_a_document_that_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "DOCUMENT_CHARACTERS", 1400)  # a quarter of what is shown, for time
+    code, output = run("demo", "--device", "cpu")
+    assert code == 0
+    answers = re.findall(r"^(default|int8) +(.*4827.*)$", output, re.MULTILINE)
+    assert [name for name, _ in answers] == ["default", "int8"]
+    assert "\nThe same answer.\n" in output
+    sizes = {name: float(size) for name, size in re.findall(r"^(\w+) +█+ ([\d.]+) MiB$", output, re.MULTILINE)}
+    assert sizes["int8"] < 0.85 * sizes["bfloat16"]
 
 
 def test_the_version_is_printed() -> None:

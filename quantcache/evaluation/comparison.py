@@ -148,7 +148,7 @@ class _Tally:
 
     def add(self, exact: Tensor, tested: Tensor, targets: Tensor) -> None:
         """Take log-probabilities (query_len, vocab_size) and the tokens that followed."""
-        self.divergences.append((exact.exp() * (exact - tested)).sum(-1))
+        self.divergences.append(kl_divergence(exact, tested))
         self.agreements.append(exact.argmax(-1) == tested.argmax(-1))
         self.losses.append(_losses(tested, targets))
 
@@ -166,6 +166,11 @@ class _Tally:
             key_errors=tuple(keys.tolist()),
             value_errors=tuple(values.tolist()),
         )
+
+
+def kl_divergence(exact: Tensor, tested: Tensor) -> Tensor:
+    """KL(exact || tested) in nats, shape (...), of log-probabilities (..., vocab_size)."""
+    return (exact.exp() * (exact - tested)).sum(-1)
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
