@@ -24,20 +24,24 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model, device_map="auto")
 
-    prompts = [line for line in options.prompts.read_text().splitlines() if line.strip()]
+    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), options.batch_size):
         places = order[start : start + options.batch_size]
-        batch = tokenizer([prompts[place] for place in places], padding=True, return_tensors="pt").to(model.device)
+        # An instruct model answers a turn of a chat; text without its template it only goes on with.
+        turns = [[{"role": "user", "content": prompts[place]}] for place in places]
+        batch = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
         cache = QuantizedInt8Cache(model.config)
         output = model.generate(**batch, cache=cache, max_new_tokens=options.max_new_tokens, do_sample=False)
         found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for place, answer in zip(places, found, strict=True):
             answers[place] = answer
-        print(f"{len(places)} prompts, cache of {cache.nbytes:,} bytes", file=sys.stderr)
+        print(f"{len(places)} prompts, cache of {cache.nbytes / 2**20:.1f} MiB", file=sys.stderr)
     for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"> {prompt}\n{answer}\n")
+        print(f"> {prompt}\n{answer.strip()}\n")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,35 @@
     python examples/long_document_chat.py manual.txt "What is it about?" "How is it installed?"
 
 The first run reads the document and writes ``manual.txt.safetensors``; later runs load that file, which takes a
-fraction of the time. Every question starts from its own copy of the document's cache, so that answers do not depend on
-each other.
+fraction of the time. A document that was edited since, or another model, is read again. Every question starts from its
+own copy of the document's cache, so that answers do not depend on each other.
 """
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quantcache import QuantizedInt8Cache
+from quantcache import CacheFileError, QuantizedInt8Cache
+
+
+def load(file: Path, model: PreTrainedModel, document: torch.Tensor) -> QuantizedInt8Cache | None:
+    """The cache of these tokens from an earlier run, None where the document has to be read (again)."""
+    if not file.exists():
+        return None
+    try:
+        cache = QuantizedInt8Cache.load(file, model=model)
+    except CacheFileError as error:
+        print(f"{file} is left aside: {error}", file=sys.stderr)
+        return None
+    if cache.input_ids is None or not torch.equal(cache.input_ids, document.cpu()):
+        print(f"{file} is of another text: the document is read again.", file=sys.stderr)
+        return None
+    return cache
 
 
 def main() -> None:
@@ -30,7 +46,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, device_map="auto")
 
     def encode(question: str) -> torch.Tensor:
-        turn = {"role": "user", "content": f"{options.document.read_text()}\n\n{question}"}
+        turn = {"role": "user", "content": f"{options.document.read_text(encoding='utf-8')}\n\n{question}"}
         text = tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
 
@@ -42,15 +58,14 @@ def main() -> None:
 
     file = options.document.with_name(options.document.name + ".safetensors")
     start = time.perf_counter()
-    if file.exists():
-        cache = QuantizedInt8Cache.load(file, model=model)
-    else:
+    cache = load(file, model, document)
+    if cache is None:
         cache = QuantizedInt8Cache(model.config)
         with torch.no_grad():
             model(document, cache=cache, logits_to_keep=1)
         cache.save(file, model=model, input_ids=document)
     seconds = time.perf_counter() - start
-    print(f"{cache.get_seq_length():,} tokens in {seconds:.1f} s, {cache.nbytes:,} bytes in int8")
+    print(f"{cache.get_seq_length():,} tokens in {seconds:.1f} s, {cache.nbytes / 2**20:.1f} MiB in int8")
 
     for question in options.questions:
         prompt = encode(question)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="Qwen/Qwen2.5-7B-Instruct")
     parser.add_argument("--tp", action="store_true", help="spread the heads; run it under torchrun")
     parser.add_argument("--prompt", default="A cache holds the keys and values of every token, so that")
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--save", type=Path, help="write the cache to this file; any number of processes can load it")
     options = parser.parse_args()
 
@@ -46,9 +46,8 @@ def main() -> None:
     if rank == 0:
         print(tokenizer.decode(output[0], skip_special_tokens=True))
     devices = sorted({str(layer.device) for layer in cache.layers})
-    print(
-        f"rank {rank}: {cache.nbytes:,} bytes of int8 cache on {', '.join(devices)}, read by {cache.report().backend}"
-    )
+    held = f"{cache.nbytes / 2**20:.1f} MiB of int8 cache on {', '.join(devices)}"
+    print(f"rank {rank}: {held}, read by {cache.report().backend}")
     if options.tp:
         torch.distributed.destroy_process_group()
 

@@ -1,16 +1,21 @@
 """Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
 
+import copy
 import pkgutil
 import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
+from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
 from quantcache.cli.main import app
+from quantcache.evaluation.models import load_model
 from tests.documentation import (
     DOCS,
     PREPARATIONS,
@@ -113,6 +118,85 @@ def test_the_examples_run(
         assert (tmp_path / "document.txt.safetensors").exists()
         runpy.run_path(str(script), run_name="__main__")
         assert capsys.readouterr().out.split("\n", 1)[1] == first.split("\n", 1)[1]
+
+
+LIGHTHOUSE = """The lighthouse stands on a reef eleven miles off the coast, which the sea covers at every high tide. \
+It was built by Robert Stevenson between 1807 and 1810, is 35 metres high, and is the oldest sea lighthouse that \
+still stands. Its stones are cut so that each holds the next. Its lamp was first lit in February 1811 and can be seen \
+from 35 miles away. Keepers lived in it until 1988; since then it has worked by itself.
+"""
+QUESTION = "Who built the lighthouse, and when?"
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a folder, which ``from_pretrained`` takes without more."""
+    folder = tmp_path_factory.mktemp("real") / "SmolLM2-135M-Instruct"
+    model, tokenizer, _ = load_model(None, device="cpu", dtype=torch.float32)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config  # of the file that it comes from, of which the weights have nothing any more
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that runs an example with arguments, in a folder of its own, and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(name: str, *arguments: str) -> tuple[str, str]:
+        script = tmp_path / name
+        script.write_text(as_this_host_says((ROOT / "examples" / name).read_text("utf-8")), encoding="utf-8")
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return run_it
+
+
+@pytest.mark.real_model
+def test_a_document_that_was_edited_is_read_again(run_example: Any, real_model: Path) -> None:
+    model = ["--model", str(real_model), "--max-new-tokens", "10"]
+    Path("document.txt").write_text(LIGHTHOUSE, encoding="utf-8")
+    first, said = run_example("long_document_chat.py", "document.txt", QUESTION, *model)
+    assert "Robert Stevenson" in first.partition(QUESTION)[2]
+    assert "MiB in int8" in first
+    assert not said.count("again")
+    Path("document.txt").write_text(LIGHTHOUSE.replace("Robert Stevenson", "Alice Miller"), encoding="utf-8")
+    second, said = run_example("long_document_chat.py", "document.txt", QUESTION, *model)
+    assert "Alice Miller" in second.partition(QUESTION)[2]
+    assert "document.txt.safetensors is of another text: the document is read again." in said
+    third, said = run_example("long_document_chat.py", "document.txt", QUESTION, *model)
+    assert third.partition("\n")[2] == second.partition("\n")[2]
+    assert not said.count("again")
+
+
+@pytest.mark.real_model
+def test_every_prompt_of_a_batch_is_answered(run_example: Any, real_model: Path) -> None:
+    prompts = ["What is the capital of France?", "Name a colour.", "Write one sentence about the sea."]
+    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    arguments = ("prompts.txt", "--batch-size", "2", "--model", str(real_model), "--max-new-tokens", "12")
+    said, notes = run_example("batch_generation.py", *arguments)
+    answers = dict(re.findall(r"^> (.*)\n(.+)$", said, re.MULTILINE))
+    assert list(answers) == prompts
+    assert "Paris" in answers[prompts[0]]
+    assert all(len(answer.split()) > 1 and answer != prompt for prompt, answer in answers.items())
+    assert notes.count("MiB") == 2
+
+
+@pytest.mark.real_model
+def test_drafts_and_spread_layers_answer_in_words(run_example: Any, real_model: Path) -> None:
+    prompt = f"{LIGHTHOUSE}\n{QUESTION}"
+    said, _ = run_example("assisted_decoding.py", prompt, "--model", str(real_model), "--max-new-tokens", "12")
+    assert "Robert Stevenson" in said
+    assert prompt not in said
+    said, _ = run_example("several_gpus.py", str(real_model), "--prompt", LIGHTHOUSE, "--new-tokens", "12")
+    assert len(said.partition(LIGHTHOUSE.strip())[2].partition("rank 0")[0].split()) > 3
+    assert "of int8 cache on cpu, read by" in said
 
 
 def commands(page: Path) -> list[list[str]]:
