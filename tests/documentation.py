@@ -36,6 +36,7 @@ DOCS = ROOT / "docs"
 RUN_ELSEWHERE = {
     "docs/moving-from-use-cache-quantization.md": "tests/test_qwen_released.py",
     "docs/getting-started.md": "tests/test_documentation.py",
+    "docs/index.md": "tests/test_documentation.py",
 }
 """Pages whose snippets another test runs, with more to it."""
 

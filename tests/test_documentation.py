@@ -1,6 +1,7 @@
 """Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
 
 import copy
+import json
 import pkgutil
 import re
 import runpy
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
 from quantcache.cli.main import app
@@ -32,6 +33,9 @@ from tests.documentation import (
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 WITH_SNIPPETS = [name for name, page in PAGES.items() if snippets(page) and name not in RUN_ELSEWHERE]
+
+CODE_WIDTH = 78
+"""Characters of code and output that a page shows without scrolling."""
 
 EXAMPLES = {
     "long_document_chat.py": ["document.txt", "Who?", "Why?", "--max-new-tokens", "4"],
@@ -92,10 +96,37 @@ def test_getting_started_prints_what_it_shows(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == shown[1]
 
 
+@pytest.mark.real_model
+def test_home_prints_what_it_shows(
+    real_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = PAGES["docs/index.md"]
+    (snippet,) = snippets(page)
+    folder = tmp_path / "HuggingFaceTB" / real_model.name  # in bfloat16, as the hub has it
+    AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(real_model).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    shown = re.search(r"It prints:\n\n```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown is not None
+    run(snippet, page, {})
+    assert capsys.readouterr().out == shown[1]
+
+
+@pytest.mark.real_model
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    known: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "a notebook is kept without outputs"
+            exec(as_this_host_says("".join(cell["source"])), known)
+    assert "30 int8 layers" in capsys.readouterr().out
+
+
 def test_every_example_is_run_and_described() -> None:
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
     described = PAGES["docs/examples.md"].read_text(encoding="utf-8")
-    assert all(name in described for name in EXAMPLES)
+    assert all(path.name in described for path in (ROOT / "examples").iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -199,6 +230,14 @@ def test_drafts_and_spread_layers_answer_in_words(run_example: Any, real_model: 
     assert "of int8 cache on cpu, read by" in said
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_code_is_no_wider_than_the_column(name: str) -> None:
+    text = PAGES[name].read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```.*?\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    wide = [line for block in blocks for line in block.splitlines() if len(line) > CODE_WIDTH]
+    assert not wide, f"{name}: {wide}"
+
+
 def commands(page: Path) -> list[list[str]]:
     """Lines of shell blocks, and code between single backticks, that call ``quantcache`` with lower-case words."""
     text = page.read_text(encoding="utf-8")
@@ -242,7 +281,7 @@ def test_the_links_of_a_page_lead_to_files_and_headings(name: str) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        made = {DOCS / "changelog.md", DOCS / "contributing.md"}
+        made = {DOCS / "changelog.md", DOCS / "contributing.md", DOCS / "licence.md"}
         assert file.exists() or file in made, f"{name}: {target} leads nowhere"
         if anchor and file.suffix == ".md" and file.exists():
             assert anchor in anchors(file), f"{name}: {target}: no such heading"

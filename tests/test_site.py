@@ -21,6 +21,9 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 SMALLEST_WORDS = 9
 """Pixels of the height of a figure's words of 11 points, as shown."""
 
+TERMINAL_WORDS = 14
+"""Pixels of a recording's words in its own size."""
+
 OVERFLOWING = """
 const width = document.documentElement.clientWidth, found = [];
 const scrolls = (e) => { for (e = e.parentElement; e && e !== document.body; e = e.parentElement) {
@@ -34,9 +37,15 @@ const whole = document.documentElement.scrollWidth;
 if (whole > width) found.push('the page itself is ' + whole + ' wide');
 return found;
 """
+CUT = """
+return [...document.querySelectorAll('.md-content pre > code, .md-content .md-typeset__scrollwrap')]
+    .filter((e) => e.scrollWidth > e.clientWidth + 1)
+    .map((e) => `${e.scrollWidth} in ${e.clientWidth} pixels: ${e.textContent.trim().slice(0, 60)}`);
+"""
 FIGURES = """
 return [...document.querySelectorAll('.md-content img')].filter((e) => e.offsetParent !== null)
-    .map((e) => ({name: e.src.split('/').pop(), shown: e.getBoundingClientRect().width, natural: e.naturalWidth}));
+    .map((e) => ({name: e.src.split('/').slice(-2).join('/'), shown: e.getBoundingClientRect().width,
+        natural: e.naturalWidth}));
 """
 FOREIGN = (
     "return performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith(location.origin));"
@@ -130,10 +139,15 @@ def test_every_page_fits_and_complains_of_nothing(
         assert shown == {"light": "default", "dark": "slate"}[scheme], f"{page} is {shown}"
         wrong = browser.execute_script(OVERFLOWING)
         assert not wrong, f"{page} at {size[0]} pixels: {wrong}"
+        if size == DESKTOP:
+            cut = browser.execute_script(CUT)
+            assert not cut, f"{page}: code or a table is cut: {cut}"
         for figure in browser.execute_script(FIGURES):
             assert figure["natural"], f"{page}: {figure['name']} is not shown"
-            assert figure["name"].split("#")[0].endswith(f"-{scheme}.svg"), f"{page}: {figure['name']} on {scheme}"
-            words = 11 * 96 / 72 * figure["shown"] / figure["natural"]
+            terminal = figure["name"].startswith("recordings/")  # dark on both
+            suits = terminal or figure["name"].split("#")[0].endswith(f"-{scheme}.svg")
+            assert suits, f"{page}: {figure['name']} on {scheme}"
+            words = (TERMINAL_WORDS if terminal else 11 * 96 / 72) * figure["shown"] / figure["natural"]
             assert words >= SMALLEST_WORDS, f"{page}: words of {words:.1f} pixels in {figure['name']}"
         assert not browser.execute_script(FOREIGN), f"{page} fetches from elsewhere"
         complaints = [entry for entry in browser.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}]

@@ -1,12 +1,11 @@
-"""mkdocs' hooks: figures drawn while the site is built, and pages that are made from files of the repository.
+"""mkdocs' hooks: figures in the colours of the page, pages made from files of the repository, the link to it.
 
-``<!-- figure NAME: what it shows -->`` in a page becomes the figure, in the colours of the page; where its measurement
-is missing, the sentence that says so.
+A figure stands in a page as GitHub shows it, by the reader's preference; in the site one can switch between light and
+dark, so it becomes an image of each, of which the theme shows one.
 """
 
-import logging
 import re
-from functools import cache
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tools.figures import FIGURES, THEMES
-from tools.measurements import DOCS, ROOT, NotMeasuredError
+from tools.figures import THEMES
+from tools.measurements import DOCS, ROOT
+from tools.pages import FIGURE
 
-log = logging.getLogger("mkdocs.hooks.quantcache")
-
-_FIGURE = re.compile(r"<!-- figure ([a-z0-9-]+): (.*?) -->", re.DOTALL)
+_TABLE = re.compile(r"<!-- table [a-z0-9-]+ -->\n(.*?)<!-- end of table -->", re.DOTALL)
 _KINDS = ("added", "changed", "fixed", "removed")
-
-
-@cache
-def figures() -> tuple[dict[str, str], dict[str, str]]:
-    """Every figure's SVG by file name, and the reasons for those that cannot be drawn."""
-    drawn, missing = {}, {}
-    for name, draw in FIGURES.items():
-        try:
-            for theme, colours in THEMES.items():
-                drawn[f"figures/{name}-{theme}.svg"] = draw(colours)
-        except NotMeasuredError as reason:
-            missing[name] = str(reason)
-            log.info("figure %s: %s", name, reason)
-    return drawn, missing
 
 
 def changelog() -> str:
@@ -48,13 +32,27 @@ def changelog() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Link to the repository that the clone comes from, where it is one on the web."""
+    command = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    try:
+        origin = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        origin = ""
+    address = re.sub(r"^git@([^:]+):", r"https://\1/", origin).removesuffix(".git")
+    if not config.repo_url and address.startswith("https://") and "@" not in address:
+        config.repo_url, config.repo_name = address, "/".join(address.split("/")[-2:])
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is made: figures, the changelog and the page about contributing."""
-    made: dict[str, str] = figures()[0] | {
+    """Add what is made: the changelog, the pages about contributing and the licence, and the examples."""
+    made = {
         "changelog.md": changelog(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        "licence.md": f"# Licence\n\n```text\n{(ROOT / 'LICENSE').read_text(encoding='utf-8').strip()}\n```\n",
     }
-    made |= {f"examples/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")}
+    made |= {f"examples/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.*")}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -66,14 +64,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     up = "../" * (len(Path(page.file.src_uri).parts) - 1)
 
     def place(match: re.Match[str]) -> str:
-        name, shows = match[1], " ".join(match[2].split())
-        if name not in FIGURES:
-            raise KeyError(f"{page.file.src_uri}: a figure must be one of {', '.join(FIGURES)}, got {name!r}.")
-        if (reason := figures()[1].get(name)) is not None:
-            return f"*{reason}*"
+        name, shows = match[2], " ".join(match[3].split())
+        if not (DOCS / "figures" / f"{name}-light.svg").exists():
+            return ""
         return "\n".join(f"![{shows}]({up}figures/{name}-{theme}.svg#only-{theme})" for theme in THEMES)
 
-    return _FIGURE.sub(place, markdown)
+    measured = "measured names" if page.file.src_uri.startswith("benchmarks/") else "measured"
+    markdown = _TABLE.sub(rf'<div class="{measured}" markdown>\n\1\n</div>', markdown)
+    return FIGURE.sub(place, markdown)
 
 
 def on_serve(server: Any, config: MkDocsConfig, builder: Any) -> None:

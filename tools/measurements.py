@@ -47,6 +47,17 @@ def attention_name(row: Row) -> str:
     return str(row["row"]).removeprefix("attention, ").removeprefix("decode attention, ").replace(", query_len 1", "")
 
 
+def best_stock_ms(row: Row) -> float | None:
+    """Milliseconds per token of the default cache, eager and without cuDNN's attention; None where not measured.
+
+    It is the best that a user of a model with grouped heads has without int8.
+    """
+    name = "DynamicCache eager, no cuDNN"
+    by_tokens = list(row.get("ms_by_tokens", {}).get(name, {}).values())
+    found: float | None = row["ms"].get(name) or (by_tokens[-1] if by_tokens else None)
+    return found
+
+
 def where(name: str, *, link: str = "benchmarks/") -> str:
     """One line of Markdown: hardware, versions, command and the file itself."""
     report = load(name)

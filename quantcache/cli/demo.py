@@ -104,7 +104,7 @@ def _compare(console: "Console", talks: "Mapping[str, Talk]", ids: "Tensor") -> 
     share = sizes["int8"] / sizes["bfloat16"]
     console.print(f"\n[bold]Memory[/bold] of the cache for {tokens:,} tokens")
     _print_bars(console, {name: float(size) for name, size in sizes.items()}, list(map(human_bytes, sizes.values())))
-    console.print(f"int8 takes {share:.0%} of bfloat16; the longer the context, the nearer to half.")
+    console.print(f"int8 takes {share:.0%} of bfloat16; with a longer text nearer to half.")
     if exact.model.dtype.itemsize != 2:
         dtype = str(exact.model.dtype).removeprefix("torch.")
         console.print(f"(In {dtype} the default cache takes {human_bytes(held['default'])} here.)", style="dim")

@@ -9,6 +9,7 @@ reserved at its peak.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -57,6 +58,9 @@ LENGTHS = [1024, 8192, 32768, 131072]
 EAGER = ("DynamicCache eager", "DynamicCache eager, no cuDNN", "int8 eager")
 """Growing caches of that row. cuDNN's attention, which torch may take, builds a plan for every new length
 (https://github.com/pytorch/pytorch/pull/155958)."""
+
+BEST_STOCK = "DynamicCache eager, no cuDNN"
+"""What a user would take in place of int8 where ``StaticCache`` is slow; measured beside every row."""
 
 WARM_UP, STEPS, PROFILED = 8, 40, 8
 
@@ -143,17 +147,19 @@ def fill(cache: Any, config: Qwen2Config, batch: int, tokens: int) -> None:
         cache.update(*states, layer)
 
 
-def by_length(kind: str, cache: Any, config: Qwen2Config, model: Any, lengths: list[int]) -> dict[str, float]:
-    """Milliseconds a token of ``generate()`` behind so many tokens of one sequence; compiled if the cache is static."""
+def by_length(
+    kind: str, cache: Any, config: Qwen2Config, model: Any, lengths: list[int], batch: int = 1
+) -> dict[str, float]:
+    """Milliseconds a token of ``generate()`` behind so many tokens; compiled if the cache is static."""
     found = {}
     torch.backends.cuda.enable_cudnn_sdp(not kind.endswith("no cuDNN"))
     for tokens in lengths:
         if kind in EAGER:
-            cache = filled(kind, config, 1, tokens - 1, 0)
+            cache = filled(kind, config, batch, tokens - 1, 0)
         else:
             cache.reset()
-            fill(cache, config, 1, tokens - 1)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="cuda")
+            fill(cache, config, batch, tokens - 1)
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device="cuda")
         found[str(tokens)] = generate(model, cache, ids, WARM_UP + STEPS // 2).median_ms()
     torch.backends.cuda.enable_cudnn_sdp(True)
     return found
@@ -238,6 +244,11 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
         for kind in EAGER:
             forget()
             row["ms_by_tokens"][kind] = by_length(kind, None, model.config, model, LENGTHS)
+    elif len(kinds) > 1:
+        forget()
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            behind = by_length(BEST_STOCK, None, model.config, model, [tokens], batch)
+            row["ms"][BEST_STOCK] = round(behind[str(tokens)], 3)
     if name in ROUNDS:
         row["ms_by_round"] = rounds
     if row["ms"].get("StaticCache") and row["ms"].get("int8"):
