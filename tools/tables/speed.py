@@ -1,5 +1,7 @@
 """Tables of speed: kernels, decoding, first use."""
 
+import re
+
 from tools.measurements import Row, attention_name, best_stock_ms, load, rows, where
 from tools.tables.markdown import number, table
 
@@ -41,7 +43,8 @@ def flashinfer() -> str:
     left_out: dict[str, str] = {}
     for row in rows("flashinfer"):
         errors, ratios = row["relative_error"], row["times_as_fast_as_flashinfer"]
-        cells = [row["row"], number(row["median_us"]["int8"])]
+        name = re.sub("batch | heads| tokens", "", row["row"].removesuffix(", head_dim 128"))
+        cells = [name, number(row["median_us"]["int8"])]
         for words in ("fp8", "bf16"):
             cells += [_fastest(row, "flashinfer", words), _fastest(row, "flashinfer", words, "pages of 64")]
         cells.append(number(min((time for name, time in row["median_us"].items() if _is_peer(name)), default=None)))
@@ -110,7 +113,7 @@ def compiled_decode() -> str:
         body.append([row["row"], *times("ms"), ratio, stock, *times("step_ms"), *map(reserved, KINDS)])
     header = (
         " | int8, ms per token | StaticCache | times as fast | eager DynamicCache without cuDNN "
-        "| the step alone: int8, ms | StaticCache | int8, GB reserved | StaticCache"
+        "| the step alone: int8, ms | static | int8, GB reserved | static"
     )
     return table(header, body) + "\n\n" + where("compiled-decode")
 
