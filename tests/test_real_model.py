@@ -41,14 +41,15 @@ def texts(real_model: tuple[torch.nn.Module, object]) -> Tensor:
     return ids[:, : 2 * TOKENS].view(2, TOKENS).to(model.device)
 
 
-@pytest.mark.parametrize("prompt_len", [512, 2])
+@pytest.mark.parametrize(("prompt_len", "rows"), [(512, 2), (2, 1)])
 def test_quality_is_that_of_the_exact_cache(
-    real_model: tuple[torch.nn.Module, object], texts: Tensor, prompt_len: int
+    real_model: tuple[torch.nn.Module, object], texts: Tensor, prompt_len: int, rows: int
 ) -> None:
+    """On some thousand tokens each."""
     model, _ = real_model
-    result = compare_teacher_forced(model, texts, QuantizedInt8Cache, prompt_len=prompt_len, chunk_len=CHUNK)
+    result = compare_teacher_forced(model, texts[:rows], QuantizedInt8Cache, prompt_len=prompt_len, chunk_len=CHUNK)
     print(f"prompt {prompt_len}: {result}")
-    assert result.tokens == 2 * (TOKENS - prompt_len)
+    assert result.tokens == rows * (TOKENS - prompt_len)
     assert 0 < result.mean_kl <= MAX_MEAN_KL
     assert result.top1_agreement >= MIN_TOP1_AGREEMENT
 
