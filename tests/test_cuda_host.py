@@ -472,3 +472,27 @@ def test_a_fixed_capacity_stores_what_the_growing_cache_stores_and_reads_it(
         torch.testing.assert_close(output, reference.attend(query, *reads.restore_both(view)))
     assert_same_bytes(static, growing)
     assert {"advance", "attention"} <= set(launched)
+
+
+def test_a_reordered_fixed_capacity_is_read_through_its_table(launched: list[str]) -> None:
+    """Over two page ends, in recorded reads as in others, without a copy of a page."""
+    states = [random_states(3, 2, tokens, 64, seed=tokens)[0] for tokens in (200, 1)]
+    static, growing = (make(*states[:1] * 2) for make in (lambda *given: StaticInt8Pages(*given, 465), Int8Pages))
+    query, _ = random_states(3, 4, 1, 64, seed=7)
+    scratch = dispatch.scratch_for(static.key_tail, static.value_tail)
+    for each in (static, growing):
+        each.append(states[0], states[0])
+    pages = static.buffers.pages.key_qdata[:2].clone()
+    for step in range(150):
+        for each in (static, growing):
+            each.append(states[1] * step, states[1] * step)
+            if step % 30 == 5:
+                each.index_select(torch.tensor([[2, 0, 0], [1, 1, 2]][step % 2]))
+        if step % 10 == 0:
+            expected = reference.attend(query, *growing.restore())
+            output = reads.attention_recorded(query, [static.memory, scratch], static.layout.shape)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(reads.attention(query, static.view()), expected)
+    assert static.layout.shape.is_shared
+    assert torch.equal(static.buffers.pages.key_qdata[:2], pages)
+    assert_same_bytes(static, growing)
