@@ -516,7 +516,7 @@ def load_kernel(
     source: str, macros: nvrtc.Macros, name: str, index: Any, threads: int, shared_bytes: int, arch: str | None = None
 ) -> Kernel:
     """The emulation of a kernel, where the real one would run."""
-    assert arch in (None, "sm_90", "sm_90a")
+    assert arch in (None, "sm_90a", *GENERATIONS)
     assert STRUCTURES[name][0] == source
     assert threads % 32 == 0
     return Kernel((name, dict(macros)), threads, shared_bytes)
@@ -556,6 +556,29 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(dispatch, "choose_backend", lambda device: "cuda")
     monkeypatch.setattr(Int8Pages, "_append_backend", property(lambda pages: pages.backend[0]))
     return launched
+
+
+GENERATIONS = {
+    "sm_80": (108, 167936, 166912),
+    "sm_86": (84, 102400, 101376),
+    "sm_89": (128, 102400, 101376),
+    "sm_90": (132, 233472, 232448),
+    "sm_100": (148, 233472, 232448),
+    "sm_120": (170, 102400, 101376),
+}
+"""Processors, and the shared memory of one and of a block: of an A100, RTX A6000, RTX 4090, H200, B200 and RTX 5090."""
+
+
+def become(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
+    """Have the emulated GPU be one of ``GENERATIONS``."""
+    for module in MODULES:
+        if hasattr(module, "gpu"):
+            monkeypatch.setattr(module, "gpu", lambda index: Gpu(arch, *GENERATIONS[arch]))
+    # What was planned and built before was for another.
+    monkeypatch.setattr(ATTENTION, "plan_for", PLAN.plan_for.__wrapped__)
+    monkeypatch.setattr(PLAN, "_attention_kernel", PLAN._attention_kernel.__wrapped__)
+    monkeypatch.setattr(PREFILL, "plan_for", PREFILL.plan_for.__wrapped__)
+    monkeypatch.setattr(PREFILL, "_kernels", PREFILL._kernels.__wrapped__)
 
 
 def narrow_grids(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

@@ -27,11 +27,16 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     them, and one for more, see ``prefill``. float32, which tensor cores do not have, is always the first one's.
     """
     _, num_q_heads, query_len, _ = query.shape
-    if query_len * num_q_heads > MAX_DECODE_ROWS * view.buffers[0].shape[1] and query.dtype in PREFILL_DTYPES:
+    if takes_prefill(query_len * num_q_heads, view.buffers[0].shape[1], query.dtype):
         if view.pending is not None:
             append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
         return prefill(query, view, options)
     return decode(query, view, options)
+
+
+def takes_prefill(rows: int, num_kv_heads: int, dtype: torch.dtype) -> bool:
+    """Whether a call with so many query rows in all goes to ``prefill``, and not to ``decode``; nothing is restored."""
+    return rows > MAX_DECODE_ROWS * num_kv_heads and dtype in PREFILL_DTYPES
 
 
 def decode(
