@@ -32,7 +32,7 @@ from quantcache.layers.growing import GrowingInt8Layer
 from quantcache.layers.native import layer_nbytes, layer_report
 from quantcache.layers.report import CacheReport
 from quantcache.layers.sizing import tokens_of_generate
-from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import traced
 from quantcache.store.fixed import check_room
 from quantcache.store.read_log import FallbackPolicy
@@ -348,7 +348,9 @@ class QuantizedInt8Cache(DynamicCache):
         return sum(layer_nbytes(layer) for layer in self.layers)
 
     def report(self) -> CacheReport:
-        """What each layer stores and by which path it was last read; ``print(cache.report())`` shows a table.
+        """What each layer stores, what that saves against the model's dtype, and by which path it was last read.
+
+        ``print(cache.report())`` shows a table, ``cache.report().plot()`` a figure.
 
         ``rows_stored`` of a layer below its ``rows_read`` says that sequences share pages.
         """
@@ -356,7 +358,7 @@ class QuantizedInt8Cache(DynamicCache):
         lost = self._make.policy.lost
         if lost is None and self._was_asked and native.holds_nothing(self.layers):
             lost = "A model asked this cache for the sizes of its masks and stored nothing"
-        return CacheReport(layers, lost)
+        return CacheReport(layers, lost, PAGE_SIZE + self._make.residual_length)
 
     def fork(self) -> "QuantizedInt8Cache":
         """A cache with the same tokens that goes on by itself and shares the bytes that are stored.

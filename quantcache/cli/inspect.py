@@ -24,7 +24,7 @@ def inspect(
 
     quantcache inspect talk.safetensors --verify
     """
-    from quantcache.cli.terminal import human_bytes
+    from quantcache.layers.report import human_bytes
 
     found = summarise(file, verify)
     if as_json:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from quantcache import __version__
 from quantcache.evaluation.models import load_model
+from quantcache.layers.report import human_bytes as human_bytes  # for the commands
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -81,15 +82,6 @@ class RichStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print a piece of the answer as soon as it is whole."""
         self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
-
-
-def human_bytes(nbytes: float) -> str:
-    """A size in the unit that suits it, in powers of 1024."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:,.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:,.2f} TiB"
 
 
 def machine(model: Any, label: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """``BaseInt8Layer``: the layer contract of transformers over the store, which every int8 layer keeps."""
 
-import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -322,16 +321,31 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
-        storage = self.storage if self.get_seq_length() else "empty"
-        if self.pages is not None and self.pages.is_offloaded:
-            storage += ", in host memory"
-        row = LayerReport(
-            layer_idx, storage, self.get_seq_length(), self.nbytes, self.read_log.kernel, self.read_log.reason
-        )
+        storage, kernel = self.storage if self.get_seq_length() else "empty", self.read_log.kernel
+        return self._report_as(layer_idx, storage, kernel, self.read_log.reason)
+
+    def _report_as(self, layer_idx: int, storage: str, kernel: str, reason: str | None) -> LayerReport:
         if self.pages is None:
-            return row
-        read = self.pages.batch_size * self.pages.num_pages
-        return dataclasses.replace(row, rows_stored=self.pages.rows_stored, rows_read=read)
+            return LayerReport(layer_idx, storage, 0, 0, kernel, reason)
+        storage += ", in host memory" if self.pages.is_offloaded else ""
+        keys, values = self.pages.key_tail, self.pages.value_tail
+        token_nbytes = (keys.shape[3] + values.shape[3]) * self.pages.batch_size * keys.shape[1] * keys.element_size()
+        return LayerReport(
+            layer_idx=layer_idx,
+            storage=storage,
+            seq_len=self.pages.seq_len,
+            nbytes=self.nbytes,
+            kernel=kernel,
+            reason=reason,
+            rows_stored=self.pages.rows_stored,
+            rows_read=self.pages.batch_size * self.pages.num_pages,
+            dtype=str(keys.dtype).removeprefix("torch."),
+            exact_nbytes=self._exact_tokens() * token_nbytes,
+        )
+
+    def _exact_tokens(self) -> int:
+        """Tokens that transformers' own layer would hold in the place of this one."""
+        return self.get_seq_length()
 
     def _pages_for(self, key_states: Tensor, value_states: Tensor) -> Pages:
         """What the first tokens go to."""

@@ -1,6 +1,6 @@
 """``StaticInt8Layer``: the layer contract of transformers over ``StaticInt8Pages``, for compiled decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -245,12 +245,13 @@ class StaticInt8Layer(BaseInt8Layer):
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
-        storage = "empty" if self.is_empty else self.storage
-        if self.pages is not None and self.pages.is_offloaded:
-            storage += ", in host memory"
+        storage, kernel = "empty" if self.is_empty else self.storage, self.read_log.kernel
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
-        seq_len, kernel, rows = 0, self.read_log.kernel, 0
-        if self.pages is not None:
-            seq_len, rows = self.pages.seq_len, self.pages.rows_stored
-            kernel = f"{self.pages.backend[0]}, compiled" if self.pages.was_recorded else kernel
-        return LayerReport(layer_idx, storage, seq_len, self.nbytes, kernel, reason, rows, rows)
+        if self.pages is not None and self.pages.was_recorded:
+            kernel = f"{self.pages.backend[0]}, compiled"
+        row = self._report_as(layer_idx, storage, kernel, reason)
+        return replace(row, rows_read=row.rows_stored)
+
+    def _exact_tokens(self) -> int:
+        """Tokens for which transformers' own layer would have room."""
+        return 0 if self.pages is None else self.pages.capacity

@@ -140,7 +140,9 @@ def layer_report(layer: Any, layer_idx: int) -> LayerReport:
         return layer.report(layer_idx)
     seq_len = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     storage = "shared" if type(layer).__name__ == "DummyLayer" else type(layer).__name__
-    return LayerReport(layer_idx, storage, seq_len, layer_nbytes(layer), "native", None)
+    nbytes, keys = layer_nbytes(layer), getattr(layer, "keys", None)
+    dtype = str(keys.dtype).removeprefix("torch.") if isinstance(keys, Tensor) else None
+    return LayerReport(layer_idx, storage, seq_len, nbytes, "native", None, dtype=dtype, exact_nbytes=nbytes)
 
 
 def _check_rows(layers: list[Any], method: str) -> None:

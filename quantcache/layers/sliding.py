@@ -115,6 +115,10 @@ class Int8SlidingLayer(GrowingInt8Layer):
         super().reset()
         self._records_past = False
 
+    def _exact_tokens(self) -> int:
+        """Tokens that transformers' own layer would hold: those that the next one sees."""
+        return min(self.get_seq_length(), self.sliding_window - 1)
+
     def _new_pages(self, key_states: Tensor, value_states: Tensor, first_page: int = 0) -> Int8Pages:
         keep_tokens = self.sliding_window - 1 + self.residual_length
         pages = Int8Pages(key_states, value_states, self.residual_length, keep_tokens, first_page)
