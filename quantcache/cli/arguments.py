@@ -1,14 +1,23 @@
 """What the arguments of the commands share: options that several take, and what becomes of an error. Loads no torch."""
 
-from collections.abc import Iterator
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from quantcache.cli.hub import look_for
+
 if TYPE_CHECKING:
     import torch
+
+DTYPES: Final = ("float32", "bfloat16", "float16")
+CACHES: Final = ("int8", "default", "static")
+INTERRUPTED: Final = 130
+"""The exit code of what Ctrl-C ended, as shells have it."""
 
 Model = Annotated[
     str | None,
@@ -19,6 +28,22 @@ Model = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, mps ... or auto  [default: auto: cuda where there is one, else cpu]"),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16.  [default: the model's; float32 on a CPU that has no units for it]"
+    ),
+]
+Attention = Annotated[
+    str | None, typer.Option("--attn", help="transformers' attn_implementation, as sdpa or eager.  [default: its own]")
+]
+CacheKind = Annotated[
+    str, typer.Option("--cache", help="int8, or transformers' own: default (it grows) or static (compiled on a GPU).")
+]
+System = Annotated[str | None, typer.Option(help="The system prompt.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End an answer at this text, left out; may be given several times.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the figures into this PNG.", dir_okay=False)]
@@ -31,12 +56,57 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.")]
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Batch size.")]
 
 
-def open_device(name: str | None) -> "torch.device":
-    """The device that ``--device`` names.
+def check_choice(value: str | None, choices: Sequence[str], option: str) -> None:
+    """Refuse a value that is none of some.
+
+    Raises:
+        typer.BadParameter: it names them.
+    """
+    if value is not None and value not in choices:
+        named = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise typer.BadParameter(f"must be {named}, got {value!r}", param_hint=option)
+
+
+def check_cache(kind: str, load: Path | None, save: Path | None) -> None:
+    """Refuse a kind of cache that there is not, or that files do not hold.
+
+    Raises:
+        typer.BadParameter: it says which.
+    """
+    check_choice(kind, CACHES, "--cache")
+    if kind != "int8" and (load or save):
+        raise typer.BadParameter(f"must be int8 for --load and --save, got {kind!r}", param_hint="--cache")
+
+
+def check_target(file: Path | None) -> None:
+    """Refuse a file that cannot be written, before minutes go into what it shall hold.
+
+    Raises:
+        OSError: its folder does not exist or takes no file, or it is a folder itself.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} must be a file to write, got a folder.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file} must be in a folder that exists, got no folder {file.parent}. Make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(f"{file} must be in a folder that this user can write, got: {reason}.") from error
+
+
+def open_device(name: str | None, spec: str | None = None) -> "torch.device":
+    """The device that ``--device`` names, for the model that ``--model`` names.
 
     Raises:
         typer.BadParameter: no such device here.
+        UnreachableError: the hub has the model and cannot be reached.
     """
+    if spec is not None:
+        look_for(spec)
     from quantcache.cli.terminal import choose_device
 
     try:
@@ -50,9 +120,20 @@ def failing(command: str) -> Iterator[None]:
     """Turn what a user can mend into a message and the exit code 1; anything else is a bug and keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"quantcache {command}: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from interrupt
     except (ValueError, OSError, ImportError) as error:
         extra = {"matplotlib": "plot", "datasets": "eval", "lm_eval": "eval"}.get(str(getattr(error, "name", "")))
         missing = isinstance(error, ModuleNotFoundError) and extra
         advice = f" Install it: pip install 'quantcache[{extra}]'." if missing else ""
-        typer.echo(f"quantcache {command}: {error}{advice}", err=True)
+        typer.echo(f"quantcache {command}: {in_users_words(error)}{advice}", err=True)
         raise typer.Exit(1) from error
+
+
+def in_users_words(error: BaseException) -> str:
+    """The message of an error without the name of the function that raised it, which a caller would want first."""
+    message = str(error)
+    place, separator, rest = message.partition(": ")
+    called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return rest if separator and place.rpartition(".")[2] in called else message

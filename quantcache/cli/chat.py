@@ -1,25 +1,60 @@
-"""``quantcache chat``: a conversation that stays in one int8 cache."""
+"""``quantcache chat``: a conversation that stays in one cache."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Final
 
-import typer
+from quantcache.cli.arguments import (
+    DTYPES,
+    Attention,
+    CacheKind,
+    Device,
+    Dtype,
+    Load,
+    MaxNewTokens,
+    Model,
+    Save,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopP,
+    check_cache,
+    check_choice,
+    check_target,
+    in_users_words,
+    open_device,
+)
 
-from quantcache.cli.arguments import Device, Load, MaxNewTokens, Model, Save, Seed, Temperature, TopP, open_device
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quantcache.cli.lines import Lines
+    from quantcache.cli.talking import Talk
+
+HELP: Final = '''/save NAME  keep the conversation in a file
+/regen      take the last answer back and give another
+/reset      forget the conversation
+/help       show this
+/quit       end, as Ctrl-D and Ctrl-C do here; during an answer Ctrl-C ends the answer
+A \\ at the end of a line continues on the next; """ begins and ends a text of several lines.'''
 
 
 def chat(
     spec: Model = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    system: System = None,
     load: Load = None,
     save: Save = None,
     max_new_tokens: MaxNewTokens = 512,
+    stop: Stop = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    cache: CacheKind = "int8",
     device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
 ) -> None:
-    """Chat with a model; the whole conversation stays in one int8 cache.
+    """Chat with a model; the whole conversation stays in one cache. /help says what else can be typed.
 
     [bold]Examples[/bold]
 
@@ -27,33 +62,64 @@ def chat(
 
     quantcache chat --load talk.safetensors
     """
-    where = open_device(device)
-    from quantcache.cli.talking import Sampling, begin
-    from quantcache.cli.terminal import human_bytes
+    check_choice(dtype, DTYPES, "--dtype")
+    check_cache(cache, load, save)
+    check_target(save)
+    where = open_device(device, spec)
+    from quantcache.cli.lines import Lines
+    from quantcache.cli.talking import Opening, Sampling, begin, warn_without_template
+    from quantcache.layers.report import human_bytes
 
-    talk, notes = begin(spec, where, Sampling(max_new_tokens, temperature, top_p, seed), load)
-    notes.print("/save FILE keeps the conversation, /reset forgets it, /quit or Ctrl-D ends it.")
-    while True:
-        try:
-            text = str(typer.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True)).strip()
-        except (typer.Abort, KeyboardInterrupt):
-            break
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
+    talk, notes = begin(Opening(spec, where, dtype, attention, cache, load), sampling)
+    warn_without_template(talk, notes)
+    notes.print("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat.")
+    lines = Lines(notes, [line.split()[0] for line in HELP.splitlines() if line.startswith("/")])
+    try:
+        converse(talk, notes, lines, system)
+    finally:  # whatever ends it
+        lines.keep()
+        if save is not None and talk.ids.shape[1]:
+            talk.save(save)
+            notes.print(f"saved: {save}, {human_bytes(save.stat().st_size)}")
+
+
+def converse(talk: "Talk", notes: "Console", lines: "Lines", system: str | None) -> None:
+    """Take turns until the user leaves."""
+    while (text := lines.read("you> ")) is not None:
         command, _, rest = text.partition(" ")
-        if command in ("/quit", "/exit"):
-            break
         try:
-            if command == "/reset":
+            if command in ("/quit", "/exit"):
+                return
+            if command == "/help":
+                notes.print(HELP)
+            elif command == "/reset":
                 talk.forget()
                 notes.print("forgotten")
             elif command == "/save":
-                talk.save(Path(rest.strip()))
+                save_as(talk, rest.strip())
                 notes.print(f"saved: {rest.strip()}")
+            elif command == "/regen":
+                talk.answer_again()
+                notes.print(talk.told())
             elif command.startswith("/"):
-                notes.print(f"no such command: {command}")
+                notes.print(f"no such command: {command}; /help lists them")
             elif text:
                 talk.answer(talk.turn_ids(text, system))
+                notes.print(talk.told())
         except (ValueError, OSError) as error:
-            notes.print(str(error), style="red")
-    if save is not None and talk.ids.shape[1]:
-        talk.save(save)
-        notes.print(f"saved: {save}, {human_bytes(save.stat().st_size)}")
+            notes.print(in_users_words(error), style="red")
+
+
+def save_as(talk: "Talk", name: str) -> None:
+    """Save the conversation under a name that the user typed.
+
+    Raises:
+        ValueError: none was, or there is nothing to save.
+        OSError: it cannot be written.
+    """
+    if not name:
+        raise ValueError("/save must be followed by the name of a file, as /save talk.safetensors")
+    file = Path(name).expanduser()
+    check_target(file)
+    talk.save(file)

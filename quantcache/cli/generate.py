@@ -1,11 +1,30 @@
 """``quantcache generate``: continue a prompt, with its cache kept between runs."""
 
-import time
 from typing import Annotated
 
 import typer
 
-from quantcache.cli.arguments import Device, Load, MaxNewTokens, Model, Save, Seed, Temperature, TopP, open_device
+from quantcache.cli.arguments import (
+    DTYPES,
+    INTERRUPTED,
+    Attention,
+    CacheKind,
+    Device,
+    Dtype,
+    Load,
+    MaxNewTokens,
+    Model,
+    Save,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopP,
+    check_cache,
+    check_choice,
+    check_target,
+    open_device,
+)
 
 
 def generate(
@@ -16,18 +35,24 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's turn.")
     ] = False,
+    system: System = None,
     only_read: Annotated[
         bool, typer.Option("--only-read", help="Fill the cache and save it, without an answer.")
     ] = False,
     max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    cache: CacheKind = "int8",
     device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
 ) -> None:
     """Continue a prompt, and save its cache to continue from later.
 
-    The answer goes to the standard output, everything else to the standard error.
+    The answer goes to the standard output, everything else to the standard error. Ctrl-C ends the answer; what has come
+    is saved.
 
     [bold]Examples[/bold]
 
@@ -39,24 +64,29 @@ def generate(
     """
     if only_read and save is None:
         raise typer.BadParameter("needs --save, or nothing is left of it", param_hint="--only-read")
+    if system is not None and not chat:
+        raise typer.BadParameter("needs --chat, which writes turns", param_hint="--system")
+    check_choice(dtype, DTYPES, "--dtype")
+    check_cache(cache, load, save)
+    check_target(save)
     if prompt == "-":
         prompt = typer.get_text_stream("stdin").read()
-    where = open_device(device)
-    from quantcache.cli.talking import Sampling, begin
-    from quantcache.cli.terminal import human_bytes
+    where = open_device(device, spec)
+    from quantcache.cli.talking import Opening, Sampling, begin, warn_without_template
+    from quantcache.layers.report import human_bytes
 
-    talk, notes = begin(spec, where, Sampling(max_new_tokens, temperature, top_p, seed), load)
-    ids = talk.turn_ids(prompt) if chat else talk.plain_ids(prompt)
-    start, before = time.perf_counter(), talk.cache.get_seq_length()
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
+    talk, notes = begin(Opening(spec, where, dtype, attention, cache, load), sampling)
+    if chat:
+        warn_without_template(talk, notes)
+    ids = talk.turn_ids(prompt, system) if chat else talk.plain_ids(prompt)
     if only_read:
         talk.read(ids)
     else:
         talk.answer(ids)
-    seconds, seq_len = time.perf_counter() - start, talk.cache.get_seq_length()
-    notes.print(
-        f"{seq_len - before:,} tokens in {seconds:.1f} s; cache of {seq_len:,} tokens, "
-        f"{human_bytes(talk.cache.nbytes)}, read by {talk.cache.report().backend}"
-    )
+    notes.print(talk.told())
     if save is not None:
         talk.save(save)
         notes.print(f"saved: {save}, {human_bytes(save.stat().st_size)}")
+    if talk.last is not None and talk.last.was_interrupted:
+        raise typer.Exit(INTERRUPTED)

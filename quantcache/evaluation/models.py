@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda done, total: None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A causal language model and its tokenizer, in eval mode on ``device``.
 
@@ -163,6 +165,7 @@ def load_model(
         device: where to put it.
         dtype: of its weights; as stored if None, and float32 for a GGUF file on the CPU.
         on_progress: see ``fetch_demo_model``.
+        attention: transformers' ``attn_implementation``, None for its own choice.
 
     Returns:
         model, tokenizer, and a name for them.
@@ -172,6 +175,8 @@ def load_model(
     """
     path = fetch_demo_model(on_progress) if spec is None else Path(spec)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
+    if attention is not None:
+        options["attn_implementation"] = attention
     source, label = spec or "", spec or DEMO_LABEL
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -181,9 +186,13 @@ def load_model(
             # The weights of a GGUF file are packed; restored, they have whatever dtype suits the device.
             options["dtype"] = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        # The progress bar of reading a GGUF file is transformers' own, which nothing turns off.
+        with contextlib.redirect_stderr(io.StringIO()) if "gguf_file" in options else contextlib.nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
     except ImportError as error:
+        if attention is not None and "gguf" not in str(error):
+            raise ModelError(f"load_model: {label} must run with {attention!r} attention, got: {error}") from error
         raise ModelError(
             f"load_model: reading {label} needs a package that is missing: {error}. "
             "Install the extra: pip install 'quantcache[demo]'."
