@@ -101,6 +101,8 @@ class QuantizedInt8Cache(DynamicCache):
 
     layers: list[Any]
     input_ids: Tensor | None = None
+    known_ids: Tensor | None = None
+    """Tokens (batch, seq_len) that ``generate`` filled the cache with; None where others may have come since."""
     _was_asked: bool = False
     """Whether a model asked for the sizes of its masks."""
 
@@ -495,7 +497,7 @@ class QuantizedInt8Cache(DynamicCache):
         """Forget everything; the cache is then as it was made, and the memory given back."""
         for layer in self.layers:
             native.reset(layer)
-        self.input_ids = self._make.policy.lost = None
+        self.input_ids = self.known_ids = self._make.policy.lost = None
         self._was_asked = False
         traced.forget(self)
 
@@ -513,6 +515,8 @@ class QuantizedInt8Cache(DynamicCache):
         self._was_asked = False
         if self.input_ids is not None and tokens_to_remove:
             self.input_ids = self.input_ids[:, : self.get_seq_length()]
+        if self.known_ids is not None and tokens_to_remove:
+            self.known_ids = self.known_ids[:, : self.get_seq_length()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences ``beam_idx`` (batch,) of the batch in every layer, in that order."""
@@ -537,13 +541,17 @@ class QuantizedInt8Cache(DynamicCache):
         native.repeat_rows(self.layers, repeats)
         if self.input_ids is not None:
             self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
+        self.known_ids = None
 
     def _select_ids(self, indices: Tensor) -> None:
         if self.input_ids is not None:
             self.input_ids = self.input_ids[torch.as_tensor(indices).to("cpu")]
+        self.known_ids = None
 
     def check_prompt(self, input_ids: Tensor) -> None:
         """Refuse a prompt that does not begin with the stored tokens; ``generate`` calls it by itself.
+
+        Only a loaded cache knows its tokens for sure. One that ``generate`` filled warns.
 
         Args:
             input_ids: int64 (batch, seq_len), the whole prompt, stored tokens included.

@@ -212,12 +212,17 @@ class WatchedCall(Protocol):
 
     model: Any
     cache: Any
+    was_fed: bool
+    """Whether tokens were about to be fed, which is set here."""
 
     def prepare(self, step: Step) -> None:
         """Called before tokens are fed, except for a decoding step with ``cache``; it may change ``step``."""
 
-    def end(self, used: Any) -> None:
-        """Called with the cache that was returned, None for none, unless ``generate`` raised."""
+    def end(self, used: Any, sequences: Tensor | None) -> None:
+        """Called with the cache and the tokens (batch, seq_len) that were returned, None for none of either."""
+
+    def break_off(self) -> None:
+        """Called in place of ``end`` where ``generate`` raised, as Ctrl-C or a streamer does in the middle of it."""
 
 
 BeginCall = Callable[[Any, Tensor | None, Mapping[str, Any]], WatchedCall | None]
@@ -279,10 +284,15 @@ def _watched_generate(original: Callable[..., Any], begin: BeginCall) -> Callabl
         outer = _call.set(call)  # without a cache too: a draft model's steps are not those of the outer call
         try:
             output = original(self, inputs, *args, **kwargs)
+        except BaseException:
+            if call is not None:
+                call.break_off()
+            raise
         finally:
             _call.reset(outer)
         if call is not None:
-            call.end(getattr(output, CACHE_NAME, None))
+            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+            call.end(getattr(output, CACHE_NAME, None), sequences)
         return output
 
     return generate
@@ -294,6 +304,8 @@ def _watched_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _call.get()
+        if call is not None and call.model is self:
+            call.was_fed = True
         new_tokens = kwargs.get("next_sequence_length")
         if call is None or call.model is not self or (kwargs.get(CACHE_NAME) is call.cache and new_tokens is not None):
             return original(self, *args, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from quantcache.layers import _host, native
 from quantcache.layers.factory import LayerFactory, check_goes_without_config
@@ -167,6 +167,9 @@ class _Call:
             )
         for policy in policies:
             policy.lost = None
+        self._input_ids = None if prefix or self._before or name == "inputs_embeds" else input_ids
+        self.was_fed, self._known_before = False, getattr(cache, "known_ids", None)
+        cache.known_ids = None
 
     def prepare(self, step: _host.Step) -> None:
         """Have the model go on with the cache, and feed it what is not stored yet."""
@@ -193,8 +196,22 @@ class _Call:
                 )
             step.new_tokens = total - stored
 
-    def end(self, used: Any) -> None:
-        """Notice that the cache was left out."""
+    def break_off(self) -> None:
+        """Leave the layers at one length, of tokens that are known; a call that was refused changed nothing."""
+        if not self.was_fed:
+            self.cache.known_ids = self._known_before
+            return
+        make_even(self.cache)
+        if isinstance(getattr(self.cache, "input_ids", None), Tensor) and not _seq_len(self.cache):
+            self.cache.input_ids = None  # of an emptied cache there is nothing to check
+        self.cache.known_ids = self._input_ids
+
+    def end(self, used: Any, sequences: Tensor | None) -> None:
+        """Notice that the cache was left out, and keep the tokens in it to compare the next prompt with."""
+        if self._input_ids is not None and sequences is not None:
+            # Of several answers to a prompt nobody knows here which rows of the cache they are.
+            is_one_each = len(sequences) == len(self._input_ids)
+            self.cache.known_ids = (sequences if is_one_each else self._input_ids).clone()
         if used is not None and used is not self.cache:
             self._lost(f"it went by a {type(used).__name__} of its own")
         elif all(native.holds_nothing(part.layers) for part in _parts(self.cache)):
@@ -223,6 +240,34 @@ def _policies(cache: Any) -> list[FallbackPolicy]:
 def _seq_len(cache: Any) -> int:
     """Tokens stored, of the encoder where there are none of the decoder."""
     return next(filter(None, (native.seq_len(part.layers) for part in _parts(cache))), 0)
+
+
+def make_even(cache: Any) -> None:
+    """Have all layers hold the same tokens, where a forward pass was broken off between two of them.
+
+    The newest tokens are forgotten where only some layers have them; where a layer cannot go back, or counts no
+    tokens, as linear attention, the cache is emptied. Whoever then passes the whole sequence goes on rightly.
+    """
+    layers = [layer for part in _parts(cache) for layer in part.layers]
+    counted = [layer for layer in layers if hasattr(layer, "get_seq_length")]
+    lengths = [int(layer.get_seq_length()) for layer in counted]
+    is_pair = isinstance(cache, EncoderDecoderCache)
+    if (
+        len(counted) < len(layers)
+        or is_pair
+        or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    ):
+        if any(lengths):
+            _empty(cache)
+        return
+    too_many = [length - min(lengths) for length in lengths]
+    if not any(too_many):
+        return
+    try:
+        for layer, tokens in zip(counted, too_many, strict=True):
+            native.crop([layer], -tokens)
+    except ValueError:
+        _empty(cache)
 
 
 def _empty(cache: Any) -> None:
