@@ -1,6 +1,9 @@
 """Do the commands do what their help says, and end in a message and an exit code where they cannot?"""
 
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import processor
 from quantcache.cli import talking, terminal
 from quantcache.cli.main import app
 from quantcache.layers._host import cache_argument
@@ -189,7 +193,15 @@ def test_plan_prints_a_table_json_and_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("24", 24 * GIB), ("80GB", 80 * 10**9), ("1.5 GiB", 3 * GIB // 2), ("H100", int(GPUS["h100"] * GIB))],
+    [
+        ("24", 24 * GIB),
+        ("80GB", 80 * 10**9),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("H100", int(GPUS["h100"] * GIB)),
+        ("2x80GB", 160 * 10**9),
+        ("A100-80GB", int(GPUS["a100"] * GIB)),
+        ("A100-40GB", int(GPUS["a100-40"] * GIB)),
+    ],
 )
 def test_sizes_of_gpus_are_read(text: str, nbytes: int) -> None:
     assert parse_gpu(text) == nbytes
@@ -290,3 +302,176 @@ def test_figures_name_the_machine(folder: Path) -> None:
     about = terminal.machine(model, "tiny")
     assert about["versions"]["torch"] == torch.__version__
     assert about["dtype"] == "float32"
+
+
+def interrupt_after(tokens: int, monkeypatch: pytest.MonkeyPatch, again: bool = False) -> None:
+    """Have Ctrl-C pressed when an answer has so many tokens, and once more at the next one."""
+    put = terminal.AnswerStream.put
+
+    def pressing(self: terminal.AnswerStream, value: torch.Tensor) -> None:
+        put(self, value)
+        if len(self.ids) == tokens or (again and len(self.ids) == tokens + 1):
+            signal.raise_signal(signal.SIGINT)
+            if again:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(terminal.AnswerStream, "put", pressing)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interrupt_ends_the_answer_and_saves_what_has_come(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    interrupt_after(20, monkeypatch, again)
+    file, before = tmp_path / "a.safetensors", signal.getsignal(signal.SIGINT)
+    arguments = ("generate", "abc " * 40, "--model", str(folder), "--device", "cpu", "-n", "500", "--save", str(file))
+    code, _, notes = run(*arguments)
+    assert code == 130
+    (came,) = map(int, re.findall(r"answer: (\d+) tokens", notes))
+    assert came in (20, 21), "that of the step at work may still come"
+    assert "interrupted" in notes
+    loaded = QuantizedInt8Cache.load(file)
+    assert loaded.input_ids is not None
+    assert loaded.input_ids.shape == (1, 160 + came)
+    assert loaded.get_seq_length() == 160 + came
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_chat_goes_on_after_an_interrupt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(15, monkeypatch)
+    file = tmp_path / "talk.safetensors"
+    arguments = ("chat", "--model", str(folder), "--device", "cpu", "-n", "300", "--save", str(file))
+    code, _, notes = run(*arguments, stdin="one\ntwo\n/regen\n/help\n/save\n")
+    assert code == 0
+    assert len(re.findall(r"answer: 1[56] tokens, .*interrupted", notes)) == 3
+    assert "/regen" in notes
+    assert "/save must be followed by the name of a file" in notes
+    loaded = QuantizedInt8Cache.load(file)
+    text = bytes_of(folder, loaded.input_ids)
+    assert text.startswith("<user>one\n<assistant>")
+    assert text.count("<user>two\n<assistant>") == 1, "the answer that was taken back is gone"
+    assert loaded.input_ids is not None
+    assert loaded.input_ids.shape[1] == loaded.get_seq_length()
+
+
+def test_what_a_failing_turn_has_said_is_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "talk.safetensors"
+    monkeypatch.setattr(talking.Talk, "answer_again", lambda self: {}["a bug"])
+    arguments = ["chat", "--model", str(folder), "--device", "cpu", "-n", "5", "--save", str(file)]
+    result = CliRunner().invoke(app, arguments, input="one\n/regen\n")
+    assert isinstance(result.exception, KeyError)
+    assert bytes_of(folder, QuantizedInt8Cache.load(file).input_ids).startswith("<user>one\n")
+
+
+@pytest.mark.parametrize("kind", ["int8", "default", "static"])
+def test_an_answer_ends_before_a_stop_text(folder: Path, kind: str) -> None:
+    model = ("--model", str(folder), "--device", "cpu", "--cache", kind, "--dtype", "float32", "--attn", "sdpa")
+    whole = run("generate", "abc", *model, "-n", "40")[1].rstrip("\n")
+    stop = whole[10:12]
+    code, cut, notes = run("generate", "abc", *model, "-n", "40", "--stop", stop)
+    assert code == 0
+    assert cut.rstrip("\n") == whole[: whole.index(stop)]
+    assert "tokens/s" in notes
+    assert "peak memory" in notes
+    assert ("int8 begins at 96 tokens" in notes) == (kind == "int8")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "--save", "FOLDER/none/a.safetensors"],
+        ["generate", "a", "--save", "FOLDER"],
+        ["chat", "--save", "FOLDER/none/a.safetensors"],
+        ["plan", "Qwen3-8B", "--plot", "FOLDER/none/a.png"],
+        ["eval", "--plot", "FOLDER/none/a.png"],
+        ["eval", "--text", "FOLDER/missing.txt"],
+        ["eval", "--caches", "int3"],
+    ],
+)
+def test_files_are_looked_at_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(terminal, "load_model", load)
+    code, _, error = run(*(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
+    assert code in (1, 2)
+    words = " ".join(error.replace("│", " ").split())
+    assert "must be" in words or "is a directory" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--cache", "int3"], "must be int8, default or static, got 'int3'"),
+        (["chat", "--cache", "default", "--save", "a"], "must be int8 for --load and --save, got 'default'"),
+        (["generate", "a", "--system", "b"], "needs --chat"),
+        (["plan", "Qwen3-8B", "--tokens", "0"], "must be a number of tokens from 1, as 8192 or 8k"),
+        (["plan", "Qwen3-8B", "--gpu", "h10"], "Is it h100 or h200?"),
+    ],
+)
+def test_wrong_choices_are_refused(arguments: list[str], message: str) -> None:
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert message in " ".join(error.replace("│", " ").split())
+
+
+def test_near_misses_of_presets_are_named() -> None:
+    assert "Is it Llama-3.1-8B or " in run("plan", "Llama-3.1-8")[2]
+
+
+def test_a_plan_takes_numbers_as_people_write_them() -> None:
+    plans = [
+        json.loads(run("plan", "Llama-3.1-8B", "--json", "--tokens", tokens, *gpu)[1])
+        for tokens, *gpu in (("8k", "--gpu", "2x80GB"), ("8,192", "--gpu", "80GB", "--gpus", "2"))
+    ]
+    assert plans[0] == plans[1]
+    assert (plans[0]["tokens"], plans[0]["gpu_nbytes"]) == (8192, 160 * 10**9)
+
+
+def test_an_unreachable_hub_is_named_once_and_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for command in (["generate", "a", "--model"], ["plan"]):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")
+        code, output, error = run(*command, "owner/model-that-is-not-here")
+        assert (code, output) == (1, "")
+        assert error.count("cannot be reached") == 1
+        assert len(error.splitlines()) == 1
+
+
+def test_messages_do_not_name_functions(folder: Path) -> None:
+    for arguments in (["plan", "nonsense"], ["generate", "a", "--model", "missing.gguf"]):
+        error = run(*arguments)[2]
+        assert "find_geometry" not in error
+        assert "load_model" not in error
+
+
+def test_a_model_without_a_chat_template_is_said_to_be_one(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(folder, base, ignore=shutil.ignore_patterns("chat_template*"))
+    code, _, notes = run("chat", "--model", str(base), "--device", "cpu", "-n", "3", stdin="one\n")
+    assert code == 0
+    assert notes.count("no chat template") == 1
+
+
+def test_a_processor_without_units_computes_in_float32(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LlamaForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    arguments = ("generate", "a", "--model", str(tmp_path), "--device", "cpu", "-n", "2")
+    for has, dtype in ((frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")):
+        monkeypatch.setattr(processor, "features", lambda has=has: has)
+        notes = run(*arguments)[2]
+        assert f"in {dtype} on cpu" in notes
+        assert ("has no units for bfloat16" in notes) == (dtype == "float32")
+
+
+def test_inspect_fits_a_terminal(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    run("generate", "abc " * 40, "--model", str(folder), "--device", "cpu", "-n", "3", "--save", str(file))
+    lines = CliRunner().invoke(app, ["inspect", str(file)], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert any(line.split()[:3] == ["0", "to", "1"] for line in lines)
+    assert max(map(len, lines)) <= 80

@@ -1,5 +1,7 @@
 """Does ``quantcache doctor`` say what would run here, and why?"""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -47,3 +49,16 @@ def test_a_missing_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> No
         assert doctor.examine()[0] == doctor.Finding("cpu", "torch", "no C++ compiler found")
     finally:
         dispatch._kernels_run.cache_clear()
+
+
+def test_json_describes_the_machine() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["tested"]["torch"] == TESTED["torch"]._asdict()
+    assert told["threads"] == torch.get_num_threads()
+    assert told["extras"].keys() == {"demo", "plot", "eval"}
+    assert told["devices"][0]["device"] == "cpu"
+    assert isinstance(told["processor"]["features"], list)
+    assert told["compiler"]

@@ -8,9 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.cli.arguments import AsJson, Batch, Device, Model, open_device
-
-DTYPES = ("float32", "bfloat16", "float16")
+from quantcache.cli.arguments import DTYPES, AsJson, Batch, Device, Dtype, Model, check_choice, open_device
 
 
 def bench(
@@ -20,7 +18,7 @@ def bench(
     ] = None,
     batch: Batch = 1,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache.")] = 24,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.  [default: the model's]")] = None,
+    dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -30,9 +28,8 @@ def bench(
 
     quantcache bench --tokens 512 --tokens 4096
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
-    where = open_device(device)
+    check_choice(dtype, DTYPES, "--dtype")
+    where = open_device(device, spec)
     from quantcache.cli.terminal import human_bytes, machine, open_model
     from quantcache.evaluation.racing import race
     from quantcache.evaluation.texts import read_text, token_rows

@@ -1,10 +1,17 @@
 """``quantcache doctor``: which backend would run here, and why not another."""
 
+import json
+import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+
+from quantcache.backends import processor
+from quantcache.cli.arguments import AsJson
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,11 @@ class Finding:
     kernels: str = ""
 
 
-def doctor() -> None:
+EXTRAS: Final = {"demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval": ("lm_eval",)}
+"""What ``pip install quantcache[...]`` brings, by extra."""
+
+
+def doctor(as_json: AsJson = False) -> None:
     """Show which backend reads the cache on each device of this machine, and why not another."""
     import torch
     import transformers
@@ -32,6 +43,9 @@ def doctor() -> None:
     from quantcache import __version__
     from quantcache.layers._host import untested
 
+    if as_json:
+        print(json.dumps(machine(), indent=1))
+        return
     console = Console()
     console.print(
         f"quantcache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -48,6 +62,41 @@ def doctor() -> None:
             name = f"{name}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB"
         table.add_row(name, finding.backend, finding.reason, finding.kernels)
     console.print(table)
+
+
+def machine() -> dict[str, Any]:
+    """All that a report of a problem should say of the machine, as JSON wants it."""
+    import torch
+    import transformers
+
+    from quantcache import __version__
+    from quantcache.backends.cpu import build
+    from quantcache.layers._host import TESTED, untested
+    from quantcache.quantization.errors import BuildError
+
+    try:
+        compiler = " ".join(build.find_compiler())
+    except BuildError as error:
+        compiler = f"none: {error}"
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "quantcache": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "tested": {name: releases._asdict() for name, releases in TESTED.items()},
+        "untested": untested(),
+        "platform": platform.platform(),
+        "processor": {"name": processor.name(), "features": processor.shown_features(), "cores": os.cpu_count()},
+        "threads": torch.get_num_threads(),
+        "compiler": compiler,
+        "extras": {extra: all(find_spec(name) for name in names) for extra, names in EXTRAS.items()},
+        "kept": where_kept(),
+        "gpus": [{"name": gpu.name, "nbytes": gpu.total_memory, "sm": f"{gpu.major}{gpu.minor}"} for gpu in gpus],
+        "devices": [asdict(finding) for finding in examine()],
+    }
 
 
 def where_kept() -> str:

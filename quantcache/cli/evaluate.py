@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.cli.arguments import AsJson, Device, Model, Plot, open_device
+from quantcache.cli.arguments import AsJson, Device, Model, Plot, check_target, open_device
 
 if TYPE_CHECKING:
     from quantcache.evaluation.quality import Results, Settings
@@ -77,12 +78,14 @@ def evaluate(
         return
     if tokens <= prompt:
         raise typer.BadParameter(f"must be less than --tokens, {tokens}, got {prompt}", param_hint="--prompt")
-    where = open_device(device)
+    check_target(plot)
+    where = open_device(device, spec)
     from quantcache.cli.terminal import machine, open_model
-    from quantcache.evaluation.quality import Settings, measure, to_json
+    from quantcache.evaluation.quality import Settings, check_settings, measure, to_json
 
     wanted = None if caches is None else [name.strip() for name in caches.split(",")]
     settings = Settings(text or ["prose", "code"], dataset, rows, tokens, prompt, chunk, greedy, needle, wanted)
+    check_settings(settings)
     if plot is not None:
         import matplotlib.figure  # noqa: F401 - before minutes are spent
     console = Console(stderr=as_json)
@@ -106,29 +109,32 @@ def tables(results: "Results", settings: "Settings") -> list[Table]:
     some = next(iter(results.comparisons.values()))
     title = f"{some.tokens:,} predictions through the cache; "
     title += f"perplexity with the exact cache {some.exact_perplexity:.4f}"
-    table = Table(*("", "mean KL", "p99 KL", "same top-1", "perplexity", "worst layer, K", "V"), title=title)
+    table = Table(*("", "mean KL", "p99 KL", "same top-1", "perplexity"), title=title, box=SIMPLE_HEAD)
+    layers = Table(*("", "worst layer, K", "V"), title="errors of what the layers hold", box=SIMPLE_HEAD)
     if results.greedy:
-        table.add_column("greedy differs at")
+        layers.add_column("greedy answer differs at token")
     for name, result in results.comparisons.items():
         both = ([e for e in errors if not math.isnan(e)] for errors in (result.key_errors, result.value_errors))
         worst = [f"{max(errors, default=math.nan):.2%}" for errors in both]
         gained = f"{result.perplexity - result.exact_perplexity:+.4f}"
         kl = f"{result.mean_kl:.1e}", f"{result.p99_kl:.1e}"
-        cells = [name, *kl, f"{result.top1_agreement:.2%}", gained, *worst]
+        table.add_row(name, *kl, f"{result.top1_agreement:.2%}", gained)
+        cells = [name, *worst]
         if results.greedy:
             places = results.greedy[name]
             cells.append(", ".join("never" if place is None else str(place) for place in places))
-        table.add_row(*cells)
-    table.caption = "KL in nats per token; layer errors relative to the RMS of exact keys and values"
+        layers.add_row(*cells)
+    table.caption = "KL in nats per token"
+    layers.caption = "relative to the RMS of exact keys and values"
     if not results.needles:
-        return [table]
+        return [table, layers]
     rows = next(iter(results.needles.values()))
-    title = f"a number hidden in {settings.needle_tokens:,} tokens: loss of the right answer in nats"
-    title += ", * where it was the most likely one"
-    hidden = Table("", *(f"depth {found.depth:.0%}" for found in rows), title=title)
+    title = f"a number hidden in {settings.needle_tokens:,} tokens, so deep: loss of the right answer in nats"
+    hidden = Table("", *(f"{found.depth:.0%}" for found in rows), title=title, box=SIMPLE_HEAD)
+    hidden.caption = "* where it was the most likely one"
     for name, answers in results.needles.items():
         hidden.add_row(name, *(f"{found.loss:.4f}{' *' if found.found else ''}" for found in answers))
-    return [table, hidden]
+    return [table, layers, hidden]
 
 
 def draw(results: "Results", label: str, file: Path) -> None:
@@ -141,8 +147,10 @@ def draw(results: "Results", label: str, file: Path) -> None:
     places = list(range(len(names)))
     means = [result.mean_kl for result in results.comparisons.values()]
     tails = [result.p99_kl for result in results.comparisons.values()]
-    left.barh([place + 0.2 for place in places], means, height=0.4, label="mean")
-    left.barh([place - 0.2 for place in places], tails, height=0.4, label="99th percentile")
+    # Points: on an axis of powers of ten the length of a bar says nothing.
+    left.plot(means, places, "o", label="mean")
+    left.plot(tails, places, "s", fillstyle="none", label="99th percentile")
+    left.grid(axis="x", alpha=0.3)
     left.set(yticks=places, yticklabels=names, title=label)
     left.set(xlabel="KL divergence from the exact cache, nats per token")
     if max(means) > 0:

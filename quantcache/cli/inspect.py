@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +32,11 @@ def inspect(
         print(json.dumps(found, indent=1))
         return
     console = Console()
-    facts = Table(show_header=False, title=str(file))
+    facts = Table(show_header=False, title=str(file), box=SIMPLE)
     facts.add_row("size", human_bytes(found["file_nbytes"]))
     facts.add_row("layout", f"{found['layout']}, written by quantcache {found['quantcache']}")
+    batches = sorted({row["batch"] for row in found["layers"] if "batch" in row})
+    facts.add_row("sequences", ", ".join(map(str, batches)) or "not known")
     facts.add_row("token ids", "stored" if found["has_input_ids"] else "not stored")
     facts.add_row("checksums", found["checksums"] if verify else "not compared; --verify reads every byte")
     if found["model"] is None:
@@ -41,17 +44,17 @@ def inspect(
     else:
         facts.add_row("model", "\n".join(f"{name}: {value}" for name, value in found["model"].items()))
     console.print(facts)
-    table = Table("layers", "storage", "batch", "tokens", "pages + tail", "KV heads", "head_dim", "dtype", "bytes")
+    table = Table("layers", "storage", "tokens", "pages + tail", "heads", "dim", "dtype", "size", box=SIMPLE_HEAD)
     for first, last, row in _runs(found["layers"]):
         storage = row["storage"] + (f", window {row['sliding_window']}" if row.get("sliding_window") else "")
         numbers = [str(first) if first == last else f"{first} to {last}", storage]
         if row["storage"] == "int8":
             dims = str(row["head_dim"])
             dims += "" if row["v_head_dim"] == row["head_dim"] else f" / {row['v_head_dim']}"
-            numbers += [str(row["batch"]), f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"]
+            numbers += [f"{row['seq_len']:,}", f"{row['pages']} + {row['tail_tokens']}"]
             numbers += [str(row["num_kv_heads"]), dims, row["dtype"]]
         else:
-            numbers += [""] * 6
+            numbers += [""] * 5
         table.add_row(*numbers, human_bytes(row["nbytes"] * (last - first + 1)))
     console.print(table)
 

@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantcache.cli.arguments import AsJson, Batch, Plot
+from quantcache.cli.arguments import AsJson, Batch, Plot, check_target
+from quantcache.cli.hub import look_for
+from quantcache.layers.report import human_bytes
 
 if TYPE_CHECKING:
     from quantcache.planning import Geometry, Plan
@@ -19,10 +21,13 @@ def plan(
         str | None, typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 79.6GiB, or a name such as h100 or rtx4090.")
+        str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 2x80GB, or a name such as h100 or A100-80GB.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many such GPUs weights and cache are spread over, evenly.")] = 1,
     batch: Batch = 1,
-    tokens: Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of context of each sequence.")] = 8192,
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-t", help="Tokens of context of each sequence, as 8192 or 8k.")
+    ] = "8192",
     new_tokens: Annotated[
         int, typer.Option(min=0, help="How many of them are generated, which allocates some slack.")
     ] = 512,
@@ -44,7 +49,7 @@ def plan(
     quantcache plan ./my-model --json
     """
     from quantcache import planning
-    from quantcache.planning.gpus import parse_gpu
+    from quantcache.planning.gpus import parse_count, parse_gpu
 
     if list_models:
         list_presets()
@@ -52,12 +57,21 @@ def plan(
     if spec is None:
         raise typer.BadParameter("name a model, or pass --list", param_hint="MODEL")
     try:
-        memory = None if gpu is None else parse_gpu(gpu)
+        memory = None if gpu is None else parse_gpu(gpu) * gpus
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
+    try:
+        count = parse_count(tokens)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tokens") from error
+    check_target(plot)
+    if plot is not None:
+        import matplotlib.figure  # noqa: F401 - before anything is fetched
+    if not planning.is_preset(spec) and spec.count("/") == 1:
+        look_for(spec)
     geometry = planning.find_geometry(spec)
     made = planning.plan(
-        geometry, batch=batch, tokens=tokens, new_tokens=new_tokens, gpu_nbytes=memory, overhead=overhead
+        geometry, batch=batch, tokens=count, new_tokens=new_tokens, gpu_nbytes=memory, overhead=overhead
     )
     if plot is not None:
         draw(geometry, made, plot)
@@ -94,17 +108,19 @@ def tables(made: "Plan") -> list[Table]:
     size = Table("", "bf16 cache", "int8 cache", "int8 / bf16")
     per_token, nbytes = (made.bf16_per_token, made.int8_per_token), (made.bf16_nbytes, made.int8_nbytes)
     size.add_row("one more token, bytes", *(f"{each:,}" for each in per_token), _ratio(*per_token))
-    size.add_row(f"{made.batch} x {made.tokens:,} tokens", *map(_gib, nbytes), _ratio(*nbytes))
+    size.add_row(f"{made.batch} x {made.tokens:,} tokens", *map(human_bytes, nbytes), _ratio(*nbytes))
     if made.gpu_nbytes is None:
         return [size]
     asked = f"batch at {made.tokens:,} tokens", f"tokens at batch {made.batch}"
-    fits = Table("weights", "size", "cache", "left for it", *asked, title=f"what fits in {_gib(made.gpu_nbytes)}")
+    fits = Table(
+        "weights", "size", "cache", "left for it", *asked, title=f"what fits in {human_bytes(made.gpu_nbytes)}"
+    )
     for fit in made.fits:
         beyond = made.max_positions is not None and fit.longest_context > made.max_positions
-        room = _gib(fit.free_nbytes) if fit.free_nbytes > 0 else "nothing"
+        room = human_bytes(fit.free_nbytes) if fit.free_nbytes > 0 else "nothing"
         answers = f"{fit.largest_batch:,}", f"{fit.longest_context:,}{' *' if beyond else ''}"
         end = fit.cache == "int8"
-        fits.add_row(fit.weights, _gib(fit.weights_nbytes), fit.cache, room, *answers, end_section=end)
+        fits.add_row(fit.weights, human_bytes(fit.weights_nbytes), fit.cache, room, *answers, end_section=end)
     if not made.fits:
         fits.caption = "how many weights this model has is not known here; give a folder with its safetensors files"
     elif any("*" in str(cell) for cell in fits.columns[-1]._cells):
@@ -121,14 +137,18 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     from matplotlib.figure import Figure
 
     from quantcache.planning import GIB
+    from quantcache.planning.fit import MOST
     from quantcache.planning.sizes import exact_nbytes, int8_nbytes
 
-    lengths = sorted({max(1, made.tokens * step // 64) for step in range(1, 129)})
+    room = next((fit.free_nbytes for fit in made.fits if fit.weights == "bf16"), None)
+    # Beyond where the last cache meets what is left, so that the picture shows it.
+    longest = max((fit.longest_context for fit in made.fits if fit.weights == "bf16"), default=0)
+    end = max(2 * made.tokens, longest * 9 // 8 if longest < MOST else 0)
+    lengths = sorted({max(1, end * step // 128) for step in range(1, 129)})
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(lengths, [exact_nbytes(geometry, made.batch, n, "bfloat16") / GIB for n in lengths], label="bf16 cache")
     axes.plot(lengths, [int8_nbytes(geometry, made.batch, n) / GIB for n in lengths], label="int8 cache")
-    room = next((fit.free_nbytes for fit in made.fits if fit.weights == "bf16"), None)
     if room is not None and room > 0:
         axes.axhline(room / GIB, color="grey", linestyle="--", label="left next to bf16 weights")
     axes.set(xlabel=f"tokens, batch {made.batch}", ylabel="GiB", title=made.model, xlim=(0, None), ylim=(0, None))
@@ -138,12 +158,6 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
 
 def _ratio(bf16: int, int8: int) -> str:
     return f"{int8 / bf16:.3f}" if bf16 else ""
-
-
-def _gib(nbytes: int) -> str:
-    from quantcache.planning import GIB
-
-    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB / 100 else f"{nbytes / (1 << 20):,.2f} MiB"
 
 
 def _layers(made: "Plan") -> str:

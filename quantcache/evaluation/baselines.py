@@ -47,6 +47,17 @@ NAMES: Final = {"int8": INT8, "bf16-cache": ROUNDED, "bf16": BF16, "fp8": FP8, "
 _PACKAGES: Final = {HQQ: "hqq", QUANTO: "optimum.quanto"}
 
 
+def check_names(wanted: list[str] | None) -> None:
+    """Refuse a short name that is none of ``NAMES``.
+
+    Raises:
+        ValueError: it names them.
+    """
+    for name in wanted or ():
+        if name not in NAMES:
+            raise ValueError(f"candidates: a cache must be one of {', '.join(NAMES)}, got {name!r}.")
+
+
 def candidates(model: PreTrainedModel, wanted: list[str] | None = None) -> tuple[dict[str, Candidate], dict[str, str]]:
     """The caches that can be compared on a model here.
 
@@ -60,9 +71,7 @@ def candidates(model: PreTrainedModel, wanted: list[str] | None = None) -> tuple
     Raises:
         ValueError: a name that is none of ``NAMES``.
     """
-    for name in wanted or ():
-        if name not in NAMES:
-            raise ValueError(f"candidates: a cache must be one of {', '.join(NAMES)}, got {name!r}.")
+    check_names(wanted)
     made: dict[str, Candidate] = {}
     left_out: dict[str, str] = {}
     for name in (NAMES[short] for short in wanted or NAMES):

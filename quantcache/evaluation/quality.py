@@ -69,6 +69,17 @@ class Results:
     seconds: float
 
 
+def check_settings(settings: Settings) -> None:
+    """Refuse texts and caches that there are not, before a model is loaded for them.
+
+    Raises:
+        ValueError, OSError: see ``read_text`` and ``baselines.candidates``.
+    """
+    baselines.check_names(settings.caches)
+    for name in () if settings.dataset else settings.texts:
+        read_text(name)
+
+
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, console: Console
 ) -> Results:

@@ -5,7 +5,7 @@ Nothing here loads torch, transformers or a weight.
 
 from quantcache.planning.fit import GIB, Fit, Plan, plan
 from quantcache.planning.geometry import Geometry, GeometryError, LayerGeometry
-from quantcache.planning.sources import PRESETS_SOURCE, find_geometry, preset_names
+from quantcache.planning.sources import PRESETS_SOURCE, find_geometry, is_preset, preset_names
 
 __all__ = [
     "GIB",
@@ -16,6 +16,7 @@ __all__ = [
     "LayerGeometry",
     "Plan",
     "find_geometry",
+    "is_preset",
     "plan",
     "preset_names",
 ]

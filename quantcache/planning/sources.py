@@ -1,5 +1,6 @@
 """Where a geometry comes from: a preset, a folder, a ``config.json`` or the hub."""
 
+import difflib
 import json
 import math
 import struct
@@ -25,6 +26,11 @@ def preset_names() -> list[str]:
     return sorted(_presets())
 
 
+def is_preset(spec: str) -> bool:
+    """Whether ``find_geometry`` needs neither file nor hub for ``spec``."""
+    return spec.lower() in {name.lower() for name in (*_presets(), *(each["hub_id"] for each in _presets().values()))}
+
+
 def find_geometry(spec: str) -> Geometry:
     """The geometry of a model.
 
@@ -47,9 +53,12 @@ def find_geometry(spec: str) -> Geometry:
         name = presets[spec.lower()]
         return Geometry.from_config(_presets()[name]["config"], name)
     if path.exists() or spec.count("/") != 1:
+        near = difflib.get_close_matches(spec.lower(), presets, n=3, cutoff=0.6)
+        names = " or ".join(dict.fromkeys(presets[name] for name in near))
+        hint = f"Is it {names}? " if names else ""
         raise GeometryError(
             f"find_geometry: {spec!r} must be a preset, a hub id (owner/name), or a folder with a config.json, "
-            "got neither. quantcache plan --list names the presets."
+            f"got neither. {hint}quantcache plan --list names the presets."
         )
     return Geometry.from_config(_fetched(spec), spec)
 
