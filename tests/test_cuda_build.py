@@ -267,7 +267,7 @@ def test_narrow_heads_have_as_many_rows_in_a_cta_as_waste_the_least(
     [
         (128, 520, 1),  # nearly as many as run at once
         (112, 520, 7),  # 20 of 132 processors would have nothing to do
-        (448, 512, 5),  # the last of four rounds would be of 52
+        (448, 512, 2),  # the last of four rounds would be of 52
         (32, 128, 4),
         (1792, 512, 1),
         (1, 3, 1),  # too few pages for two

@@ -248,7 +248,9 @@ def test_generate_compiles_the_step_once_and_gives_the_tokens_of_the_growing_cac
     cache = QuantizedInt8Cache.for_generate(model, ids, max_new_tokens=70)
     assert torch.equal(generated(model, cache, ids, **options), expected)
     assert frames() == 1
-    assert [row.seq_len for row in cache.report().layers] == [169, 169]
+    rows = cache.report().layers
+    assert [row.seq_len for row in rows] == [169, 169]
+    assert all(row.kernel.endswith(", compiled") for row in rows)
     cache.reset()
     other = prompt(90, batch=2, seed=9)
     expected = generated(model, QuantizedInt8Cache(model.config), other)

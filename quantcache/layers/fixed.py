@@ -245,6 +245,8 @@ class StaticInt8Layer(BaseInt8Layer):
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
+        if self.pages is not None:
+            self.pages.synchronize()  # tells what recorded steps did
         storage, kernel = "empty" if self.is_empty else self.storage, self.read_log.kernel
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
         if self.pages is not None and self.pages.was_recorded:

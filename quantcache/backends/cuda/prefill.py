@@ -185,7 +185,8 @@ def choose_splits(index: int, shape: Shape, head_dim: int, v_head_dim: int, tile
         merging = 0 if splits == 1 else tiles * splits / slots * MERGING_BLOCKS
         return rounds * (num_blocks / splits + STARTING_BLOCKS) + merging
 
-    return min(range(1, max(1, min(num_blocks // MIN_BLOCKS, MAX_SPLITS)) + 1), key=time)
+    most = min(num_blocks // MIN_BLOCKS, MAX_SPLITS, MAX_ROUNDS * slots // tiles)
+    return min(range(1, max(1, most) + 1), key=time)
 
 
 MIN_BLOCKS: Final = 4
@@ -196,6 +197,9 @@ STARTING_BLOCKS: Final = 2
 
 MERGING_BLOCKS: Final = 3
 """Pages in whose time the parts of as many CTAs as run at once are written and merged."""
+
+MAX_ROUNDS: Final = 7
+"""Times as many CTAs as run at once that keys are divided for, which bounds the memory of their parts."""
 
 MAX_SPLITS: Final = 32
 """Parts of a row that are merged; more would take longer than they save."""
