@@ -225,6 +225,8 @@ def calls(sizes: Sizes) -> dict[str, Call]:
         "fixed": Call(f"max_cache_len, eager, after {s.decode:,}", s.decode, s.decoded, fixed(whole), options=eager),
         "fixed-turn": Call(f"max_cache_len, second turn: {s.new:,} tokens after {s.turn:,}", s.turn + s.new,
                            caches=fixed(room), held=s.turn, options=eager),
+        "fixed-chunk": Call(f"max_cache_len, prefill_chunk_size={s.chunk:,}, prompt of {s.first:,}", s.first,
+                            caches=fixed(s.first + 1), options=eager | {"prefill_chunk_size": s.chunk}),
         "compiled": Call(f"max_cache_len, compiled, after {s.decode:,}", s.decode, s.decoded, fixed(whole),
                          reuses=True, gpu_only=True),
         "offloading": Call(f"offloading, after {s.decode:,}", s.decode, s.decoded, OFFLOADED, gpu_only=True),
