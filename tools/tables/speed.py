@@ -37,6 +37,17 @@ def cuda_prefill() -> str:
     return table(header, body) + "\n\n" + where("cuda-prefill")
 
 
+def cuda_shared() -> str:
+    body = []
+    for row in rows("cuda-shared"):
+        times = row["median_us"]
+        cells = [number(times[kind]) for kind in ("copies", "shared, read by each", "shared")]
+        error = number(max(row["relative_error"].values()), 2)
+        body.append([row["row"], *cells, f"**{row['ratio']:.2f}**", error])
+    header = "µs | copies | shared, read by each | shared, read once | times as fast as copies | relative error"
+    return table(header, body) + "\n\n" + where("cuda-shared")
+
+
 def flashinfer() -> str:
     """Serving engines' kernels: the fastest way of reading each format, and the fastest with pages of 64 tokens."""
     body = []
