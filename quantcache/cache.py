@@ -102,7 +102,7 @@ class QuantizedInt8Cache(DynamicCache):
     layers: list[Any]
     input_ids: Tensor | None = None
     known_ids: Tensor | None = None
-    """Tokens (batch, seq_len) that ``generate`` filled the cache with; None where others may have come since."""
+    """The prompt (batch, seq_len) that ``generate`` read into the cache; None where others may have come since."""
     _was_asked: bool = False
     """Whether a model asked for the sizes of its masks."""
 

@@ -578,7 +578,7 @@ def become(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     monkeypatch.setattr(ATTENTION, "plan_for", PLAN.plan_for.__wrapped__)
     monkeypatch.setattr(PLAN, "_attention_kernel", PLAN._attention_kernel.__wrapped__)
     monkeypatch.setattr(PREFILL, "plan_for", PREFILL.plan_for.__wrapped__)
-    monkeypatch.setattr(PREFILL, "_kernels", PREFILL._kernels.__wrapped__)
+    monkeypatch.setattr(PREFILL, "kernels_for", PREFILL.kernels_for.__wrapped__)
 
 
 def narrow_grids(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

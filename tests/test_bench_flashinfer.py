@@ -102,7 +102,7 @@ def test_the_documentation_takes_what_was_measured(
     (tmp_path / "flashinfer.json").write_text(json.dumps(report))
     monkeypatch.setattr(measurements, "FOLDER", tmp_path)
     written = TABLES["flashinfer"]()
-    assert "batch 2, 4/2 heads, 256 tokens, head_dim 64" in written
+    assert "| 2, 4/2, 256, head_dim 64 |" in written
     assert "Left out: xformers bf16, split keys: xformers is not installed." in written
     assert "flashinfer 0.7.4" in written
     assert FIGURES["flashinfer"](THEMES["dark"]).startswith("<?xml")

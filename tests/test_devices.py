@@ -65,6 +65,9 @@ def assert_in_place(cache: QuantizedInt8Cache, places: tuple[str, ...] = PLACES)
         assert all(common.scratch.device == device for (device, _), common in commons.items())
         # Not the layer's own: what layers share, and the name that graphs know it by, which is on the CPU for all.
         others = {id(common.scratch) for common in commons.values()} | {id(layer._handle)}
+        if (table := getattr(layer.pages, "row_table", None)) is not None:  # of layers alike, for the device of each
+            others |= {id(made) for made in table._made.values()}
+            assert table.on(torch.device(place)).device == torch.device(place)
         assert layer._handle.device.type == "cpu"
         found = [tensor.device for tensor in tensors_of(layer) if id(tensor) not in others]
         assert len(found) >= 6

@@ -35,8 +35,9 @@ HELP: Final = '''/save NAME  keep the conversation in a file
 /regen      take the last answer back and give another
 /reset      forget the conversation
 /help       show this
-/quit       end, as Ctrl-D and Ctrl-C do here; during an answer Ctrl-C ends the answer
-A \\ at the end of a line continues on the next; """ begins and ends a text of several lines.'''
+/quit       end, as Ctrl-D and Ctrl-C do here; Ctrl-C in an answer ends that
+A \\ at the end of a line continues on the next; """ begins and ends a text of
+several lines.'''
 
 
 def chat(

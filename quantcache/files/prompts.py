@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from quantcache.layers import native
+
 
 class KnownPrompt(Protocol):
     """What files know of a cache: the part of ``QuantizedInt8Cache`` that they read and fill."""
@@ -42,12 +44,16 @@ def check_prompt(cache: KnownPrompt, input_ids: Tensor) -> None:
 
 def _warn_of_another(cache: KnownPrompt, input_ids: Tensor) -> None:
     """Warn where a cache that ``generate`` filled gets another prompt, for which its keys and values are wrong."""
-    known, seq_len = cache.known_ids, cache.get_seq_length()
-    if known is None or not seq_len or input_ids.shape[1] <= seq_len or len(known) != len(input_ids):
+    known = cache.known_ids
+    if known is None or len(known) != len(input_ids):
         return
-    if difference := _first_difference(input_ids, known[:, :seq_len]):
+    seq_len = native.seq_len(cache.layers)
+    if not seq_len or input_ids.shape[1] <= seq_len:
+        return
+    known = known[:, :seq_len]
+    if difference := _first_difference(input_ids, known):
         warnings.warn(
-            f"QuantizedInt8Cache: the prompt does not begin with the {seq_len} tokens that this cache was filled with, "
+            f"QuantizedInt8Cache: the prompt does not begin with the {known.shape[1]} tokens that the cache was given, "
             f"got {difference}, so the model goes on from those and not from this prompt. Use a new cache for another "
             "prompt, or empty this one with cache.reset().",
             stacklevel=2,

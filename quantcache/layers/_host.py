@@ -218,8 +218,8 @@ class WatchedCall(Protocol):
     def prepare(self, step: Step) -> None:
         """Called before tokens are fed, except for a decoding step with ``cache``; it may change ``step``."""
 
-    def end(self, used: Any, sequences: Tensor | None) -> None:
-        """Called with the cache and the tokens (batch, seq_len) that were returned, None for none of either."""
+    def end(self, used: Any) -> None:
+        """Called with the cache that was returned, None for none, unless ``generate`` raised."""
 
     def break_off(self) -> None:
         """Called in place of ``end`` where ``generate`` raised, as Ctrl-C or a streamer does in the middle of it."""
@@ -291,8 +291,7 @@ def _watched_generate(original: Callable[..., Any], begin: BeginCall) -> Callabl
         finally:
             _call.reset(outer)
         if call is not None:
-            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-            call.end(getattr(output, CACHE_NAME, None), sequences)
+            call.end(getattr(output, CACHE_NAME, None))
         return output
 
     return generate

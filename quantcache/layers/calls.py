@@ -206,12 +206,13 @@ class _Call:
             self.cache.input_ids = None  # of an emptied cache there is nothing to check
         self.cache.known_ids = self._input_ids
 
-    def end(self, used: Any, sequences: Tensor | None) -> None:
-        """Notice that the cache was left out, and keep the tokens in it to compare the next prompt with."""
-        if self._input_ids is not None and sequences is not None:
-            # Of several answers to a prompt nobody knows here which rows of the cache they are.
-            is_one_each = len(sequences) == len(self._input_ids)
-            self.cache.known_ids = (sequences if is_one_each else self._input_ids).clone()
+    def end(self, used: Any) -> None:
+        """Notice that the cache was left out, and keep the prompt in it to compare the next one with.
+
+        Not the answer: as text that is tokenized again it may be other tokens, which is common and does little.
+        """
+        if self._input_ids is not None:
+            self.cache.known_ids = self._input_ids.clone()
         if used is not None and used is not self.cache:
             self._lost(f"it went by a {type(used).__name__} of its own")
         elif all(native.holds_nothing(part.layers) for part in _parts(self.cache)):
