@@ -30,9 +30,10 @@ def bench(
     """
     check_choice(dtype, DTYPES, "--dtype")
     where = open_device(device, spec)
-    from quantcache.cli.terminal import human_bytes, machine, open_model
+    from quantcache.cli.terminal import machine, open_model
     from quantcache.evaluation.racing import race
     from quantcache.evaluation.texts import read_text, token_rows
+    from quantcache.layers.report import human_bytes
 
     console = Console(stderr=as_json)
     lengths = tokens or [256, 2048]

@@ -87,10 +87,10 @@ def demo(
 
 def _compare(console: "Console", talks: "Mapping[str, Talk]", ids: "Tensor") -> None:
     """Print how the answers, the memory and the speed of the two caches compare; ``ids`` (1, n) is the prompt."""
-    from quantcache.cli.terminal import human_bytes
     from quantcache.evaluation.comparison import first_difference, kl_divergence
     from quantcache.evaluation.racing import step_in_turn
     from quantcache.layers.native import layer_nbytes
+    from quantcache.layers.report import human_bytes
 
     exact, int8 = talks.values()
     differs = first_difference(*(talk.ids[0, ids.shape[1] :].tolist() for talk in talks.values()))

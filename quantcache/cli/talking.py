@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.cli.terminal import AnswerStream, ending_on_interrupt, human_bytes, open_model, peak_nbytes
+from quantcache.cli.terminal import AnswerStream, ending_on_interrupt, open_model, peak_nbytes
 from quantcache.layers._host import cache_argument, feed
 from quantcache.layers.native import layer_nbytes
+from quantcache.layers.report import human_bytes
 
 _MARK: Final = "QUANTCACHE-REPLY"
 """Stands for a reply, to see what a chat template writes after one."""

@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from quantcache import __version__
 from quantcache.backends import processor
 from quantcache.evaluation.models import load_model
-from quantcache.layers.report import human_bytes as human_bytes
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -221,10 +221,21 @@ class Plan(NamedTuple):
     sequences: int = 0
 
 
+Sizes = tuple[int, int, int, int, int, int]
+"""batch, num_kv_heads, query heads of each, query_len, head_dim and v_head_dim of a call."""
+
+
+def sizes_of(query: Tensor, view: View) -> Sizes:
+    """The sizes of a call, for its plan."""
+    batch, num_q_heads, query_len, head_dim = query.shape
+    _, num_kv_heads, _, v_head_dim = view.buffers[1].shape
+    return batch, num_kv_heads, num_q_heads // num_kv_heads, query_len, head_dim, v_head_dim
+
+
 @functools.lru_cache(maxsize=4096)
 def plan_for(
     index: int,
-    sizes: tuple[int, int, int, int, int, int],
+    sizes: Sizes,
     dtype: torch.dtype,
     has_mask: bool,
     has_softcap: bool,
@@ -257,13 +268,11 @@ def prefill(
         splits: instead of the number chosen.
     """
     table = segment_table(view)
-    _, num_q_heads, query_len, head_dim = query.shape
-    batch, num_kv_heads, _, v_head_dim = view.buffers[1].shape
+    batch, num_q_heads, query_len, _ = query.shape
     num_blocks = table.num_pages + -(-view.tail_len // PAGE_SIZE)
-    sizes = (batch, num_kv_heads, num_q_heads // num_kv_heads, query_len, head_dim, v_head_dim)
     asked = options.attn_mask is not None, options.softcap is not None, table.has_row_table
-    plan = plan_for(query.device.index, sizes, query.dtype, *asked, num_blocks, shape, splits)
-    output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
+    plan = plan_for(query.device.index, sizes_of(query, view), query.dtype, *asked, num_blocks, shape, splits)
+    output = query.new_empty(batch, query_len, num_q_heads, view.buffers[1].shape[3])
     launch_plan(plan, query, view, options, output)
     return output
 

@@ -13,9 +13,11 @@ from quantcache.backends.cuda.prefill import (
     MIN_BLOCKS,
     PREFILL_DTYPES,
     Plan,
+    Sizes,
     choose_shape,
     kernels_for,
     launch_plan,
+    sizes_of,
 )
 from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
@@ -52,12 +54,7 @@ WORTH_SHARING: Final = 32
 
 @functools.lru_cache(maxsize=4096)
 def plan_for(
-    index: int,
-    sizes: tuple[int, int, int, int, int, int],
-    dtype: torch.dtype,
-    has_mask: bool,
-    has_softcap: bool,
-    num_pages: int,
+    index: int, sizes: Sizes, dtype: torch.dtype, has_mask: bool, has_softcap: bool, num_pages: int
 ) -> Plan | None:
     """The launch for a kind of call, ``sizes`` as unpacked; None if there is nothing to win."""
     batch, num_kv_heads, group, query_len, head_dim, v_head_dim = sizes
@@ -83,21 +80,18 @@ def attend_shared(query: Tensor, view: View, options: AttentionOptions) -> Share
 
     Args:
         query: see ``reads.attention``, with few query rows, as for every argument.
-        view: what is read; its tail is not.
+        view: what is read, with a row table; its tail is not.
         options: see ``AttentionOptions``. Sinks are not counted.
     """
-    table = segment_table(view)
-    if not table.has_row_table or query.dtype not in PREFILL_DTYPES:
+    if query.dtype not in PREFILL_DTYPES:
         return NOTHING_SHARED
-    _, num_q_heads, query_len, head_dim = query.shape
-    batch, num_kv_heads, _, v_head_dim = view.buffers[1].shape
-    sizes = (batch, num_kv_heads, num_q_heads // num_kv_heads, query_len, head_dim, v_head_dim)
-    asked = options.attn_mask is not None, options.softcap is not None
-    plan = plan_for(query.device.index, sizes, query.dtype, *asked, table.num_pages)
+    sizes, asked = sizes_of(query, view), (options.attn_mask is not None, options.softcap is not None)
+    plan = plan_for(query.device.index, sizes, query.dtype, *asked, segment_table(view).num_pages)
     if plan is None:
         return NOTHING_SHARED
     parts = launch_plan(plan, query, view, options._replace(sinks=None), None)
     assert parts is not None
     rows, partial = plan.kernels.shape.rows, parts.data_ptr()
+    _, num_kv_heads, _, v_head_dim = view.buffers[1].shape
     sums = partial + 4 * num_kv_heads * plan.row_tiles * plan.num_splits * rows * v_head_dim
     return SharedParts(partial, sums, plan.sequences, plan.num_splits, rows, parts)
