@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,24 @@ def test_attention_is_deterministic_for_a_thread_count(backend: str, num_threads
     first = run(stored)
     assert all(torch.equal(run(stored), first) for _ in range(5))
     check(backend, Case(group=3, segments=(30,), tail_len=70))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists the threads of the process as Linux does")
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels cannot be built here")
+def test_a_call_with_work_for_few_threads_ends_none_of_torchs() -> None:
+    """GNU's OpenMP ends those that a smaller team leaves over, and torch's next operation would start them again."""
+    torch.set_num_threads(6)
+    stored = build(Case(segments=(40,), tail_len=0))  # work for two
+    large = torch.ones(2_000_000)
+
+    def threads() -> set[str]:
+        return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+    large.add(1)
+    before = threads()
+    cpu.attention(*stored.arguments, AttentionOptions())  # type: ignore[arg-type]
+    large.add(1)
+    assert threads() == before
 
 
 def test_a_row_that_sees_nothing_gets_zeros() -> None:

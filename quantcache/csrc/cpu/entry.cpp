@@ -201,7 +201,7 @@ int attend_queries(const AttentionArgs& args, int64_t first_query, int64_t num_q
   for (int64_t i = 0; i < heads; ++i) new (job.left + i) std::atomic<int64_t>(plan.num_splits);
   plan.partials = memory + counters;
   job.scratch = plan.partials + tasks * plan.partial_size;
-  run_tasks(threads, tasks, attention_task, &job);
+  run_tasks(args.num_threads, threads, tasks, attention_task, &job);
   return 0;
 }
 
@@ -240,7 +240,7 @@ QC_EXPORT int quantcache_store(const StoreArgs* args) {
   Workspace workspace(threads * job.scratch_stride + kAlignFloats);
   job.scratch = workspace.data();
   if (!job.scratch) return 1;
-  run_tasks(threads, tasks, store_task, &job);
+  run_tasks(args->num_threads, threads, tasks, store_task, &job);
   return 0;
 }
 
@@ -254,6 +254,6 @@ QC_EXPORT int quantcache_restore(const RestoreArgs* args) {
   Workspace workspace(threads * job.scratch_stride + kAlignFloats);
   job.scratch = workspace.data();
   if (!job.scratch) return 1;
-  run_tasks(threads, tasks, restore_task, &job);
+  run_tasks(args->num_threads, threads, tasks, restore_task, &job);
   return 0;
 }

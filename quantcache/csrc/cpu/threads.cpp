@@ -19,13 +19,14 @@ namespace {
 struct Team {
   TaskFunction run;
   void* context;
-  int64_t num_tasks;
+  int64_t num_workers, num_tasks;
   std::atomic<int64_t> next_task{0}, next_worker{0};
 };
 
 void work(void* data) {
   Team& team = *static_cast<Team*>(data);
   int64_t worker = team.next_worker.fetch_add(1, std::memory_order_relaxed);
+  if (worker >= team.num_workers) return;
   for (;;) {
     int64_t task = team.next_task.fetch_add(1, std::memory_order_relaxed);
     if (task >= team.num_tasks) return;
@@ -47,18 +48,21 @@ Parallel find_parallel() {
 
 }  // namespace
 
-void run_tasks(int64_t num_threads, int64_t num_tasks, TaskFunction run, void* context) {
+void run_tasks(int64_t team_size, int64_t num_workers, int64_t num_tasks, TaskFunction run, void* context) {
   Team team;
   team.run = run;
   team.context = context;
+  team.num_workers = num_workers < num_tasks ? num_workers : num_tasks;
   team.num_tasks = num_tasks;
-  if (num_threads > num_tasks) num_threads = num_tasks;
-  if (num_threads <= 1) return work(&team);
+  if (team.num_workers <= 1) {
+    team.num_workers = 1;
+    return work(&team);
+  }
   static const Parallel parallel = find_parallel();
-  if (parallel) return parallel(work, &team, static_cast<unsigned>(num_threads), 0);
+  if (parallel) return parallel(work, &team, static_cast<unsigned>(team_size), 0);
   std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(num_threads - 1));
-  for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back(work, &team);
+  threads.reserve(static_cast<size_t>(team.num_workers - 1));
+  for (int64_t i = 1; i < team.num_workers; ++i) threads.emplace_back(work, &team);
   work(&team);
   for (std::thread& thread : threads) thread.join();
 }
