@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, distributed
 
-from quantcache.files import schema
+from quantcache.files import pages, schema
 from quantcache.files.header import Entry
 from quantcache.layers.parallel import Ranks
 from quantcache.store.view import PagesView
@@ -84,7 +84,7 @@ def whole_spec(
 
 
 def whole_pages(view: PagesView, part: str, ranks: Ranks) -> Iterator[Tensor]:
-    """As ``schema.pages_pieces``, of all ranks; on rank 0, the others yield nothing. Every rank must exhaust it.
+    """As ``pages.pages_pieces``, of all ranks; on rank 0, the others yield nothing. Every rank must exhaust it.
 
     Args:
         view: what this rank has of the layer.
@@ -98,7 +98,7 @@ def whole_pages(view: PagesView, part: str, ranks: Ranks) -> Iterator[Tensor]:
     if not segments:
         return
     a_page = segments[0][:1].nbytes * ranks.size
-    step = max(1, schema.STAGED_BYTES // a_page)
+    step = max(1, pages.STAGED_BYTES // a_page)
     # The same cut on every rank, wherever its segments end.
     for start in range(0, view.num_pages, step):
         yield from _gathered(_rows(segments, start, start + step), _HEADS_OF_PAGES, ranks)

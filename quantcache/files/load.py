@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quantcache.files import fingerprint, gathering, host_states, schema
+from quantcache.files import fingerprint, gathering, host_states, pages, schema
 from quantcache.files.container import Container, PathLike, Progress
 from quantcache.files.header import DTYPES
 from quantcache.files.prompts import KnownPrompt
@@ -64,7 +64,7 @@ def load(
             place = device_of_layer(model, layer_idx) if where is None else where
             if isinstance(layer, GrowingInt8Layer):
                 if held is not None:
-                    closed, row_table, *tails = schema.read_pages(held, read, file.refuse, place, max_tokens)
+                    closed, row_table, *tails = pages.read_pages(held, read, file.refuse, place, max_tokens)
                     layer.lazy_initialization(tails[0], tails[1])
                     assert layer.pages is not None
                     layer.pages.fill(closed, tails[0], tails[1], held.first_page, row_table)

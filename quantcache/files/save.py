@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantcache import __version__
-from quantcache.files import container, fingerprint, gathering, host_states, schema, shared
+from quantcache.files import container, fingerprint, gathering, host_states, pages, schema, shared
 from quantcache.files.container import PathLike, Progress
 from quantcache.files.description import check
 from quantcache.files.header import arrange
@@ -31,7 +31,7 @@ class Contents(NamedTuple):
         residual_length: of the int8 layers.
     """
 
-    specs: schema.Specs
+    specs: pages.Specs
     pieces: dict[str, Callable[[], Iterable[Tensor]]]
     layers: list[dict[str, Any]]
     residual_length: int
@@ -110,12 +110,12 @@ def _contents(cache: KnownPrompt, input_ids: Tensor | None, ranks: Ranks | None)
                 view = layer.pages.stored(shares=ranks is None)
                 if view.row_table is not None:
                     view = shared.flattened(view) or layer.pages.stored()
-                specs = schema.pages_specs(layer_idx, view)
+                specs = pages.pages_specs(layer_idx, view)
                 for part in schema.parts_of(view.row_table is not None):
                     name = schema.part_name(layer_idx, part)
                     if ranks is None:
                         made.specs[name] = specs[name]
-                        made.pieces[name] = functools.partial(schema.pages_pieces, view, part)
+                        made.pieces[name] = functools.partial(pages.pages_pieces, view, part)
                     else:
                         made.specs[name] = gathering.whole_spec(part, specs[name], ranks)
                         made.pieces[name] = functools.partial(gathering.whole_pages, view, part, ranks)
@@ -129,7 +129,7 @@ def _contents(cache: KnownPrompt, input_ids: Tensor | None, ranks: Ranks | None)
             name = schema.part_name(layer_idx, part)
             made.specs[name] = (tensor.dtype, tuple(tensor.shape))
             if ranks is None:
-                made.pieces[name] = functools.partial(schema.staged, tensor)
+                made.pieces[name] = functools.partial(pages.staged, tensor)
             else:
                 gathering.check_part("QuantizedInt8Cache.save", name, part)
                 made.specs[name] = gathering.whole_spec(part, made.specs[name], ranks)
