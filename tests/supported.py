@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
-from quantcache.layers._host import TESTED
+from quantcache.layers.releases import TESTED
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.causal_models import LEFT_OUT, NEEDS_CONFIG, NO_CONFIG_NEEDED, NO_FIXED_CAPACITY
 from tests.matrix import BY_IMPLEMENTATION, OPERATIONS

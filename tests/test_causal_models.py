@@ -20,9 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers import factory
-from quantcache.layers._host import TESTED, cache_argument
+from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.factory import WINDOW_LEFT_TO_CACHE
+from quantcache.layers.releases import TESTED
 from tests.cases import NEWEST
 from tests.causal_models import (
     LEFT_OUT,

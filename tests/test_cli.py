@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -255,6 +256,35 @@ def test_inspect_reads_the_header_alone(folder: Path, tmp_path: Path) -> None:
     code, _, message = run("inspect", str(file), "--verify")
     assert code == 1
     assert "must have the checksum" in message
+
+
+LOADED = "print(json.dumps([result.exit_code, sorted({'torch', 'transformers'} & sys.modules.keys()), result.output]))"
+
+
+def loaded_by(*arguments: str) -> tuple[set[str], str]:
+    """Which of torch and transformers a command loads in a process of its own, and what it says."""
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from quantcache.cli.main import app;"
+        f"result = CliRunner().invoke(app, {list(arguments)}); {LOADED}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    exit_code, loaded, output = json.loads(done.stdout)
+    assert exit_code == 0, output
+    return set(loaded), output
+
+
+def test_what_a_header_or_versions_say_is_told_without_torch(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    run("generate", "abc " * 40, "--model", str(folder), "--device", "cpu", "-n", "3", "--save", str(file))
+    loaded, output = loaded_by("inspect", str(file), "--verify")
+    assert "2 + 35" in output
+    assert not loaded
+    loaded, output = loaded_by("doctor", "--no-devices", "--json")
+    assert json.loads(output)["versions"]["torch"] == torch.__version__
+    assert not loaded
+    loaded, output = loaded_by("doctor")
+    assert transformers.__version__ in output
+    assert loaded == {"torch"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from quantcache.backends import cpu, dispatch
 from quantcache.cli import doctor
 from quantcache.cli.main import app
-from quantcache.layers._host import TESTED, Releases
+from quantcache.layers.releases import TESTED, Releases
 
 
 def test_the_backend_of_the_cpu_is_the_one_that_runs() -> None:

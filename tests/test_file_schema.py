@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantcache import CacheFileError, QuantizedInt8Cache
 from quantcache.cli.inspect import summarise
 from quantcache.files import header
+from quantcache.files.description import DTYPE_NAMES
 from quantcache.layers import factory
 from tests.file_cases import BEYOND, MODELS, assert_bit_equal, filled_cache, gemma, llama, prompt, read_prompt, rewrite
 
@@ -253,3 +255,13 @@ def test_a_changed_header_loads_the_same_cache_or_is_refused(
         assert re.match(form, refusal, re.DOTALL)
     else:
         assert_bit_equal(loaded, cache)
+
+
+def test_the_dtypes_of_files_and_models_are_those_of_torch() -> None:
+    known = {name: found for name in dir(torch) if isinstance(found := getattr(torch, name), torch.dtype)}
+    assert {dtype.name: dtype.itemsize for dtype in header.DTYPES.values()} == {
+        dtype.name: known[dtype.name].itemsize for dtype in header.DTYPES.values()
+    }
+    assert known.keys() >= DTYPE_NAMES
+    floats = {str(dtype).removeprefix("torch.") for dtype in known.values() if dtype.is_floating_point}
+    assert floats <= DTYPE_NAMES

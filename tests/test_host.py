@@ -33,17 +33,8 @@ from quantcache import QuantizedInt8Cache
 from quantcache.files import host_states
 from quantcache.layers import _host
 from quantcache.layers import routing as attention
-from quantcache.layers._host import (
-    CACHE_NAME,
-    CACHE_NAMES,
-    TESTED,
-    Releases,
-    cache_argument,
-    cache_of,
-    feed,
-    take_cache,
-    untested,
-)
+from quantcache.layers._host import CACHE_NAME, CACHE_NAMES, cache_argument, cache_of, feed, take_cache
+from quantcache.layers.releases import TESTED, Releases, untested
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 2

@@ -1,12 +1,17 @@
-"""``quantcache doctor``: which backend would run here, and why not another."""
+"""``quantcache doctor``: which backend would run here, and why not another.
+
+Versions are those that pip knows; torch is loaded only to ask it for the devices, transformers not at all.
+"""
 
 import json
 import os
 import platform
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -35,25 +40,30 @@ EXTRAS: Final = {"demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval"
 """What ``pip install quantcache[...]`` brings, by extra."""
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    as_json: AsJson = False,
+    devices: Annotated[
+        bool, typer.Option("--devices/--no-devices", help="Ask torch, which takes seconds to load, for the devices.")
+    ] = True,
+) -> None:
     """Show which backend reads the cache on each device of this machine, and why not another."""
-    import torch
-    import transformers
-
-    from quantcache import __version__
-    from quantcache.layers._host import untested
+    from quantcache.layers.releases import untested
 
     if as_json:
-        print(json.dumps(machine(), indent=1))
+        print(json.dumps(machine() | (on_devices() if devices else {}), indent=1))
         return
     console = Console()
+    names = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
     console.print(
-        f"quantcache {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()} on {platform.platform()}"
+        f"{names}, Python {platform.python_version()} on {platform.platform()}", soft_wrap=True, highlight=False
     )
     for sentence in untested():
         console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
     console.print(where_kept(), soft_wrap=True, highlight=False)
+    if not devices:
+        return
+    import torch
+
     table = Table("device", "backend", "why", "kernels")
     for finding in examine():
         name = finding.device
@@ -64,14 +74,35 @@ def doctor(as_json: AsJson = False) -> None:
     console.print(table)
 
 
-def machine() -> dict[str, Any]:
-    """All that a report of a problem should say of the machine, as JSON wants it."""
-    import torch
-    import transformers
-
+def versions() -> dict[str, str]:
+    """Of quantcache, of the packages it stands on and of Python, by name."""
     from quantcache import __version__
+    from quantcache.layers.releases import TESTED
+
+    installed = {name: metadata.version(name) for name in TESTED}
+    return {"quantcache": __version__, **installed, "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """What a report of a problem should say of the machine and can be told without torch, as JSON wants it."""
+    from quantcache.layers.releases import TESTED, untested
+
+    return {
+        "versions": versions(),
+        "tested": {name: releases._asdict() for name, releases in TESTED.items()},
+        "untested": untested(),
+        "platform": platform.platform(),
+        "processor": {"name": processor.name(), "features": processor.shown_features(), "cores": os.cpu_count()},
+        "extras": {extra: all(find_spec(name) for name in names) for extra, names in EXTRAS.items()},
+        "kept": where_kept(),
+    }
+
+
+def on_devices() -> dict[str, Any]:
+    """What torch must be loaded for: its threads, the compiler of the kernels, the GPUs and what reads the cache."""
+    import torch
+
     from quantcache.backends.cpu import build
-    from quantcache.layers._host import TESTED, untested
     from quantcache.quantization.errors import BuildError
 
     try:
@@ -80,20 +111,8 @@ def machine() -> dict[str, Any]:
         compiler = f"none: {error}"
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
-        "versions": {
-            "quantcache": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "tested": {name: releases._asdict() for name, releases in TESTED.items()},
-        "untested": untested(),
-        "platform": platform.platform(),
-        "processor": {"name": processor.name(), "features": processor.shown_features(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "compiler": compiler,
-        "extras": {extra: all(find_spec(name) for name in names) for extra, names in EXTRAS.items()},
-        "kept": where_kept(),
         "gpus": [{"name": gpu.name, "nbytes": gpu.total_memory, "sm": f"{gpu.major}{gpu.minor}"} for gpu in gpus],
         "devices": [asdict(finding) for finding in examine()],
     }

@@ -1,4 +1,4 @@
-"""``quantcache inspect``: what a prompt cache holds, from its header alone."""
+"""``quantcache inspect``: what a prompt cache holds, from its header alone. Loads no torch."""
 
 import json
 from itertools import groupby
@@ -86,10 +86,10 @@ def summarise(path: Path, verify: bool = False) -> dict[str, Any]:
                 key, value = mine["key_tail"], mine["value_tail"]
                 row |= {"pages": held.num_pages, "tail_tokens": held.tail_len, "seq_len": held.seq_len}
                 row |= {"batch": held.batch, "num_kv_heads": key.shape[1], "head_dim": key.shape[3]}
-                row |= {"v_head_dim": value.shape[3], "dtype": str(DTYPES[key.dtype]).removeprefix("torch.")}
+                row |= {"v_head_dim": value.shape[3], "dtype": DTYPES[key.dtype].name}
             layers.append(row)
         for name in file.entries if verify else ():
-            file.read(name)
+            file.check_bytes(name)
         return {
             "file": str(path),
             "file_nbytes": path.stat().st_size,

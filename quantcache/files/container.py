@@ -4,6 +4,8 @@ The safetensors library maps a file, for ``load(mmap=True)``. It does not write 
 in memory at once. Nor does it copy one: its "pread" backend (0.8.0) reads all of a tensor for each slice, onto small
 pages (1.0 s of CPU for 1.1 GB where this takes 0.3 s, checksums included); copying out of its mapping takes 0.4 s and
 ends the process where a file is cut meanwhile.
+
+No torch is loaded before a tensor is read or written, so that `quantcache inspect` answers at once.
 """
 
 import contextlib
@@ -14,13 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from quantcache.files.header import (
     CHUNK_BYTES,
@@ -34,6 +34,9 @@ from quantcache.files.header import (
     refusal,
 )
 from quantcache.quantization.errors import CacheFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[int, int], Any]
 """Called with bytes done and bytes in all."""
@@ -49,7 +52,7 @@ def write(
     path: Path,
     entries: Mapping[str, Entry],
     description: Mapping[str, Any],
-    pieces: Callable[[str], Iterable[Tensor]],
+    pieces: "Callable[[str], Iterable[Tensor]]",
     on_progress: Progress = no_progress,
 ) -> None:
     """Write a file in one step: another process sees the old file, or all of the new one.
@@ -139,7 +142,7 @@ class Container:
         """The error that says what must hold in this file."""
         return refusal(self.path, rule, got, advice)
 
-    def read(self, name: str, rows: int | None = None, verify: bool = True) -> Tensor:
+    def read(self, name: str, rows: int | None = None, verify: bool = True) -> "Tensor":
         """A tensor on the CPU, in memory of its own.
 
         Args:
@@ -150,11 +153,13 @@ class Container:
         Raises:
             CacheFileError: the bytes are not those that were written.
         """
+        import torch
+
         entry = self.entries[name]
         shape = entry.shape if rows is None else (rows, *entry.shape[1:])
         wanted = prod(shape) * DTYPES[entry.dtype].itemsize
         memory = _roomy_memory(wanted)
-        view: memoryview = memory.numpy().data
+        view = memory.data
         self._file.seek(self._data_start + entry.start)
         for index, start in enumerate(range(0, wanted, CHUNK_BYTES)):
             stop = min(start + CHUNK_BYTES, entry.nbytes)
@@ -164,9 +169,24 @@ class Container:
                 rest = memoryview(bytearray(max(0, stop - wanted)))  # read for the checksum of its chunk alone
                 self._fill(rest, name)
                 self._verify(name, index, (start, stop), chunk, rest)
-        return memory.view(DTYPES[entry.dtype]).view(shape)
+        dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype].name)
+        return torch.from_numpy(memory).view(dtype).view(shape)
 
-    def mapped(self, name: str, rows: int | None = None) -> Tensor:
+    def check_bytes(self, name: str) -> None:
+        """Read all of a tensor for its checksums, a mebibyte at a time.
+
+        Raises:
+            CacheFileError: the bytes are not those that were written.
+        """
+        entry, memory = self.entries[name], memoryview(bytearray(CHUNK_BYTES))
+        self._file.seek(self._data_start + entry.start)
+        for index, start in enumerate(range(0, entry.nbytes, CHUNK_BYTES)):
+            stop = min(start + CHUNK_BYTES, entry.nbytes)
+            chunk = memory[: stop - start]
+            self._fill(chunk, name)
+            self._verify(name, index, (start, stop), chunk)
+
+    def mapped(self, name: str, rows: int | None = None) -> "Tensor":
         """A tensor whose bytes are read from the file when they are used; writes to it do not reach the file.
 
         Raises:
@@ -229,8 +249,10 @@ class _ChunkHasher:
         return "".join([*self._done, *([self._hasher.hexdigest()] if self.nbytes % CHUNK_BYTES else [])])
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _bytes_of(tensor: "Tensor") -> memoryview:
     """The bytes of a tensor, on the CPU, copied only where they must be."""
+    import torch
+
     flat = tensor.detach().to("cpu").contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -245,12 +267,12 @@ def _write_all(file: FileIO, view: memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def _roomy_memory(nbytes: int) -> Tensor:
+def _roomy_memory(nbytes: int) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
     """Uninitialised bytes, aligned to 64. Large arrays of numpy lie on huge pages where the system has them, which
     makes filling them 1.7 times as fast as a fresh tensor of torch.
     """
-    memory = torch.from_numpy(numpy.empty(nbytes + 64, dtype=numpy.uint8))
-    offset = -memory.data_ptr() % 64
+    memory = numpy.empty(nbytes + 64, dtype=numpy.uint8)
+    offset = -memory.ctypes.data % 64
     return memory[offset : offset + nbytes]
 
 

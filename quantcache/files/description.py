@@ -1,15 +1,13 @@
 """What a prompt cache says besides its tensors: each field of the header's description with its type and range.
 
 Nothing else may stand there. A field that a later version adds changes what an older one would have to compare, so it
-comes with a new layout.
+comes with a new layout. Loads no torch.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
-
-import torch
 
 from quantcache.files import fingerprint, host_states
 from quantcache.quantization.scheme import MAX_RESIDUAL_LENGTH, PAGE_SIZE
@@ -21,6 +19,14 @@ MAX_TOKENS: Final = (1 << 31) - 1
 """Kernels count tokens in int32; no head, channel or word of a vocabulary is above it either."""
 
 MAX_CHARACTERS: Final = 256
+
+_FLOAT8: Final = {f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
+
+DTYPE_NAMES: Final = frozenset(
+    {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+    | {"float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool", "float4_e2m1fn_x2", *_FLOAT8}
+)
+"""What torch calls the dtypes that a model may be in."""
 
 PLAIN_DEPTH: Final = 3
 """Of RoPE parameters: for each layer type some parameters, of which some are lists."""
@@ -78,9 +84,7 @@ MODEL: Final[dict[str, Rule]] = {
         f"an object of finite numbers, texts and lists, nested {PLAIN_DEPTH} deep at most",
         lambda value: isinstance(value, dict) and _is_plain(value, PLAIN_DEPTH),
     ),
-    fingerprint.DTYPE: Rule(
-        "the name of a dtype", lambda value: _is_text(value) and isinstance(getattr(torch, value, None), torch.dtype)
-    ),
+    fingerprint.DTYPE: Rule("the name of a dtype", lambda value: isinstance(value, str) and value in DTYPE_NAMES),
     fingerprint.WEIGHTS: Rule(
         "64 hex digits", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
     ),

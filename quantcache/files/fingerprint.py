@@ -1,14 +1,13 @@
-"""What tells one model's cache from another's."""
+"""What tells one model's cache from another's. Loads no torch until weights are read."""
 
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from transformers import PreTrainedConfig
-
-from quantcache.layers.parallel import whole_tensor
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
 
 FIELDS: Final = (
     "model_type",
@@ -32,7 +31,7 @@ DTYPE: Final = "dtype"
 WEIGHTS: Final = "weights_sha256"
 
 
-def of_config(config: PreTrainedConfig) -> dict[str, Any]:
+def of_config(config: "PreTrainedConfig") -> dict[str, Any]:
     """The fields of ``FIELDS`` that the config has, as JSON keeps them."""
     decoder = config.get_text_config(decoder=True)
     found = {name: _field(decoder, name) for name in FIELDS}
@@ -61,11 +60,15 @@ def differences(stored: Mapping[str, Any], model: Mapping[str, Any]) -> list[str
     ]
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: "torch.nn.Module") -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of all weights, one weight in memory at a time.
 
     Where several processes share the weights, each takes part and gets the digest that one process would.
     """
+    import torch
+
+    from quantcache.layers.parallel import whole_tensor
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -2,6 +2,8 @@
 
 The text is the one that the safetensors library writes for the same tensors, in the same order, so that any safetensors
 reader opens the file; reading is stricter, since nothing in a header may be trusted before it is checked.
+
+Loads no torch.
 """
 
 import json
@@ -9,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import torch
 import xxhash
 
 from quantcache.quantization.errors import CacheFileError
+
+if TYPE_CHECKING:
+    import torch
 
 METADATA_KEY: Final = "quantcache"
 """The one entry of the header's ``__metadata__``: a JSON object as text."""
@@ -40,21 +44,29 @@ _HEX: Final = frozenset("0123456789abcdef")
 HEADER_DIGEST: Final = "header_xxh3"
 CHECKSUMS: Final = "checksums"
 
+
+class Dtype(NamedTuple):
+    """A dtype that files hold: what torch calls it, and bytes of an element."""
+
+    name: str
+    itemsize: int
+
+
 # In the order of the safetensors library, whose writer puts the last first: sizes fall, so every tensor is aligned.
 DTYPES: Final = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
+    "BOOL": Dtype("bool", 1),
+    "U8": Dtype("uint8", 1),
+    "I8": Dtype("int8", 1),
+    "I16": Dtype("int16", 2),
+    "F16": Dtype("float16", 2),
+    "BF16": Dtype("bfloat16", 2),
+    "I32": Dtype("int32", 4),
+    "F32": Dtype("float32", 4),
+    "F64": Dtype("float64", 8),
+    "I64": Dtype("int64", 8),
 }
 _ORDER: Final = {name: place for place, name in enumerate(DTYPES)}
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES: Final = {f"torch.{dtype.name}": name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -87,19 +99,19 @@ class Entry:
         return -(-self.nbytes // CHUNK_BYTES)
 
 
-def arrange(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
+def arrange(specs: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]") -> dict[str, Entry]:
     """Places for tensors of these dtypes and shapes, in the order of the file.
 
     Raises:
         TypeError: a dtype that files do not hold.
     """
     for name, (dtype, _) in specs.items():
-        if dtype not in _NAMES:
+        if str(dtype) not in _NAMES:
             raise TypeError(f"prompt cache: {name} must have one of the dtypes {', '.join(DTYPES)}, got {dtype}.")
-    order = sorted(specs, key=lambda name: (-_ORDER[_NAMES[specs[name][0]]], name))
+    kinds = {name: _NAMES[str(dtype)] for name, (dtype, _) in specs.items()}
     entries, start = {}, 0
-    for name in order:
-        entries[name] = Entry(_NAMES[specs[name][0]], specs[name][1], start)
+    for name in sorted(specs, key=lambda name: (-_ORDER[kinds[name]], name)):
+        entries[name] = Entry(kinds[name], specs[name][1], start)
         start = entries[name].stop
     return entries
 

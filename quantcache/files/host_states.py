@@ -1,16 +1,18 @@
 """Layers that transformers keeps itself, as tensors for a file, and back.
 
 All that such a layer holds beside tensors follows from their shapes and from the number of tokens in the cache.
+
+Loads no torch by itself.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-from transformers import cache_utils
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+Spec: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
 """Dtype and shape of a tensor."""
 
 
@@ -40,7 +42,7 @@ class HostLayerError(ValueError):
     """A layer cannot be put into a file, or what a file holds is no state of it; the caller adds the place."""
 
 
-def state_of(layer: Any, seq_len: int) -> dict[str, Tensor]:
+def state_of(layer: Any, seq_len: int) -> "dict[str, Tensor]":
     """The tensors that a layer of transformers keeps, by name.
 
     Args:
@@ -67,7 +69,7 @@ def state_of(layer: Any, seq_len: int) -> dict[str, Tensor]:
     return tensors
 
 
-def check_state(layer: Any, stored: Mapping[str, Spec], seq_len: int) -> None:
+def check_state(layer: Any, stored: "Mapping[str, Spec]", seq_len: int) -> None:
     """Whether a ``layer`` of this class and these options can hold such tensors.
 
     Args:
@@ -101,7 +103,7 @@ def check_state(layer: Any, stored: Mapping[str, Spec], seq_len: int) -> None:
         raise HostLayerError(f"{_name(layer)} must hold {held} of {seq_len} tokens, got {key_shape[2]}")
 
 
-def restore_state(layer: Any, tensors: Mapping[str, Tensor], seq_len: int) -> None:
+def restore_state(layer: Any, tensors: "Mapping[str, Tensor]", seq_len: int) -> None:
     """Put a checked state into the fresh ``layer``.
 
     Args:
@@ -132,12 +134,14 @@ def batch_axis(name: str) -> int:
     return 1 if name == "indexer_position_ids" else 0
 
 
-def _flags(conv_state: Tensor | None) -> tuple[bool, int | None]:
+def _flags(conv_state: "Tensor | None") -> tuple[bool, int | None]:
     """has_previous_state and conv_kernel_size of a layer with this convolution state."""
     return conv_state is not None, None if conv_state is None else conv_state.shape[-1]
 
 
 def _kind(layer: Any) -> _Kind:
+    from transformers import cache_utils
+
     kind = KINDS.get(type(layer).__name__)
     if kind is None or type(layer) is not getattr(cache_utils, type(layer).__name__, None):
         raise HostLayerError(f"a layer must be int8 or one of {', '.join(KINDS)}, got {type(layer).__name__}")

@@ -160,7 +160,7 @@ def _check_layers(file: Container, description: dict[str, Any], cache: KnownProm
         elif kind != "int8":
             prefix = schema.part_name(layer_idx, "")
             parts = {
-                name.removeprefix(prefix): (DTYPES[entry.dtype], entry.shape)
+                name.removeprefix(prefix): (getattr(torch, DTYPES[entry.dtype].name), entry.shape)
                 for name, entry in file.entries.items()
                 if name.startswith(prefix)
             }

@@ -13,11 +13,10 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
@@ -44,34 +43,6 @@ def _host_cache_name() -> str:
 
 CACHE_NAME: Final = _host_cache_name()
 """The one of ``CACHE_NAMES`` that this transformers hands to models, and takes without a warning."""
-
-
-class Releases(NamedTuple):
-    """The releases of a package that the tests run with.
-
-    Attributes:
-        oldest: which the package's own requirements allow, and no older one.
-        newest: newer ones are allowed too, and may have changed what is relied on.
-    """
-
-    oldest: str
-    newest: str
-
-
-TESTED: Final = {"torch": Releases("2.11.0", "2.14.1"), "transformers": Releases("5.17.0", "5.24.0")}
-
-
-def untested() -> list[str]:
-    """A sentence for each package whose release here is outside of ``TESTED``."""
-    sentences = []
-    for name, version in (("torch", torch.__version__), ("transformers", transformers.__version__)):
-        oldest, newest = TESTED[name]
-        release = Version(str(version)).release
-        if release > Version(newest).release:
-            sentences.append(f"{name} {version} is untested: it is newer than {newest}, the newest that was tested.")
-        elif release < Version(oldest).release:
-            sentences.append(f"{name} {version} is not supported: it is older than {oldest}, the oldest that is.")
-    return sentences
 
 
 def cache_argument(cache: Cache | None, model: Any = None) -> dict[str, Any]:
