@@ -64,6 +64,23 @@ def test_the_demo_compares_answer_memory_and_speed(folder: Path) -> None:
     assert re.search(r"the same most likely token in \d+, mean KL [\d.e-]+ nats", output)
 
 
+def test_the_demo_takes_the_options_of_generate(folder: Path) -> None:
+    arguments = ("demo", "--model", str(folder), "--prompt", "abc " * 30, "--device", "cpu", "-n", "8")
+    code, output = run(*arguments, "--dtype", "bfloat16", "--attn", "eager")
+    assert code == 0
+    assert "bfloat16 on cpu" in output
+    assert "default cache takes" not in output  # in another dtype than the one that is compared with
+    answer = re.search(r"^default +(.*)$", output, re.MULTILINE)
+    assert answer is not None
+    assert len(said := answer[1].strip()) > 4
+    code, output = run(*arguments, "--dtype", "bfloat16", "--attn", "eager", "--stop", said[2:4])
+    assert code == 0
+    assert re.search(rf"^default +{re.escape(said[: said.index(said[2:4])])}$", output, re.MULTILINE)
+    code, output = run(*arguments, "--system", "Be brief.")
+    assert code == 1
+    assert "--system must go with a model that has a chat template" in output
+
+
 @pytest.mark.real_model
 def test_the_demo_answers_rightly_about_a_document_that_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DOCUMENT_CHARACTERS", 1400)  # a quarter of what is shown, for time
@@ -83,7 +100,7 @@ def test_the_version_is_printed() -> None:
 def test_help_names_every_option() -> None:
     code, output = run("demo", "--help")
     assert code == 0
-    for option in ("--model", "--prompt", "--max-new-tokens", "--device"):
+    for option in ("--model", "--prompt", "--max-new-tokens", "--device", "--dtype", "--attn", "--stop", "--system"):
         assert option in output
 
 
@@ -92,6 +109,7 @@ def test_help_names_every_option() -> None:
     [
         (["--device", "warp"], 2, "must be a device of this machine, got 'warp'"),
         (["--max-new-tokens", "0"], 2, "Invalid value for '--max-new-tokens'"),
+        (["--dtype", "int8"], 2, "must be float32, bfloat16 or float16, got 'int8'"),
         (["--model", "missing.gguf", "--device", "cpu"], 1, "missing.gguf must be a GGUF file, got no such file."),
     ],
 )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quantcache.cli.arguments import Device, Model, open_device
+from quantcache.cli.arguments import DTYPES, Attention, Device, Dtype, Model, Stop, System, check_choice, open_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,21 +47,30 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="What to ask.  [default: a question about a long document]")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=3, help="Maximum number of new tokens.")] = 48,
+    system: System = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=3, help="Maximum number of new tokens.")
+    ] = 48,
+    stop: Stop = None,
     device: Device = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
 ) -> None:
     """Ask about a long document with the default cache and with the int8 cache; compare answer, memory and speed."""
-    where = open_device(device)
+    check_choice(dtype, DTYPES, "--dtype")
+    where = open_device(device, spec)
     from rich.console import Console
     from transformers.cache_utils import DynamicCache
 
     from quantcache import QuantizedInt8Cache
-    from quantcache.cli.talking import Sampling, Talk
+    from quantcache.cli.talking import Sampling, Talk, TalkError
     from quantcache.cli.terminal import open_model
 
     console = Console(highlight=False)
-    model, tokenizer, label = open_model(spec, where, console)
-    sampling = Sampling(max_new_tokens)
+    model, tokenizer, label = open_model(spec, where, console, dtype, attention)
+    if system is not None and not tokenizer.chat_template:
+        raise TalkError(f"--system must go with a model that has a chat template, got {label}, which has none")
+    sampling = Sampling(max_new_tokens, stop=stop or [])
     talks = {
         name: Talk(model, tokenizer, sampling, console, kind)
         for name, kind in (("default", DynamicCache), ("int8", QuantizedInt8Cache))
@@ -69,9 +78,9 @@ def demo(
     # A first forward pass loads and builds; no answer pays for it.
     warm_up = Talk(model, tokenizer, Sampling(max_new_tokens=2), Console(quiet=True))
     asked = f"{document()}\n\n{QUESTION}" if prompt is None else prompt
-    ids = warm_up.turn_ids(asked) if tokenizer.chat_template else warm_up.plain_ids(asked)
-    dtype = str(model.dtype).removeprefix("torch.")
-    console.print(f"[bold]{label}[/bold] in {dtype} on {where}")
+    ids = warm_up.turn_ids(asked, system) if tokenizer.chat_template else warm_up.plain_ids(asked)
+    computed_in = str(model.dtype).removeprefix("torch.")
+    console.print(f"[bold]{label}[/bold] in {computed_in} on {where}")
     if prompt is None:
         console.print(f"reads {ids.shape[1]:,} tokens of Persuasion by Jane Austen.")
         console.print(f"In the middle stands: [italic]{FACT}[/italic]")
