@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
-from quantcache.layers import calls, conversion, native, routing, samples
+from quantcache.layers import calls, conversion, moving, native, routing, samples
 from quantcache.layers._host import given_to_generate
 from quantcache.layers.base import BaseInt8Layer, check_states
 from quantcache.layers.editing import EditedStates, edited
@@ -384,6 +384,30 @@ class QuantizedInt8Cache(DynamicCache):
         memo: dict[int, Any] = {id(self._make.policy): policy}
         memo |= {id(layer): layer.fork(policy) for layer in self.layers if isinstance(layer, GrowingInt8Layer)}
         return copy.deepcopy(self, memo)
+
+    def to(self, device: torch.device | str | int) -> "QuantizedInt8Cache":
+        """Move all that is stored to a device, byte for byte, and go on there.
+
+            cache.to("cpu")  # in the memory of the machine until it is needed again
+            model.generate(**inputs, cache=cache.to(model.device))
+
+        Every layer goes to the one device, also those of a model that is spread over several. Pages that are offloaded
+        stay in host memory, unless the device is the CPU. Forks stay where they are: what was shared is copied. Until
+        all of it is there, memory is taken on both devices.
+
+        Args:
+            device: as torch names it, ``"cpu"`` or ``"cuda:1"`` for example. On ``"meta"`` shapes alone are kept.
+
+        Returns:
+            This cache.
+
+        Raises:
+            TypeError: ``device`` is no device.
+            ValueError: this machine has no such device; what is on ``"meta"`` holds no numbers; or compiled steps read
+                and write a cache with ``max_cache_len`` where it is. Nothing is then moved.
+        """
+        moving.move(self.layers, moving.checked_device(device))
+        return self
 
     def __repr__(self) -> str:
         int8 = [layer for layer in self.layers if isinstance(layer, BaseInt8Layer)]

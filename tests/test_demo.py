@@ -72,7 +72,8 @@ def test_the_demo_takes_the_options_of_generate(folder: Path) -> None:
     assert "default cache takes" not in output  # in another dtype than the one that is compared with
     answer = re.search(r"^default +(.*)$", output, re.MULTILINE)
     assert answer is not None
-    assert len(said := answer[1].strip()) > 4
+    said = answer[1].strip()
+    assert len(said) > 4
     code, output = run(*arguments, "--dtype", "bfloat16", "--attn", "eager", "--stop", said[2:4])
     assert code == 0
     assert re.search(rf"^default +{re.escape(said[: said.index(said[2:4])])}$", output, re.MULTILINE)

@@ -319,6 +319,11 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         if self.pages is not None:
             self.pages.fetch(copy_stream(self.pages.device))
 
+    def take_over(self, pages: Pages) -> None:
+        """Go on with other pages, which hold what those of this layer hold, on another device."""
+        self._hold(pages, pages.key_tail)
+        self._accepted = ()
+
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
         storage, kernel = self.storage if self.get_seq_length() else "empty", self.read_log.kernel

@@ -236,12 +236,15 @@ class StaticInt8Layer(BaseInt8Layer):
         if self.pages is not None:
             self.batch_select_indices(torch.arange(self.pages.batch_size).repeat_interleave(repeats))
 
+    def take_over(self, pages: Pages) -> None:
+        """See ``BaseInt8Layer.take_over``. Whether steps can be compiled is the other device's matter."""
+        self._why_eager = _OFFLOADED if self._why_eager == _OFFLOADED else None
+        super().take_over(pages)
+
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times, in other memory, which no step that was recorded before knows."""
         if self.pages is not None and not self.is_empty:
-            pages = self.pages.repeated(repeats)
-            self._hold(pages, pages.key_tail)
-            self._accepted = ()
+            super().take_over(self.pages.repeated(repeats))
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""

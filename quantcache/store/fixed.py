@@ -410,6 +410,18 @@ class StaticInt8Pages(Pages):
         made._count(self._pages, self._tail_len)
         return made
 
+    def moved(self, device: torch.device) -> "StaticInt8Pages":
+        """See ``Pages.moved``; offloaded pages come back. Steps recorded before know nothing of the new memory."""
+        self.synchronize()
+        keys, values = (states.to(device) for states in no_tokens(*self._tail_buffers()))
+        made = StaticInt8Pages(keys, values, self.capacity, self.residual_length)
+        for part, target in zip(self._pages_held(), made.buffers.pages, strict=True):
+            target.copy_(part)
+        made.buffers.newest.copy_(self.buffers.newest)
+        made.layout = self.layout
+        made._count(self._pages, self._tail_len)
+        return made
+
     def _pages_held(self) -> Segment:
         """All pages that there is room for, where they are."""
         if self._host is not None and self.is_offloaded:

@@ -7,6 +7,8 @@ here knows about transformers.
 It is long since what an operation must leave as it was if it fails can only be seen where all of them stand.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,10 +80,14 @@ class Int8Pages(Pages):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is stored and nothing else, in memory of its own: no slack, no device address, no host copy."""
+        return self._state(torch.clone, torch.clone)
+
+    def _state(self, copy_page: Callable[[Tensor], Tensor], copy_tail: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What is stored and nothing else, once parts of pages and tails are copied."""
         segments = pages_between(self._readable_segments(), 0, self.num_pages)
         return vars(self) | {
-            "_segments": [segment.cloned() for segment in segments],
-            "_buffers": (self.key_tail.clone(), self.value_tail.clone()),
+            "_segments": [Segment(*map(copy_page, segment)) for segment in segments],
+            "_buffers": (copy_tail(self.key_tail), copy_tail(self.value_tail)),
             "_shares_tail": False,
             "_shared": 0,
             "_newest": None,
@@ -100,6 +106,15 @@ class Int8Pages(Pages):
         copied = memo[id(self)] = Int8Pages.__new__(Int8Pages)
         copied.__setstate__(self.__getstate__())
         return copied
+
+    def moved(self, device: torch.device) -> "Int8Pages":
+        """See ``Pages.moved``."""
+        stays_offloaded = self.is_offloaded and device.type != "cpu"
+        for_pages = torch.device("cpu") if stays_offloaded else device
+        state = self._state(*(functools.partial(_copy_to, device=place) for place in (for_pages, device)))
+        made = Int8Pages.__new__(Int8Pages)
+        made.__setstate__(state | {"is_offloaded": stays_offloaded})
+        return made
 
     def fork(self) -> "Int8Pages":
         """The same tokens, to go on with alone: what is stored is shared, in host memory too.
@@ -475,3 +490,7 @@ class Int8Pages(Pages):
                 writes.store_pages(*states, target.narrow(0, stop - page), backend)
             page = stop
         return new_segments
+
+
+def _copy_to(part: Tensor, device: torch.device) -> Tensor:
+    return part.to(device, copy=True)

@@ -103,6 +103,13 @@ class Pages(ABC):
         """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
 
     @abstractmethod
+    def moved(self, device: torch.device) -> "Pages":
+        """The same bytes on another device, in memory of their own; these stay as they are.
+
+        Pages that are offloaded stay in host memory, unless ``device`` is the CPU.
+        """
+
+    @abstractmethod
     def offload(self) -> None:
         """Keep the closed pages in host memory alone; the tail stays. Views that exist keep their pages."""
 
