@@ -1,26 +1,42 @@
 """Compiled decoding with the int8 cache of fixed capacity against transformers' ``StaticCache``, in one run.
 
     python tests/benchmarks/bench_compiled.py [--rows WORD ...] [--out FILE]
+    python tests/benchmarks/bench_compiled.py --rows variants --out docs/benchmarks/compiled-variants.json
 
 ``generate()`` itself runs, with random bf16 weights, behind random states already in the cache. Times are the GPU's
 from one token to the next, medians of the steady state, within ``generate()`` ("ms") and of the compiled step called in
 a row by itself ("step_ms"); a profile of the same steps says where they go. Memory is what torch has allocated and
 reserved at its peak.
+
+The row "variants" is int8 alone: other ways to compile and to loop, what each takes until its first replayed token, at
+first and in a later call, and what it takes per token.
 """
 
 import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
+from transformers.generation import utils as generation
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument
@@ -67,6 +83,22 @@ WARM_UP, STEPS, PROFILED = 8, 40, 8
 ROUNDS = {"b1": 2}
 """Times that a row's caches are measured in turn, each compiled anew, where the host's time decides: it drifts within a
 process by more than the caches differ. Their means count."""
+
+VARIANTS: dict[str, dict[str, Any]] = {  # options of CompileConfig; the second default finds its kernels on disk
+    "default": {},
+    "backend cudagraphs": {"backend": "cudagraphs", "mode": None},
+    "backend cudagraphs, inputs may change": {"backend": "cudagraphs", "mode": None},
+    "default, in a later process": {},
+    "fullgraph": {"fullgraph": True},
+    "dynamic=False": {"dynamic": False},
+}
+"""Ways to compile. ``generate()`` has mode "reduce-overhead" of torch's inductor as its default."""
+
+INPUTS_MAY_CHANGE = {"cudagraph_backend_support_input_mutation": True, "cudagraph_backend_keep_input_mutation": True}
+"""Settings of torch, without which its backend cudagraphs records no step that writes into a cache."""
+
+REPLAYED = 4
+"""The token whose step is the first that replays a graph: the first is the prompt's, one compiles, one records."""
 
 
 class Clock(LogitsProcessor):
@@ -256,6 +288,114 @@ def speed_row(name: str, model: Any, kinds: list[str]) -> Row:
     return row
 
 
+class LateStopCheck(generation.DeferredStopCheck):
+    """transformers' own, which it uses on MPS alone: the host learns a step late whether all sequences have ended.
+
+    The cache is not cropped by the step that was too many, so it must not be read afterwards.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, max_length: int, cache: Any, is_returned: bool, *args: Any) -> None:
+        super().__init__(input_ids, max_length, cache, False, *args)
+
+    @staticmethod
+    def is_supported(*args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def late_stop_check() -> Iterator[None]:
+    kept = generation.DeferredStopCheck
+    generation.DeferredStopCheck = LateStopCheck  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        generation.DeferredStopCheck = kept  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """torch's own way to compare fewer things before each compiled step; wrong if something else changed."""
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@contextlib.contextmanager
+def late_and_unguarded() -> Iterator[None]:
+    with late_stop_check(), unguarded():
+        yield
+
+
+LOOPS = {
+    "waits for every token": contextlib.nullcontext,
+    "stops a step late": late_stop_check,
+    "without guards": unguarded,
+    "both": late_and_unguarded,
+}
+"""Ways to call the default step from ``generate()``."""
+
+LOOP_ROUNDS = 3
+
+
+@torch.no_grad()
+def variants_row(name: str, model: Any) -> Row:
+    geometry, batch, tokens, capacity, _ = ROWS[name]
+    ids = torch.randint(0, 90, (batch, tokens), device="cuda")
+    row: Row = {"row": f"variants, {geometry}, batch {batch}, {tokens} tokens of {capacity}", "variants": {}}
+
+    def again(cache: Any, **options: Any) -> tuple[Clock, float]:
+        """A call behind a refilled cache; its clock, and its seconds until the first replayed token."""
+        cache.reset()
+        fill(cache, model.config, batch, tokens - 1)
+        begin = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        clock = generate(model, cache, ids, WARM_UP + STEPS, **options)
+        torch.cuda.synchronize()
+        return clock, round(begin.elapsed_time(clock.events[REPLAYED - 1]) / 1e3, 2)
+
+    def note_loops(cache: Any) -> Row:
+        rounds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+        for loop in list(LOOPS) * LOOP_ROUNDS:
+            try:
+                with LOOPS[loop]():
+                    rounds[loop].append(again(cache)[0].median_ms())
+            except Exception as error:
+                row.setdefault("why", {})[loop] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return {loop: round(statistics.median(found), 3) for loop, found in rounds.items() if found}
+
+    for variant, options in VARIANTS.items():
+        forget()
+        torch._dynamo.utils.counters.clear()
+        for kept in ("_compiled_call", "_last_compile_config"):
+            vars(model).pop(kept, None)
+        cache = filled("int8", model.config, batch, tokens - 1, capacity)
+        config = {"compile_config": CompileConfig(**options)} if options else {}
+        settings = INPUTS_MAY_CHANGE if variant.endswith("inputs may change") else {}
+        try:
+            with torch._dynamo.config.patch(settings):
+                _, first = again(cache, **config)
+                clock, later = again(cache, **config)
+        except Exception as error:  # what torch refuses is a finding
+            row["variants"][variant] = {"why": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+            continue
+        row["variants"][variant] = {
+            "first_s": first,
+            "later_s": later,
+            "ms": clock.median_ms(),
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
+        }
+        if variant == "default":
+            row["loops_ms"] = note_loops(cache)
+            again(cache)
+            row["step_ms"] = steps_alone(model, cache, ids.new_zeros(batch, tokens + WARM_UP + STEPS))
+        print(json.dumps(row), flush=True)
+        del cache
+    return row
+
+
 @torch.no_grad()
 def memory_row(model: Any, batch: int, target: float | None, limit: float | None = None) -> Row:
     """16-token prompts, room for 1,024 new tokens. The memory is all there after a few of them, which is checked."""
@@ -287,8 +427,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=["b1", "b32", "half", "memory", "gqa", "long"])
     parser.add_argument("--kinds", nargs="*", default=["StaticCache", "int8"])
+    parser.add_argument("--variants-of", default="b1", choices=list(ROWS), help="model and length of the row variants")
     parser.add_argument("--out", default="docs/benchmarks/compiled-decode.json")
     options = parser.parse_args()
+    chosen = options.rows != parser.get_default("rows")
+    command = " ".join(["python tests/benchmarks/bench_compiled.py", *(["--rows", *options.rows] if chosen else [])])
+    if chosen and "variants" in options.rows:  # nothing that was compiled before
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     torch.manual_seed(0)
     rows: list[Row] = []
 
@@ -299,7 +444,7 @@ def main() -> None:
 
     def write() -> None:
         report = {
-            "command": "python tests/benchmarks/bench_compiled.py",
+            "command": command,
             "hardware": {"gpu": torch.cuda.get_device_properties(0).name},
             "versions": {
                 "python": sys.version.split()[0],
@@ -313,7 +458,8 @@ def main() -> None:
 
     model, at = None, ""
     for name in options.rows:
-        geometry = "Qwen-7B" if name == "memory" else ROWS[name][0]
+        row = {"memory": "b1", "variants": options.variants_of}.get(name, name)
+        geometry = ROWS[row][0]
         if geometry != at:
             model = None
             forget()
@@ -322,6 +468,8 @@ def main() -> None:
             for batch, target in ((32, 27.0), (64, 37.0), (100, 48.0)):
                 add(memory_row(model, batch, target))
             add(memory_row(model, 200, None, limit=80.0))
+        elif name == "variants":
+            add(variants_row(row, model))
         else:
             add(speed_row(name, model, [k for k in options.kinds if not (name == "half" and k == "StaticCache")]))
 
