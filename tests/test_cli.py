@@ -439,6 +439,9 @@ def test_files_are_looked_at_before_a_model_is_loaded(
         (["generate", "a", "--system", "b"], "needs --chat"),
         (["plan", "Qwen3-8B", "--tokens", "0"], "must be a number of tokens from 1, as 8192 or 8k"),
         (["plan", "Qwen3-8B", "--gpu", "h10"], "Is it h100 or h200?"),
+        (["plan", "Qwen3-8B", "--prompt-len", "2k"], "needs --requests"),
+        (["plan", "Qwen3-8B", "--requests", "2", "--tokens", "2k"], "is for one batch; requests have --prompt-len"),
+        (["plan", "Qwen3-8B", "--requests", "2", "--prompt-len", "no"], "must be a number of tokens from 1"),
     ],
 )
 def test_wrong_choices_are_refused(arguments: list[str], message: str) -> None:
@@ -458,6 +461,19 @@ def test_a_plan_takes_numbers_as_people_write_them() -> None:
     ]
     assert plans[0] == plans[1]
     assert (plans[0]["tokens"], plans[0]["gpu_nbytes"]) == (8192, 160 * 10**9)
+
+
+def test_a_plan_of_requests_counts_blocks() -> None:
+    requests = ("--requests", "64", "--prompt-len", "2k", "--new-tokens", "128")
+    code, output, _ = run("plan", "Qwen2.5-7B", "--gpu", "24GB", *requests)
+    assert code == 0
+    assert "blocks of a request" in output
+    assert "all 64?" in output
+    planned = json.loads(run("plan", "Qwen2.5-7B", "--gpu", "24GB", *requests, "--json")[1])
+    assert (planned["int8_blocks"], planned["int8"]["tokens"], len(planned["fits"])) == (35, 64, 6)
+    assert "what fits" not in run("plan", "Qwen2.5-7B", *requests)[1]
+    code, _, error = run("plan", "gemma-3-27b", *requests)
+    assert (code, error.count("every layer of gemma-3-27b must be full attention")) == (1, 1)
 
 
 def test_an_unreachable_hub_is_named_once_and_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

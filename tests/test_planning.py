@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument
 from quantcache.layers.native import layer_nbytes
-from quantcache.planning import GIB, Geometry, GeometryError, find_geometry, plan, preset_names, sources
+from quantcache.planning import GIB, Geometry, GeometryError, find_geometry, plan, plan_requests, preset_names, sources
 from quantcache.planning.sizes import exact_nbytes, int8_nbytes
 
 TOLERANCE = 0.03
@@ -254,3 +254,62 @@ def test_planning_loads_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_requests_by_hand() -> None:
+    """Llama-3.1-8B: 2,048 + 128 tokens store 2,175, which are 33 pages and 63 tokens in two blocks of exact ones."""
+    planned = plan_requests(find_geometry("Llama-3.1-8B"), requests=10, prompt_len=2048, new_tokens=128)
+    page = 8 * (64 * 256 + 4 * (128 + 64))
+    assert (planned.int8.tokens, planned.int8.nbytes, planned.int8_blocks) == (64, 32 * page, 35)
+    assert (planned.bf16.tokens, planned.bf16.nbytes, planned.bf16_blocks) == (256, 256 * 131072, 9)
+    assert (planned.int8_nbytes, planned.bf16_nbytes) == (10 * 35 * 32 * page, 10 * 9 * 256 * 131072)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(1, 2), (63, 2), (64, 2), (65, 3), (127, 3), (128, 3), (129, 4)])
+def test_a_request_keeps_the_blocks_of_its_last_open_page(tokens: int, blocks: int) -> None:
+    """One that closes a page has held the exact keys and values of it, one block more than it then reads."""
+    assert plan_requests(find_geometry("Qwen3-8B"), prompt_len=tokens, new_tokens=0).int8_blocks == blocks
+
+
+def test_exact_pages_of_float32_take_more_blocks() -> None:
+    geometry = Geometry.from_config({**SIZES, "model_type": "llama", "dtype": "float32"})
+    assert plan_requests(geometry, prompt_len=65, new_tokens=0).int8_blocks == 1 + 2 * 2
+
+
+def test_requests_that_fit_fit_and_one_more_does_not() -> None:
+    planned = plan_requests(
+        find_geometry("Qwen2.5-7B"), requests=64, prompt_len=2048, new_tokens=128, gpu_nbytes=40 * GIB, overhead=0.1
+    )
+    assert [(fit.weights, fit.cache) for fit in planned.fits] == [
+        (weights, cache) for weights in ("bf16", "int8", "int4") for cache in ("bf16", "int8")
+    ]
+    for fit in planned.fits:
+        each = planned.bf16 if fit.cache == "bf16" else planned.int8
+        needed = planned.bf16_blocks if fit.cache == "bf16" else planned.int8_blocks
+        assert fit.free_nbytes == int(40 * GIB * 0.9) - fit.weights_nbytes
+        room = fit.free_nbytes - 2 * each.nbytes  # what no request has
+        assert fit.num_requests * needed * each.nbytes <= room < (fit.num_requests + 1) * needed * each.nbytes
+    sizes = {(fit.weights, fit.cache): fit.num_requests for fit in planned.fits}
+    assert sizes["bf16", "int8"] > 1.85 * sizes["bf16", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("gemma-3-27b", "layers with a window"), ("Qwen3-Next-80B-A3B", "layers with a state")]
+)
+def test_models_that_are_not_served_are_refused_with_their_layers(name: str, message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
+        plan_requests(find_geometry(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"requests": 0}, "requests must be at least 1, got 0"),
+        ({"prompt_len": 0}, "prompt_len must be at least 1, got 0"),
+        ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
+        ({"overhead": 1.0}, "overhead must be from 0 to below 1"),
+    ],
+)
+def test_requests_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^plan_requests: {message}"):
+        plan_requests(find_geometry("Qwen3-8B"), **options)

@@ -13,7 +13,7 @@ from quantcache.cli.hub import look_for
 from quantcache.layers.report import human_bytes
 
 if TYPE_CHECKING:
-    from quantcache.planning import Geometry, Plan
+    from quantcache.planning import Geometry, Plan, ServingPlan
 
 
 def plan(
@@ -26,11 +26,20 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many such GPUs weights and cache are spread over, evenly.")] = 1,
     batch: Batch = 1,
     tokens: Annotated[
-        str, typer.Option("--tokens", "-t", help="Tokens of context of each sequence, as 8192 or 8k.")
-    ] = "8192",
+        str | None,
+        typer.Option("--tokens", "-t", help="Tokens of context of each sequence, as 8192 or 8k.  [default: 8192]"),
+    ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=0, help="How many of them are generated, which allocates some slack.")
+        int, typer.Option(min=0, help="How many of them are generated; of requests, how many follow the prompt.")
     ] = 512,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Plan for so many requests at the same time under continuous batching, in blocks."),
+    ] = None,
+    prompt_len: Annotated[
+        str | None,
+        typer.Option("--prompt-len", help="Tokens of each request's prompt, as 2048 or 2k.  [default: 2048]"),
+    ] = None,
     overhead: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of the GPU for the driver, activations and fragmentation.")
     ] = 0.1,
@@ -46,10 +55,12 @@ def plan(
 
     quantcache plan Qwen/Qwen2.5-7B --gpu 80GB --batch 32 --tokens 32768
 
+    quantcache plan Qwen2.5-7B --gpu h100 --requests 64 --prompt-len 2048 --new-tokens 128
+
     quantcache plan ./my-model --json
     """
     from quantcache import planning
-    from quantcache.planning.gpus import parse_count, parse_gpu
+    from quantcache.planning.gpus import parse_gpu
 
     if list_models:
         list_presets()
@@ -60,16 +71,20 @@ def plan(
         memory = None if gpu is None else parse_gpu(gpu) * gpus
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from error
-    try:
-        count = parse_count(tokens)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tokens") from error
+    count, prompt = _count(tokens or "8192", "--tokens"), _count(prompt_len or "2048", "--prompt-len")
+    check_meant(requests, batch, tokens, prompt_len, plot)
     check_target(plot)
     if plot is not None:
         import matplotlib.figure  # noqa: F401 - before anything is fetched
     if not planning.is_preset(spec) and spec.count("/") == 1:
         look_for(spec)
     geometry = planning.find_geometry(spec)
+    if requests is not None:
+        served = planning.plan_requests(
+            geometry, requests=requests, prompt_len=prompt, new_tokens=new_tokens, gpu_nbytes=memory, overhead=overhead
+        )
+        show_requests(served, as_json)
+        return
     made = planning.plan(
         geometry, batch=batch, tokens=count, new_tokens=new_tokens, gpu_nbytes=memory, overhead=overhead
     )
@@ -79,12 +94,29 @@ def plan(
         print(json.dumps(made.to_dict(), indent=1))
         return
     console = Console()
-    params = "" if made.num_params is None else f", {made.num_params / 1e9:.2f} B weights"
-    console.print(f"[bold]{made.model}[/bold]{params}; layers: {_layers(made)}", highlight=False)
+    console.print(f"{_title(made)}; layers: {_layers(made)}", highlight=False)
     for table in tables(made):
         console.print(table)
     if plot is not None:
         console.print(f"drawn: {plot}", soft_wrap=True)
+
+
+def check_meant(
+    requests: int | None, batch: int, tokens: str | None, prompt_len: str | None, plot: Path | None
+) -> None:
+    """Refuse options of one kind of plan in the other.
+
+    Raises:
+        typer.BadParameter: it names the option.
+    """
+    if requests is None and prompt_len is not None:
+        raise typer.BadParameter("needs --requests; a sequence has --tokens", param_hint="--prompt-len")
+    others = {"--batch": batch != 1, "--tokens": tokens is not None, "--plot": plot is not None}
+    wrong = [option for option, given in others.items() if given and requests is not None]
+    if wrong:
+        raise typer.BadParameter(
+            "is for one batch; requests have --prompt-len and --new-tokens, and come and go", param_hint=wrong[0]
+        )
 
 
 def list_presets() -> None:
@@ -128,6 +160,42 @@ def tables(made: "Plan") -> list[Table]:
     return [size, fits]
 
 
+def show_requests(made: "ServingPlan", as_json: bool) -> None:
+    """Print what requests take in blocks, and what fits."""
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+        return
+    console = Console()
+    console.print(f"{_title(made)}; continuous batching", highlight=False)
+    size = Table("", "16 bits", "int8", "int8 / 16 bits")
+    blocks, nbytes = (made.bf16_blocks, made.int8_blocks), (made.bf16_nbytes, made.int8_nbytes)
+    pools = made.bf16, made.int8
+    size.add_row("tokens of a block", *(f"{each.tokens:,}" for each in pools), "")
+    size.add_row("a block", *(human_bytes(each.nbytes) for each in pools), "")
+    size.add_row("blocks of a request", *(f"{each:,}" for each in blocks), "")
+    each = tuple(total // made.requests for total in nbytes)
+    size.add_row(f"{made.prompt_len:,} + {made.new_tokens:,} tokens", *map(human_bytes, each), _ratio(*each))
+    size.add_row(f"{made.requests:,} such requests", *map(human_bytes, nbytes), _ratio(*nbytes))
+    console.print(size)
+    if made.gpu_nbytes is None:
+        return
+    fits = Table(
+        *("weights", "size", "blocks", "left for them", "requests at once", f"all {made.requests:,}?"),
+        title=f"what fits in {human_bytes(made.gpu_nbytes)}",
+    )
+    for fit in made.fits:
+        room = human_bytes(fit.free_nbytes) if fit.free_nbytes > 0 else "nothing"
+        answers = f"{fit.num_requests:,}", "yes" if fit.num_requests >= made.requests else "no"
+        kind = "16 bits" if fit.cache == "bf16" else fit.cache
+        fits.add_row(fit.weights, human_bytes(fit.weights_nbytes), kind, room, *answers, end_section=kind == "int8")
+    longest = made.prompt_len + made.new_tokens
+    if not made.fits:
+        fits.caption = "how many weights this model has is not known here; give a folder with its safetensors files"
+    elif made.max_positions is not None and longest > made.max_positions:
+        fits.caption = f"the model was made for {made.max_positions:,} tokens, a request has {longest:,}"
+    console.print(fits)
+
+
 def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     """Bytes of both caches over the context, with what the GPU has left next to the weights in bf16.
 
@@ -154,6 +222,20 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     axes.set(xlabel=f"tokens, batch {made.batch}", ylabel="GiB", title=made.model, xlim=(0, None), ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=150)
+
+
+def _count(text: str, option: str) -> int:
+    from quantcache.planning.gpus import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _title(made: "Plan | ServingPlan") -> str:
+    params = "" if made.num_params is None else f", {made.num_params / 1e9:.2f} B weights"
+    return f"[bold]{made.model}[/bold]{params}"
 
 
 def _ratio(bf16: int, int8: int) -> str:
