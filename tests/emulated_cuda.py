@@ -56,7 +56,9 @@ STRUCTURES = {  # kernel: source, structure, how the host packs it
 
 def fields(source: str, structure: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, letters of ``struct`` and array bounds of each field that a source declares."""
-    body = re.search(rf"struct {structure} {{(.*?)\n}};", nvrtc.program_text(source), re.DOTALL)
+    text = nvrtc.program_text(source)
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", text))
+    body = re.search(rf"struct {structure} {{(.*?)\n}};", text, re.DOTALL)
     assert body is not None, f"{source} declares no {structure}"
     for declaration in re.sub(r"//.*", "", body[1]).split(";"):
         if not declaration.strip():
@@ -66,7 +68,7 @@ def fields(source: str, structure: str) -> Iterator[tuple[str, str, tuple[int, .
         letters = "P" if kind.endswith("*") else LETTERS[kind]
         for name in names.split(","):
             bare, *bounds = re.findall(r"\w+", name)
-            yield bare, letters, tuple(map(int, bounds))
+            yield bare, letters, tuple(int(constants.get(bound, bound)) for bound in bounds)
 
 
 def packed_letters(form: struct.Struct) -> str:
@@ -86,7 +88,7 @@ def taken_apart(kernel: str, packed: bytes) -> SimpleNamespace:
     arguments = {}
     for name, letters, bounds in fields(source, structure):
         flat = [next(values) for _ in range(len(letters) * math.prod(bounds))]
-        for bound in reversed(bounds[1:]):
+        for bound in reversed((*bounds, len(letters))[1:] if len(letters) > 1 else bounds[1:]):
             flat = [tuple(flat[i : i + bound]) for i in range(0, len(flat), bound)]
         arguments[name] = tuple(flat) if bounds or len(letters) > 1 else flat[0]
     return SimpleNamespace(**arguments)
@@ -121,8 +123,9 @@ class Arguments:
     def pages(self, is_key: bool, num_pages: int, heads: int) -> tuple[Tensor, Tensor]:
         """Codes (pages, heads, 64, width) and metadata (pages, heads, width or 64, 2), as the sequences read them."""
         given = self.given
-        entries = [[*given.only], [0, 0, 0, 0, num_pages]]
-        if given.num_segments > 1:
+        few = given.few if hasattr(given, "few") else (given.only,)
+        entries = [*map(list, few[: max(given.num_segments, 1)]), [0, 0, 0, 0, num_pages]]
+        if given.num_segments > len(few):
             entries = memory(given.segments, torch.int64, (given.num_segments + 1, 5)).tolist()
             assert entries[-1][4] == given.num_pages
         width = self.widths[0 if is_key else 1]

@@ -313,6 +313,19 @@ def test_a_mask_is_looked_at_again_when_it_has_changed(launched: list[str]) -> N
     assert launched.count("scan_mask") == 2 + 2
 
 
+def test_masks_of_two_kinds_of_layers_are_looked_at_once_each(launched: list[str]) -> None:
+    """Layers with a window and layers without take turns."""
+    stored = build(Case(1, 2, 4, 40, (2,), 40, 64, 64, torch.bfloat16))
+    masks = [torch.ones(40, 168, dtype=torch.bool).tril(128).triu(first) for first in (0, 100)]
+    for _ in range(3):
+        for mask in masks:
+            check(stored, attn_mask=mask)
+    assert launched.count("scan_mask") == 2
+    for _ in range(10):  # what is gone is not remembered
+        check(stored, attn_mask=masks[0].clone())
+    assert len(emulated_cuda.PREFILL._known[None]) <= emulated_cuda.PREFILL.KNOWN_MASKS
+
+
 @pytest.mark.parametrize(
     ("grid", "threads", "shared_bytes"),
     [

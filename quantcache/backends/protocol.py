@@ -27,6 +27,10 @@ class SegmentLike(Protocol):
     def value_metadata(self) -> Tensor:
         """int16 (pages, rows, num_kv_heads, page_size, 2)."""
 
+    @property
+    def memo(self) -> dict[object, Any]:
+        """What backends found out about it."""
+
     def narrow(self, start: int, stop: int | None) -> "SegmentLike":
         """The pages ``start`` to ``stop``, sharing memory."""
 

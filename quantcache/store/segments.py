@@ -16,7 +16,16 @@ from quantcache.quantization.scheme import PAGE_SIZE
 Rows = npt.NDArray[np.int32]
 
 
-class Segment(NamedTuple):
+class _Parts(NamedTuple):
+    """The tensors of a ``Segment``."""
+
+    key_qdata: Tensor
+    key_metadata: Tensor
+    value_qdata: Tensor
+    value_metadata: Tensor
+
+
+class Segment(_Parts):
     """Memory for ``capacity`` pages, allocated at once.
 
     key_qdata: int8 (capacity, rows, num_kv_heads, page_size, head_dim)
@@ -25,10 +34,13 @@ class Segment(NamedTuple):
     value_metadata: int16 (capacity, rows, num_kv_heads, page_size, 2)
     """
 
-    key_qdata: Tensor
-    key_metadata: Tensor
-    value_qdata: Tensor
-    value_metadata: Tensor
+    def __getstate__(self) -> None:
+        """A copy or a pickle is of the tensors alone: the memo holds their addresses."""
+
+    @cached_property
+    def memo(self) -> dict[object, Any]:
+        """What backends found out about it."""
+        return {}
 
     @classmethod
     def allocate(cls, capacity: int, key_states: Tensor, value_states: Tensor) -> "Segment":
@@ -46,7 +58,7 @@ class Segment(NamedTuple):
             memory(torch.int16, PAGE_SIZE, 2),
         )
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """Pages that fit."""
         return self.key_qdata.shape[0]

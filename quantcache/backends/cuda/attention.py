@@ -110,7 +110,7 @@ def decode(
         _ATTENTION_ARGS,
         query_address,
         output.data_ptr(),
-        table.address,
+        table.address_beyond(1),
         key_address,
         value_address,
         mask,

@@ -123,11 +123,15 @@ def _library(source: str, macros: nvrtc.Macros, arch: str) -> Any:
     return _check(load(nvrtc.cubin(source, macros, arch)))
 
 
+MAX_ARGUMENTS: Final = 4096
+"""Bytes that every GPU takes with a launch."""
+
+
 class _Launches(threading.local):
     """Memory for the arguments of a launch, one for each thread; the driver copies them before it returns."""
 
     def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(1024)
+        self.buffer = ctypes.create_string_buffer(MAX_ARGUMENTS)
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self.pointers)
 

@@ -3,7 +3,9 @@
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -76,31 +78,62 @@ def append_tail(
     )
 
 
-class SegmentTable(NamedTuple):
+FEW_SEGMENTS: Final = 16
+"""Segments that are told in the arguments of a launch, for kernels whose calls often find other pages than the last."""
+
+
+@dataclass(eq=False)
+class SegmentTable:
     """Where the pages are, for the kernels.
 
     Attributes:
-        address: of an int64 (segments + 1, 5) on the device, an entry like ``only`` for each segment. 0 where there is
-            one segment.
-        num_segments: entries without the last, which has only the number of pages.
+        entries: five numbers for each segment: the addresses of its four parts, and the number of its first page; with
+            a row table also, in the upper 32 bits of that, how many rows its pages have.
+        num_segments: of them.
         num_pages: pages in all of them.
-        only: of the first segment the addresses of the four parts, and the number of its first page; with a row table
-            also, in the upper 32 bits of that, how many rows its pages have.
         row_table: address of the row table, and elements from a sequence to the next; (0, 0) if there is none.
+        device: where they are.
         kept: what must live as long as the table is read.
     """
 
-    address: int
+    entries: list[int]
     num_segments: int
     num_pages: int
-    only: tuple[int, int, int, int, int]
     row_table: tuple[int, int]
+    device: torch.device
     kept: tuple[object, ...]
 
     @property
     def has_row_table(self) -> bool:
         """Whether sequences read rows that a table names."""
         return self.row_table[0] != 0
+
+    @cached_property
+    def only(self) -> tuple[int, ...]:
+        """The entry of the first segment, zeros if there is none."""
+        return tuple(self.entries[:5]) if self.entries else _NO_ENTRY
+
+    @cached_property
+    def few(self) -> tuple[int, ...]:
+        """The entries of ``FEW_SEGMENTS``, zeros behind the last; of more segments zeros."""
+        missing = FEW_SEGMENTS - self.num_segments
+        return (*self.entries, *_NO_ENTRY * missing) if missing >= 0 else _NO_ENTRY * FEW_SEGMENTS
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        entries = [*self.entries, 0, 0, 0, 0, self.num_pages]
+        # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
+        return torch.tensor(entries, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def address_beyond(self, most: int) -> int:
+        """Of an int64 (segments + 1, 5) on the device, made when first asked for; 0 where there are at most ``most``.
+
+        It has the entries and one more, with only the number of pages.
+        """
+        return self._on_device.data_ptr() if self.num_segments > most else 0
+
+
+_NO_ENTRY: Final = (0, 0, 0, 0, 0)
 
 
 def segment_table(view: View) -> SegmentTable:
@@ -112,26 +145,33 @@ def segment_table(view: View) -> SegmentTable:
 
 
 def _make_table(segments: Sequence[SegmentLike], row_table: Tensor | None, device: torch.device) -> SegmentTable:
-    contiguous = [
-        [part.contiguous() for part in (s.key_qdata, s.key_metadata, s.value_qdata, s.value_metadata)] for s in segments
-    ]
-    check_pages(device, contiguous)
-    entries, first = [], 0
-    for parts in contiguous:
-        rows = 0 if row_table is None else parts[0].shape[1]
-        entries += [*(part.data_ptr() for part in parts), first | rows << 32]
-        first += len(parts[0])
-    entries += [0, 0, 0, 0, first]
-    only = (entries[0], entries[1], entries[2], entries[3], entries[4] if segments else 0)
+    entries: list[int] = []
+    kept: list[object] = []
+    first = 0
+    for segment in segments:
+        parts, addresses = _where(segment, device)
+        pages, rows = parts[0].shape[:2]
+        entries += *addresses, (first if row_table is None else first | rows << 32)
+        kept.append(parts)
+        first += pages
     where = 0, 0
     if row_table is not None and first:
         row_table = row_table if row_table.stride(1) == 1 else row_table.contiguous()
         where = row_table.data_ptr(), row_table.stride(0)
-    if len(segments) < 2:
-        return SegmentTable(0, len(segments), first, only, where, (contiguous, row_table))
-    # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-    on_device = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
-    return SegmentTable(on_device.data_ptr(), len(segments), first, only, where, (on_device, contiguous, row_table))
+    return SegmentTable(entries, len(segments), first, where, device, (kept, row_table))
+
+
+def _where(segment: SegmentLike, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """The parts of a segment, contiguous, and their addresses; asked once, for most stay from call to call."""
+    found: tuple[torch.device, list[Tensor], list[int]] | None = segment.memo.get("cuda")
+    if found is None or found[0] != device:
+        parts = [segment.key_qdata, segment.key_metadata, segment.value_qdata, segment.value_metadata]
+        check_pages(device, [parts])
+        whole = [part.contiguous() for part in parts]
+        found = device, whole, [part.data_ptr() for part in whole]
+        if all(part is given for part, given in zip(whole, parts, strict=True)):  # a copy is of what is there now
+            segment.memo["cuda"] = found
+    return found[1:]
 
 
 def restore(view: View, is_key: bool) -> Tensor:
@@ -149,7 +189,7 @@ def restore(view: View, is_key: bool) -> Tensor:
             (blocks, min(heads - start, MAX_GRID), 1),
             tail.device.index,
             _RESTORE_ARGS,
-            *(table.address, address, output.data_ptr() + start * tokens * width * output.element_size()),
+            *(table.address_beyond(1), address, output.data_ptr() + start * tokens * width * output.element_size()),
             *strides,
             *(num_kv_heads, heads, start, table.num_segments),
             *(table.num_pages, 0, view.tail_len, is_key),

@@ -20,7 +20,7 @@ from quantcache.backends.cuda.launch import (
     load_kernel,
     readable,
 )
-from quantcache.backends.cuda.pages import segment_table
+from quantcache.backends.cuda.pages import FEW_SEGMENTS, segment_table
 from quantcache.backends.protocol import View
 from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
@@ -28,7 +28,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
 
-_PREFILL_ARGS: Final = struct.Struct("12P 19q 12i 2f 4Pq Pq i")
+_PREFILL_ARGS: Final = struct.Struct("12P 19q 12i 2f " + FEW_SEGMENTS * "4Pq " + "Pq i")
 _SCAN_ARGS: Final = struct.Struct("4P 4q 5i")
 
 
@@ -322,7 +322,8 @@ def launch_plan(
         partial = workspace.data_ptr()
         sums = partial + 4 * rows * v_head_dim
     arguments = (
-        *(query_address, 0 if output is None else output.data_ptr(), table.address, key_address, value_address),
+        *(query_address, 0 if output is None else output.data_ptr()),
+        *(table.address_beyond(FEW_SEGMENTS), key_address, value_address),
         *(mask, blocks, sighted),
         *(0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
         *(partial, sums),
@@ -334,7 +335,7 @@ def launch_plan(
         *(num_splits, is_causal, window or 0, mask_dtype, batch, row_tiles),
         options.scale(head_dim),
         softcap or 0.0,
-        *table.only,
+        *table.few,
         *table.row_table,
         sequences,
     )
@@ -371,16 +372,18 @@ class _Scanned(NamedTuple):
 
 def _scanned(kernels: Kernels, mask: Tensor, kv_len: int, lengths: Tensor | None) -> _Scanned:
     """What ``scan_mask`` finds; once for the layers of a call."""
-    key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len, current_stream(mask.device.index))
+    stream = current_stream(mask.device.index)
+    key: tuple[object, ...] = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len, stream)
     base = mask if mask._base is None else mask._base
     is_bool = mask.dtype == torch.bool
     # What is seen of an additive mask depends on the length, which is one layer's own where the device holds it.
     is_known = not base.is_inference() and (is_bool or lengths is None)
     is_known = is_known and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     if is_known:
-        known = _known.get(mask.device.index)
-        if known is not None and known.key == (*key, base._version) and known.base() is base:
-            return known
+        key = (*key, base._version)
+        for known in _known.get(mask.device.index, ()):
+            if known.key == key and known.base() is base:
+                return known
     batch, heads, queries, _ = mask.shape
     blocks = mask.new_empty(batch, heads, -(-queries // BLOCK_QUERIES), -(-kv_len // PAGE_SIZE), dtype=torch.uint8)
     sighted = None if is_bool else mask.new_zeros(blocks.shape[:3], dtype=torch.int32)
@@ -394,10 +397,15 @@ def _scanned(kernels: Kernels, mask: Tensor, kv_len: int, lengths: Tensor | None
         *_broadcast_strides(mask),
         *(batch, heads, queries, kv_len, MASK_DTYPES[mask.dtype]),
     )
-    scanned = _Scanned((*key, base._version if is_known else None), TensorWeakRef(base), blocks, sighted)
+    scanned = _Scanned(key, TensorWeakRef(base), blocks, sighted)
     if is_known:
-        _known[mask.device.index] = scanned
+        others = [known for known in _known.get(mask.device.index, ()) if known.base() is not None]
+        _known[mask.device.index] = [scanned, *others[: KNOWN_MASKS - 1]]
     return scanned
 
 
-_known: Final[dict[int, _Scanned]] = {}
+KNOWN_MASKS: Final = 4
+"""Of a device, that are remembered: layers with a window and layers without have masks of their own, and take turns."""
+
+_known: Final[dict[int, list[_Scanned]]] = {}
+"""Newest first."""

@@ -2,10 +2,12 @@
 
 #include "prefill/build.cuh"
 
+constexpr int kFewSegments = 16;
+
 struct PrefillArgs {
   const void* query;        // (batch, num_kv_heads * group, query_len, HEAD_DIM)
   void* output;             // (batch, query_len, num_kv_heads * group, V_HEAD_DIM), contiguous
-  const Segment* segments;  // num_segments + 1, not read if there is one
+  const Segment* segments;  // num_segments + 1; null if they are the few below
   const void* key_tail;     // (batch, num_kv_heads, tail_len or more, HEAD_DIM)
   const void* value_tail;
   const void* mask;    // (batch, heads, query_len, kv_len), strides of 0 where it is broadcast
@@ -20,11 +22,11 @@ struct PrefillArgs {
   int num_kv_heads, group, query_len, num_pages, tail_len, num_segments;
   int num_splits, is_causal, window, mask_dtype, batch, row_tiles;
   float softmax_scale, softcap;
-  Segment only;  // the one segment, if there is one
+  Segment few[kFewSegments];  // those of most calls, which need no copy to the device then
   RowTable row_table;
   int sequences;  // of a CTA, where SHARES_PAGES
 };
-static_assert(sizeof(PrefillArgs) == 368, "as backends/cuda/prefill.py packs it");
+static_assert(sizeof(PrefillArgs) == 968, "as backends/cuda/prefill.py packs it");
 
 constexpr int kBlockQueries = 32;  // whose masks are looked at together
 enum : u8 { kSeen = 1, kPartly = 2, kFaint = 4 };

@@ -44,16 +44,16 @@ DEVICE u8 look_at_block(const PrefillArgs& args, const QueryRows& rows, int bloc
 
 // Where a page lies.
 DEVICE Segment segment_of(const PrefillArgs& args, int page) {
-  if (args.num_segments == 1) return args.only;
+  const Segment* segments = args.segments ? args.segments : args.few;
   int low = 0, high = args.num_segments - 1;  // the last segment that begins at or before the page
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (args.segments[middle].first <= page)
+    if (segments[middle].first <= page)
       low = middle;
     else
       high = middle - 1;
   }
-  return args.segments[low];
+  return segments[low];
 }
 
 // Has a tile be that of a page's first keys.
