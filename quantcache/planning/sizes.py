@@ -4,7 +4,13 @@ The tests compare every number with ``cache.nbytes``.
 """
 
 from quantcache.planning.geometry import DTYPE_BYTES, STATE_BYTES, Geometry, LayerGeometry
-from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, TAIL_STEP
+from quantcache.quantization.scheme import (
+    DEFAULT_RESIDUAL_LENGTH,
+    PAGE_SIZE,
+    SEGMENT_GROWTH,
+    TAIL_STEP,
+    WINDOW_SEGMENTS,
+)
 
 METADATA_BYTES = 4
 """A scale and a zero point, 16 bits each."""
@@ -60,7 +66,7 @@ def _capacities(prompt: int, new_tokens: int, residual_length: int, keep_tokens:
     """Pages and tail tokens allocated after a prompt in one call and then single tokens."""
     closed = max(0, (prompt - residual_length) // PAGE_SIZE)
     tail = prompt - closed * PAGE_SIZE
-    rings = 1 if keep_tokens is None else max(keep_tokens // PAGE_SIZE // SEGMENT_GROWTH, 1)
+    rings = 1 if keep_tokens is None else max(keep_tokens // PAGE_SIZE // WINDOW_SEGMENTS, 1)
     skipped = 0 if keep_tokens is None else min(max((prompt - keep_tokens) // PAGE_SIZE, 0), closed)
     held = closed - skipped
     segments = [held] * bool(held) if keep_tokens is None else [rings] * -(-held // rings)

@@ -49,3 +49,7 @@ TAIL_STEP: Final = 16
 SEGMENT_GROWTH: Final = 16
 """A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
 Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
+
+WINDOW_SEGMENTS: Final = 8
+"""Segments that hold a window's pages; what fell out of it is given back a segment at a time. Each takes the host a
+launch and four allocations to fill, which with sixteen took a quarter of the host's time for 512 new tokens."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import dispatch
-from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, WINDOW_SEGMENTS
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, Selection, no_tokens
@@ -252,6 +252,11 @@ class Int8Pages(Pages):
 
         if is_empty:
             key_tail, value_tail = buffers = key_states, value_states
+        elif closing:  # a buffer for this call alone
+            key_tail, value_tail = (
+                torch.cat([buffer.narrow(2, 0, used), states], dim=2)
+                for buffer, states in zip(self._buffers, (key_states, value_states), strict=True)
+            )
         else:
             buffers = self._buffers_for(total)
             write_tail(key_states, value_states, *buffers, used, self._append_backend)
@@ -262,8 +267,9 @@ class Int8Pages(Pages):
         new_segments = self._close(key_tail, value_tail, skipped, closing) if closing else []
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed.
-            start = closing * PAGE_SIZE
-            buffers = copied(key_tail[:, :, start:], value_tail[:, :, start:], self._append_backend)
+            start, rest = closing * PAGE_SIZE, total - closing * PAGE_SIZE
+            tails = key_tail.narrow(2, start, rest), value_tail.narrow(2, start, rest)
+            buffers = copied(*tails, self._append_backend)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and not skipped and not self._room():
             held = self._without_room()
@@ -466,7 +472,7 @@ class Int8Pages(Pages):
         if self.keep_tokens is None:
             return max(missing, self.num_pages // SEGMENT_GROWTH)
         # Of one size, so that the memory of one that is dropped serves the next.
-        return max(self.keep_tokens // PAGE_SIZE // SEGMENT_GROWTH, 1)
+        return max(self.keep_tokens // PAGE_SIZE // WINDOW_SEGMENTS, 1)
 
     def _close(self, key_tail: Tensor, value_tail: Tensor, skipped: int, closing: int) -> list[Segment]:
         """Write the pages ``skipped`` to ``closing`` of the tail: behind those held, or, if some are skipped, alone.
@@ -484,9 +490,9 @@ class Int8Pages(Pages):
         page, backend = skipped, None if self.reader else self.backend[0]
         for target in targets + new_segments:
             stop = min(page + target.capacity, closing)
-            tokens = slice(page * PAGE_SIZE, stop * PAGE_SIZE)
+            tokens = page * PAGE_SIZE, (stop - page) * PAGE_SIZE
             with write_access(target.key_qdata):
-                states = key_tail[:, :, tokens], value_tail[:, :, tokens]
+                states = key_tail.narrow(2, *tokens), value_tail.narrow(2, *tokens)
                 writes.store_pages(*states, target.narrow(0, stop - page), backend)
             page = stop
         return new_segments
