@@ -415,7 +415,7 @@ def test_generate_stores_and_answers_as_with_the_torch_backend(
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
     emulated_cuda.emulate(monkeypatch)
     output, cache = generated(model, how)
-    assert cache.report().backend == "cuda"
+    assert cache.report().backend == "cuda decode"  # in float32 for any number of tokens
     assert torch.equal(output, expected)
     for ours, theirs in zip(cache.layers, with_torch.layers, strict=True):
         assert ours.get_seq_length() == theirs.get_seq_length()

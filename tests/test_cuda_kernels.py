@@ -423,7 +423,7 @@ def test_a_cache_reads_with_the_kernels_and_says_so() -> None:
     model.generate(
         ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=70, do_sample=False, pad_token_id=0
     )
-    assert cache.report().backend == "cuda"
+    assert cache.report().backend == "cuda decode"
 
 
 def test_a_head_dim_without_a_kernel_falls_back_with_its_reason() -> None:

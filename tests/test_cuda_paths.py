@@ -70,7 +70,8 @@ def test_every_call_reads_the_bytes_by_the_kernel_for_its_rows(
                     assert kernels == [expected(ratio * query_len, dtype)], (dtype, ratio, query_len, kind, name)
                     assert "restore" not in launched
                     report = cache.report().layers[0]
-                    assert (report.kernel, report.reason) == ("cuda", None)
+                    named = "cuda prefill" if kernels == ["prefill"] else "cuda decode"
+                    assert (report.kernel, report.reason) == (named, None)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -91,7 +92,15 @@ def test_a_second_turn_and_chunks_of_a_prompt_go_to_the_prefill_kernel(
     ids = model.generate(ids, **cache_argument(cache), prefill_chunk_size=100, **options)
     assert launched.count("prefill") == 2  # the second chunk, in each layer
     launched.clear()
-    model.generate(torch.cat([ids, torch.randint(64, (2, 60))], dim=1), **cache_argument(cache), **options)
+    turn = torch.cat([ids, torch.randint(64, (2, 60))], dim=1)
+    turn = model.generate(turn, **cache_argument(cache), **options | {"max_new_tokens": 1})
     assert launched.count("prefill") == 2
+    report = cache.report()
+    assert {layer.kernel for layer in report.layers} == {"cuda prefill"}
+    assert report.backend == "cuda prefill"
+    for shown in (str(report), report._repr_html_()):
+        assert "cuda prefill" in shown
+        assert "cuda decode" not in shown
+    model.generate(turn, **cache_argument(cache), **options)
     assert "restore" not in launched
-    assert {layer.kernel for layer in cache.report().layers} == {"cuda"}
+    assert {layer.kernel for layer in cache.report().layers} == {"cuda decode"}

@@ -280,4 +280,4 @@ def test_a_cache_reads_a_later_chunk_with_the_kernel_and_says_so(max_cache_len: 
             expected = model(**given, **cache_argument(exact, model)).logits
     error = (logits[:, 50:].float() - expected[:, 50:].float()).norm() / expected[:, 50:].float().norm()
     assert error <= 2e-2
-    assert {layer.kernel for layer in cache.report().layers} == {"cuda"}
+    assert {layer.kernel for layer in cache.report().layers} == {"cuda prefill"}

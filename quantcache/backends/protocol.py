@@ -141,6 +141,10 @@ class Backend(Protocol):
         """Attention over pages and tail, the pending tokens included, which are in the buffers afterwards."""
         ...
 
+    def kernel_of(self, query: Tensor, view: View) -> str:
+        """What ``attention`` reads such a call by, for reports: the backend's name, and of several kernels which."""
+        ...
+
     def make_scratch(self, device: Any, v_head_dim: int) -> Tensor:
         """Memory that recorded calls of ``attention`` need besides the layer, zeroed; for layers that run in turn."""
         ...

@@ -76,6 +76,11 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     return output.reshape(batch, num_q_heads, query_len, -1).transpose(1, 2).contiguous()
 
 
+def kernel_of(query: Tensor, view: View) -> str:
+    """See ``Backend.kernel_of``."""
+    return "torch"
+
+
 def unsupported(*states: Tensor) -> str | None:
     """Every operation on every kind of states is covered."""
     return None

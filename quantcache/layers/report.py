@@ -21,9 +21,10 @@ class LayerReport:
             layer that reads another one's states; or the transformers layer class that keeps its own states here.
         seq_len: tokens stored.
         nbytes: bytes allocated, slack included.
-        kernel: what read the layer last: a backend of ``ops``, "exact" where all that was read was the states as the
-            model made them, "restored" after a fallback, "native" for a transformers layer, "none" before the first
-            read.
+        kernel: what read the layer last: "cuda decode" for few query rows of a KV head and "cuda prefill" for more,
+            "cpu" or "torch"; a backend and ", compiled" in a recorded step; "exact" where all that was read was the
+            states as the model made them, "restored" after a fallback, "native" for a transformers layer, "none" before
+            the first read.
         reason: why the read was a fallback, else None.
         rows_stored: rows of closed pages in memory, each one page of one sequence.
         rows_read: pages that the sequences read, more than are stored where they share some.

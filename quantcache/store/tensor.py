@@ -225,7 +225,7 @@ def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: Atten
     if reason:
         read_log.fell_back(reason, backend)
     else:
-        read_log.kernel, read_log.reason = backend, None
+        read_log.kernel, read_log.reason = dispatch.BACKENDS[backend].kernel_of(query, pages_view), None
     return reads.attention(query, pages_view, options)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.advance import advance
-from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, make_scratch
+from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, kernel_of, make_scratch
 from quantcache.backends.cuda.launch import DTYPES, gpu, reads_wheel
 from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
@@ -28,6 +28,7 @@ __all__ = [
     "append_tail",
     "attention",
     "decode",
+    "kernel_of",
     "make_scratch",
     "prefill",
     "restore",

@@ -26,17 +26,22 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     There is a kernel for up to ``MAX_DECODE_ROWS`` query rows per KV head, which reads the pages once for 8 or 16 of
     them, and one for more, see ``prefill``. float32, which tensor cores do not have, is always the first one's.
     """
-    _, num_q_heads, query_len, _ = query.shape
-    if takes_prefill(query_len * num_q_heads, view.buffers[0].shape[1], query.dtype):
+    if takes_prefill(query, view):
         if view.pending is not None:
             append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
         return prefill(query, view, options)
     return decode(query, view, options)
 
 
-def takes_prefill(rows: int, num_kv_heads: int, dtype: torch.dtype) -> bool:
-    """Whether a call with so many query rows in all goes to ``prefill``, and not to ``decode``; nothing is restored."""
-    return rows > MAX_DECODE_ROWS * num_kv_heads and dtype in PREFILL_DTYPES
+def takes_prefill(query: Tensor, view: View) -> bool:
+    """Whether a call goes to ``prefill``, and not to ``decode``; nothing is restored."""
+    _, num_q_heads, query_len, _ = query.shape
+    return num_q_heads * query_len > MAX_DECODE_ROWS * view.buffers[0].shape[1] and query.dtype in PREFILL_DTYPES
+
+
+def kernel_of(query: Tensor, view: View) -> str:
+    """See ``Backend.kernel_of``."""
+    return "cuda prefill" if takes_prefill(query, view) else "cuda decode"
 
 
 def decode(
