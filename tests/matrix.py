@@ -263,7 +263,8 @@ def cropping(case: Case) -> None:
 
 
 def gradients(case: Case) -> None:
-    """The prompt's gradients are those of `DynamicCache`; later ones stop at earlier tokens, with a warning."""
+    """The prompt's gradients are those of `DynamicCache`; later ones stop at earlier tokens, which are restored,
+    with a warning."""
     sums = []
     for cache in (case.cache(), case.exact_cache()):
         case.model.zero_grad()
@@ -305,7 +306,8 @@ def conversion(case: Case) -> None:
 
 
 def attentions(case: Case) -> None:
-    """`output_attentions=True`: a weight for each token of the cache, and each row sums to one."""
+    """`output_attentions=True`: a weight for each token of the cache, and each row sums to one; int8 layers are
+    restored for them."""
     cache = case.cache()
     output = case.generate(tokens(PROMPT), cache, max_new_tokens=5, output_attentions=True)
     steps = output.decoder_attentions if case.architecture.is_encoder_decoder else output.attentions
@@ -389,6 +391,9 @@ OPERATIONS: dict[str, Operation] = {
     "without a config": without_config,
     "output_attentions": attentions,
 }
+
+RESTORING = ("output_attentions", "gradients")
+"""Operations for which layers are restored whatever the implementation, as their promises say."""
 
 BY_IMPLEMENTATION: dict[str, tuple[str, ...]] = {
     "eager": ("forward pass", "greedy decoding", "left padding", "output_attentions"),

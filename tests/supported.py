@@ -109,7 +109,8 @@ warns until transformers 6; an older one does not know the new name.
 ## Models
 
 "int8" under an attention implementation: attention reads the int8 bytes. "restored": it is given the restored keys and
-values, one layer at a time, which is correct and slower. "own": no layer is int8. "-": the model does not have it in
+values, one layer at a time, which is correct and slower; no other call of the table is, but for the operations below that
+say so. "own": no layer is int8. "-": the model does not have it in
 transformers on a CPU. The columns hold for a cache made with `QuantizedInt8Cache(model.config)`.
 
 {_models()}

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from quantcache.store.read_log import ReadLog
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import NEWEST, Case, WithExactCache, host_warnings, quiet_flex
 from tests.conftest import devices
-from tests.matrix import BY_IMPLEMENTATION, OPERATIONS
+from tests.matrix import BY_IMPLEMENTATION, OPERATIONS, RESTORING
 from tests.refusals import OLDER_REFUSED, REFUSED
+from tests.supported import reading
 
 SHORT = ("forward pass", "greedy decoding", "fixed capacity", "beam search", "prompt lookup")
 """Operations of the short form, each by another way into transformers, with a model's first implementation."""
@@ -59,6 +61,24 @@ def models() -> dict[tuple[str, str, str], Case]:
     return {}
 
 
+@pytest.fixture
+def restored_reads(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The reasons of all reads that a report calls "restored", as they come."""
+    found: list[str | None] = []
+
+    def listening(noted: Any) -> Any:
+        def note(log: ReadLog, *given: Any) -> None:
+            noted(log, *given)
+            if log.kernel == "restored":
+                found.append(log.reason)
+
+        return note
+
+    for name in ("fell_back", "cut_gradients"):
+        monkeypatch.setattr(ReadLog, name, listening(getattr(ReadLog, name)))
+    return found
+
+
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 @host_warnings
 @pytest.mark.parametrize("device", devices())
@@ -69,7 +89,9 @@ def test_the_operation_keeps_its_promise(
     implementation: str,
     operation: str,
     device: str,
+    restored_reads: list[str | None],
 ) -> None:
+    """And a report says "restored" only where the page does."""
     key = (architecture.name, implementation, device)
     if key not in models:
         models.clear()
@@ -79,6 +101,8 @@ def test_the_operation_keeps_its_promise(
     with quiet_flex() if implementation == "flex_attention" else nullcontext():
         if refusal is None:
             OPERATIONS[operation](case)
+            restores = operation in RESTORING or reading(architecture, implementation) == "restored"
+            assert restores or not restored_reads
             return
         with pytest.raises(refusal.error, match=refusal.match):
             OPERATIONS[operation](case)
