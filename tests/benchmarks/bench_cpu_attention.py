@@ -32,6 +32,7 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
 from quantcache.store.growing import Int8Pages
 from quantcache.store.segments import Segment
+from quantcache.store.view import PagesView
 
 Row = dict[str, Any]
 
@@ -64,26 +65,26 @@ def filled(
     return pages, key, value
 
 
+def restored(view: PagesView) -> tuple[Tensor, Tensor]:
+    """What the view holds, in float64."""
+    restore_pages = reference.restore_key_pages, reference.restore_value_pages
+    kept = (
+        [restore(*segment[2 * which : 2 * which + 2], torch.float32) for segment in view.segments]
+        for which, restore in enumerate(restore_pages)
+    )
+    key, value = (
+        torch.cat([*parts, tail], dim=2).double()
+        for parts, tail in zip(kept, (view.key_tail, view.value_tail), strict=True)
+    )
+    return key, value
+
+
 def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_dim: int, target: float | None) -> Row:
     """Decode attention of one token; the baselines are SDPA over dense caches, in the faster of its two forms."""
     pages, key, value = filled(batch, num_kv_heads, tokens, head_dim, torch.bfloat16)
     view = pages.view()
     query = torch.randn(batch, num_kv_heads * group, 1, head_dim).bfloat16()
-    exact_key, exact_value = (
-        torch.cat([*parts, tail], dim=2).double()
-        for parts, tail in (
-            (
-                [reference.restore_key_pages(s.key_qdata, s.key_metadata, torch.float32) for s in view.segments],
-                view.key_tail,
-            ),
-            (
-                [reference.restore_value_pages(s.value_qdata, s.value_metadata, torch.float32) for s in view.segments],
-                view.value_tail,
-            ),
-        )
-    )
-    expected = reference.attend(query.double(), exact_key, exact_value, CAUSAL)
-    del exact_key, exact_value
+    expected = reference.attend(query.double(), *restored(view), CAUSAL)
     output = reads.attention(query, view, CAUSAL)
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
 
@@ -106,6 +107,40 @@ def attention_row(batch: int, num_kv_heads: int, group: int, tokens: int, head_d
         "ratio_to_best_sdpa": round(best / times["int8"], 2),
         "ratio_to_torch_backend": round(slow["torch backend"] / times["int8"], 1),
         "target": target,
+    }
+
+
+def masked_row(new: int, num_kv_heads: int, group: int, tokens: int, head_dim: int) -> Row:
+    """New tokens behind others, a draft or a turn, with the mask that ``generate()`` makes for them.
+
+    The baselines are what transformers does of it with exact states: SDPA with that mask, heads grouped or repeated.
+    """
+    pages, key, value = filled(1, num_kv_heads, tokens, head_dim, torch.bfloat16)
+    view = pages.view()
+    query = torch.randn(1, num_kv_heads * group, new, head_dim).bfloat16()
+    positions = torch.arange(tokens)
+    mask = (positions <= positions[-new:, None])[None, None]
+    masked = AttentionOptions(mask)
+    output = reads.attention(query, view, masked)
+    expected = reference.attend(query.double(), *restored(view), masked)
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-5)
+    candidates: dict[str, Callable[[], object]] = {"int8": lambda: reads.attention(query, view, masked)}
+    for dtype in (torch.bfloat16, torch.float32):
+        name, q, k, v = str(dtype).removeprefix("torch."), *(states.to(dtype) for states in (query, key, value))
+        grouped = {"query": q, "key": k, "value": v, "enable_gqa": True}
+        repeated = {"query": q} | {"key": k.repeat_interleave(group, dim=1), "value": v.repeat_interleave(group, dim=1)}
+        for form, states in (("gqa", grouped), ("repeated", repeated)):
+            candidates[f"sdpa {form} {name}"] = lambda states=states: scaled_dot_product_attention(
+                **states, attn_mask=mask
+            )
+    times = interleaved(candidates, 7)
+    best = min(t for name, t in times.items() if name.startswith("sdpa"))
+    return {
+        "row": f"masked attention, {new} new tokens over {tokens}, {num_kv_heads} KV heads, group {group}, "
+        f"head_dim {head_dim}",
+        "median_ms": times,
+        "ratio_to_best_sdpa": round(best / times["int8"], 2),
+        "target": 1.0,
     }
 
 
@@ -263,7 +298,9 @@ def run_each(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder with SmolLM2-135M as GGUF; without it its rows are left out")
-    parser.add_argument("--rows", nargs="*", default=["append", "attention", "store", "smollm2", "one-billion"])
+    parser.add_argument(
+        "--rows", nargs="*", default=["append", "attention", "masked", "store", "smollm2", "one-billion"]
+    )
     parser.add_argument("--out", default="docs/benchmarks/cpu-attention.json")
     parser.add_argument("--threads", type=int, help="instead of torch's own choice")
     options = parser.parse_args()
@@ -288,6 +325,9 @@ def main() -> None:
         add(attention_row(8, 8, 4, 2048, 128, 1.5))
         add(attention_row(1, 3, 3, 8192, 64, None))
         add(attention_row(1, 8, 4, 256, 128, None))
+    if "masked" in options.rows:
+        add(masked_row(8, 8, 4, 8192, 128))
+        add(masked_row(512, 3, 3, 4608, 64))
     if "store" in options.rows:
         for dtype in (torch.bfloat16, torch.float32):
             for transposed in (False, True):
