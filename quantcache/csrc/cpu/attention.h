@@ -5,7 +5,7 @@
 //   restored value = scale_t * (code - zero_t), a scale per token: folded into the weight,
 //     output_d = sum_t (p_t * scale_t) * code_td  -  sum_t (p_t * scale_t) * zero_t
 // Traffic: each page is read once, 2 * 64 * head_dim bytes and its metadata, whatever the number of rows in the group
-// and of neighbouring sequences that read it.
+// and of neighbouring sequences that read it; for many rows it is made floats once, which stay in a core's second cache.
 // All arithmetic is float32. A hidden token has the weight zero even if its page is broken.
 #pragma once
 
@@ -49,12 +49,29 @@ struct Partial {
   }
 };
 
-// 64 tokens or fewer from token `first` on. Codes are int8 of a page, or float of the tail.
-template <typename Code>
+// Query rows from which on a page is made floats once for all of them: SSE2 takes as long to convert as to multiply, the
+// others do both at once, and win what sums across lanes take.
+constexpr int64_t kWorthConverting = (kLanes == 4 ? 2 : 4) * kRowTile;
+
+// What a block of tokens is made of: int8 codes of a page as they are stored; the same as floats, keys (width, 64); or
+// the tail, restored.
+enum Form { kCodes, kConverted, kExact };
+
+template <Form>
+struct CodeOf {
+  typedef float type;
+};
+template <>
+struct CodeOf<kCodes> {
+  typedef int8_t type;
+};
+
+// 64 tokens or fewer from token `first` on.
+template <Form form>
 struct Block {
-  const Code *keys, *values;
+  const typename CodeOf<form>::type *keys, *values;
   int64_t key_stride, value_stride, first, count;
-  const int8_t *own_values, *next_keys;  // to be fetched ahead, or null
+  const int8_t *own_values, *next_keys, *next_values;  // to be fetched ahead, or null
 };
 
 QC_INLINE Vec repeat4(const float* p) {
@@ -140,11 +157,11 @@ struct KeptRows {
   }
 };
 
-// The rows `row` to row + kRows of a band, or to row + 4 where kRows is 4; `is_first` of all that read the block.
-template <int kRows, typename Code>
-static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t row, bool is_first,
+// The rows `row` to row + kRows of a band, or to row + 4 where kRows is 4, in tile number `tile` of the block.
+template <int kRows, Form form>
+static void attend_rows(const AttentionPlan& plan, const Block<form>& block, int64_t head, int64_t row, int64_t tile,
                         const Scratch& scratch, Partial state) {
-  constexpr bool kIsPage = sizeof(Code) == 1;
+  constexpr bool kIsPage = form != kExact;
   const AttentionArgs& args = *plan.args;
   Reach reach[kRowTile];
   bool is_seen = false, is_whole = block.count == kPageSize;
@@ -161,8 +178,11 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
     fold_query(query, scratch, plan.width, bias);
     query = scratch.folded;
   }
-  score_tokens<kRows>(query, plan.width, block.keys, block.key_stride, block.count, scratch.scores,
-                      is_first ? block.own_values : nullptr, block.value_stride);
+  if constexpr (form == kConverted)
+    score_page<kRows>(query, plan.width, block.keys, scratch.scores);
+  else
+    score_tokens<kRows>(query, plan.width, block.keys, block.key_stride, block.count, scratch.scores,
+                        tile == 0 ? block.own_values : nullptr, block.value_stride);
   int64_t count = round_up(block.count, 4);
   Vec biases = repeat4(bias), cap = splat(float(args.softcap));
   if (kIsPage || args.softcap)
@@ -177,24 +197,26 @@ static void attend_rows(const AttentionPlan& plan, const Block<Code>& block, int
     softmax_step<kIsPage>(scratch, count, state, row, rescale);
   }
   add_values<kRows>(scratch.scores, rescale, block.values, block.value_stride, block.count,
-                    state.output + row * plan.v_width, plan.v_width, is_first ? block.next_keys : nullptr);
+                    state.output + row * plan.v_width, plan.v_width,
+                    tile == 0   ? block.next_keys
+                    : tile == 1 ? block.next_values
+                                : nullptr);
 }
 
 // A block for the sequences `begin` to `end` of a band.
-template <typename Code>
-static void attend_block(const AttentionPlan& plan, const Block<Code>& block, int64_t head, int64_t begin, int64_t end,
+template <Form form>
+static void attend_block(const AttentionPlan& plan, const Block<form>& block, int64_t head, int64_t begin, int64_t end,
                          const Scratch& scratch, Partial state) {
-  for (int64_t row = begin * plan.rows; row < end * plan.rows; row += kRowTile) {
+  for (int64_t row = begin * plan.rows, tile = 0; row < end * plan.rows; row += kRowTile, ++tile) {
     int64_t rows = end * plan.rows - row;
-    bool is_first = row == begin * plan.rows;
     if (rows >= 4)
-      attend_rows<4>(plan, block, head, row, is_first, scratch, state);
+      attend_rows<4>(plan, block, head, row, tile, scratch, state);
     else if (rows == 3)
-      attend_rows<3>(plan, block, head, row, is_first, scratch, state);
+      attend_rows<3>(plan, block, head, row, tile, scratch, state);
     else if (rows == 2)
-      attend_rows<2>(plan, block, head, row, is_first, scratch, state);
+      attend_rows<2>(plan, block, head, row, tile, scratch, state);
     else
-      attend_rows<1>(plan, block, head, row, is_first, scratch, state);
+      attend_rows<1>(plan, block, head, row, tile, scratch, state);
   }
 }
 

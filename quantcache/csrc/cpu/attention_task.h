@@ -38,6 +38,39 @@ static const int8_t* padded_codes(const int8_t* codes, int64_t head_dim, int64_t
   return padded;
 }
 
+// The keys of a page, (64, head_dim), as floats (width, 64).
+static void convert_keys(const int8_t* codes, int64_t head_dim, int64_t width, float* tile) {
+  for (int64_t token = 0; token < kPageSize; token += 16)
+    for (int64_t d = 0; d < width; d += 16) {
+      Bytes16 rows[16];
+      for (int i = 0; i < 16; ++i) {
+        const int8_t* row = codes + (token + i) * head_dim + d;
+        int8_t rest[16] = {};
+        if (d + 16 > head_dim) __builtin_memcpy(rest, row, head_dim - d);
+        rows[i] = load_bytes(d + 16 > head_dim ? rest : row);
+      }
+      transpose_bytes(rows);
+      for (int i = 0; i < 16; ++i) {
+        int8_t channel[16];
+        __builtin_memcpy(channel, rows + i, sizeof channel);
+        for (int t = 0; t < 16; t += kLanes) store(tile + (d + i) * kPageSize + token + t, load_codes(channel + t));
+      }
+    }
+}
+
+// The values of a page, (64, head_dim), as floats (64, width).
+static void convert_values(const int8_t* codes, int64_t head_dim, int64_t width, float* tile) {
+  int64_t whole = head_dim / kLanes * kLanes;
+  for (int64_t token = 0; token < kPageSize; ++token, codes += head_dim, tile += width) {
+    for (int64_t d = 0; d < whole; d += kLanes) store(tile + d, load_codes(codes + d));
+    for (int64_t d = whole; d < width; d += kLanes) {
+      int8_t rest[kLanes] = {};
+      if (d < head_dim) __builtin_memcpy(rest, codes + d, head_dim - d);
+      store(tile + d, load_codes(rest));
+    }
+  }
+}
+
 // Where the page of a segment that starts with page `start` of the layer lies for a sequence: counted in pages of heads.
 static int64_t place_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t start, int64_t page,
                         int64_t sequence, int64_t head) {
@@ -56,17 +89,30 @@ static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, i
   const int8_t* values = segment.value_qdata + index * kPageSize * args.v_head_dim;
   unpack_metadata(segment.key_metadata + index * args.head_dim, args.head_dim, scratch.key_scale, scratch.key_zero);
   unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
-  Block<int8_t> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
+  const int8_t *next_keys = nullptr, *next_values = nullptr;
+  if (page + 1 < start + segment.num_pages) {
+    int64_t next = place_of(plan, segment, start, page + 1, sequence, head);
+    next_keys = segment.key_qdata + next * kPageSize * args.head_dim;
+    next_values = segment.value_qdata + next * kPageSize * args.v_head_dim;
+  }
+  int64_t first = page * kPageSize;
+  if ((end - begin) * plan.rows >= kWorthConverting) {
+    convert_keys(keys, args.head_dim, plan.width, scratch.key_tile);
+    convert_values(values, args.v_head_dim, plan.v_width, scratch.value_tile);
+    Block<kConverted> block{scratch.key_tile, scratch.value_tile, kPageSize,  plan.v_width, first, kPageSize,
+                            nullptr,          next_keys,          next_values};
+    attend_block(plan, block, head, begin, end, scratch, state);
+    return;
+  }
+  Block<kCodes> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
                       padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
                       plan.width,
                       plan.v_width,
-                      page * kPageSize,
+                      first,
                       kPageSize,
                       values,
+                      next_keys,
                       nullptr};
-  if (page + 1 < start + segment.num_pages)
-    block.next_keys =
-        segment.key_qdata + place_of(plan, segment, start, page + 1, sequence, head) * kPageSize * args.head_dim;
   attend_block(plan, block, head, begin, end, scratch, state);
 }
 
@@ -87,7 +133,8 @@ static void attend_tail(const AttentionPlan& plan, int64_t first, int64_t head, 
   };
   read(args.key_tail, args.key_tail_stride, args.head_dim, plan.width, scratch.key_tile);
   read(args.value_tail, args.value_tail_stride, args.v_head_dim, plan.v_width, scratch.value_tile);
-  Block<float> block{scratch.key_tile, scratch.value_tile, plan.width, plan.v_width, first, count, nullptr, nullptr};
+  Block<kExact> block{scratch.key_tile, scratch.value_tile, plan.width, plan.v_width, first, count, nullptr, nullptr,
+                      nullptr};
   attend_block(plan, block, head, member, member + 1, scratch, state);
 }
 

@@ -44,7 +44,7 @@ static inline int64_t scratch_size(const AttentionPlan& plan) {
   int64_t wider = plan.width > plan.v_width ? plan.width : plan.v_width;
   return plan.padded_rows * plan.width                        // query
          + (kRowTile + 2) * plan.width                        // folded query, key scale, key zero point
-         + kPageSize * plan.width + kPageSize * plan.v_width  // tail tile, or two pages of padded codes
+         + kPageSize * plan.width + kPageSize * plan.v_width  // tail tile, or two pages of padded codes or of floats
          + kPageSize * kRowTile                               // scores, then weights
          + 2 * (kPageSize + kWidthStep)                       // value scale, value zero point
          + wider;                                             // an output row

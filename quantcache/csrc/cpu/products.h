@@ -1,5 +1,6 @@
 // The two products of attention for a tile of 4 query rows: scores = query . keys and output += weights . values.
-// Scores and weights lie as (token, row). A loaded vector of codes is converted once and used by all rows. int8 dot
+// Scores and weights lie as (token, row). A loaded vector of codes is converted once and used by all rows of the tile;
+// a page for many tiles is converted before, for all of them, and its keys lie as (channel, token) then. int8 dot
 // products (VNNI) would need the query cut into three int8 parts to keep float32 accuracy, bfloat16 ones (vdpbf16ps)
 // into three bfloat16 parts: 21 and 11 products an instruction against 16 of the plain FMA, and VNNI then needs
 // transposed keys. So FMA it is.
@@ -80,6 +81,63 @@ static void score_tokens(const float* query, int64_t width, const Code* keys, in
 #pragma GCC unroll 4
     for (int t = 0; t < kTokenTile; ++t) tokens[t] = sum_groups(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
     store(scores + token * 4, sum_across(tokens));
+  }
+}
+
+// Lanes of four rows to four vectors of a group per token: lane 4 * t + i of the result is lane t of row i.
+QC_INLINE void interleave_rows(const Vec* rows, Vec* tokens) {
+#if defined(__AVX512F__)
+#define QC_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define QC_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define QC_LOW_PAIRS 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23
+#define QC_HIGH_PAIRS 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31
+#elif defined(__AVX2__)
+#define QC_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define QC_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define QC_LOW_PAIRS 0, 1, 8, 9, 2, 3, 10, 11
+#define QC_HIGH_PAIRS 4, 5, 12, 13, 6, 7, 14, 15
+#else
+#define QC_LOW 0, 4, 1, 5
+#define QC_HIGH 2, 6, 3, 7
+#define QC_LOW_PAIRS 0, 1, 4, 5
+#define QC_HIGH_PAIRS 2, 3, 6, 7
+#endif
+  Vec low01 = QC_SHUFFLE(rows[0], rows[1], QC_LOW), high01 = QC_SHUFFLE(rows[0], rows[1], QC_HIGH);
+  Vec low23 = QC_SHUFFLE(rows[2], rows[3], QC_LOW), high23 = QC_SHUFFLE(rows[2], rows[3], QC_HIGH);
+  tokens[0] = QC_SHUFFLE(low01, low23, QC_LOW_PAIRS);
+  tokens[1] = QC_SHUFFLE(low01, low23, QC_HIGH_PAIRS);
+  tokens[2] = QC_SHUFFLE(high01, high23, QC_LOW_PAIRS);
+  tokens[3] = QC_SHUFFLE(high01, high23, QC_HIGH_PAIRS);
+#undef QC_LOW
+#undef QC_HIGH
+#undef QC_LOW_PAIRS
+#undef QC_HIGH_PAIRS
+}
+
+// scores (64, 4) = query (kRows, width) . keys (width, 64), a page's; rows past kRows get zeros. No sum goes across lanes.
+template <int kRows>
+static void score_page(const float* query, int64_t width, const float* keys, float* scores) {
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // what 32 or 16 registers hold for 4 rows
+  for (int64_t token = 0; token < kPageSize; token += kVectors * kLanes) {
+    Vec sums[kVectors][4] = {};
+    for (int64_t d = 0; d < width; ++d) {
+      Vec key[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) key[v] = load(keys + d * kPageSize + token + v * kLanes);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        Vec part = splat(query[row * width + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[v][row] += part * key[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec tokens[4];
+      interleave_rows(sums[v], tokens);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(scores + (token + v * kLanes) * 4 + i * kLanes, tokens[i]);
+    }
   }
 }
 

@@ -27,16 +27,20 @@ typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecHalf __attribute__((vector_size(kVectorBytes / 2)));
 typedef int8_t VecCode __attribute__((vector_size(kLanes)));
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
 
 #if defined(__clang__)
 #define QC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define QC_SHUFFLE_BYTES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define QC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#define QC_SHUFFLE_BYTES(a, b, ...) __builtin_shuffle(a, b, Bytes16{__VA_ARGS__})
 #endif
 
 constexpr float kInfinity = __builtin_inff();
 
-QC_INLINE Vec splat(float x) { return Vec{} + x; }
+// Minus zero, which changes no number: a compiler has to carry out the addition of zero, for the sake of -0.
+QC_INLINE Vec splat(float x) { return x - Vec{}; }
 
 QC_INLINE Vec load(const float* p) {
   Vec v;
@@ -101,18 +105,16 @@ QC_INLINE VecHalf narrow_halves(VecU v) {
   return (VecHalf)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
 }
 #else
-typedef int8_t Bytes16 __attribute__((vector_size(16)));
 typedef int16_t Words8 __attribute__((vector_size(16)));
 // Each byte four times, by interleaving twice, which SSE2 has; the sign then comes by shifting.
 QC_INLINE VecI widen(VecCode v) {
   int32_t word;
   __builtin_memcpy(&word, &v, sizeof word);
   Bytes16 b = (Bytes16)VecI{word, 0, 0, 0};
+  Words8 w = (Words8)QC_SHUFFLE_BYTES(b, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #if defined(__clang__)
-  Words8 w = (Words8)__builtin_shufflevector(b, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   return (VecI)__builtin_shufflevector(w, w, 0, 8, 1, 9, 2, 10, 3, 11) >> 24;
 #else
-  Words8 w = (Words8)__builtin_shuffle(b, b, Bytes16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
   return (VecI)__builtin_shuffle(w, w, Words8{0, 8, 1, 9, 2, 10, 3, 11}) >> 24;
 #endif
 }
@@ -120,6 +122,31 @@ QC_INLINE VecU widen(VecHalf v) { return __builtin_convertvector(v, VecU); }
 QC_INLINE VecCode narrow_codes(VecI v) { return __builtin_convertvector(v, VecCode); }
 QC_INLINE VecHalf narrow_halves(VecU v) { return __builtin_convertvector(v, VecHalf); }
 #endif
+
+QC_INLINE Bytes16 load_bytes(const int8_t* p) {
+  Bytes16 bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+#define QC_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define QC_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+
+// Byte i of row j becomes byte j of row i, by interleaving the halves of 16 rows four times.
+QC_INLINE void transpose_bytes(Bytes16* rows) {
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    Bytes16 mixed[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      mixed[2 * i] = QC_SHUFFLE_BYTES(rows[i], rows[i + 8], QC_LOW);
+      mixed[2 * i + 1] = QC_SHUFFLE_BYTES(rows[i], rows[i + 8], QC_HIGH);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
+  }
+}
+#undef QC_LOW
+#undef QC_HIGH
 
 // Int8 codes, or floats, as floats.
 QC_INLINE Vec load_codes(const int8_t* p) {
