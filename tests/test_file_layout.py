@@ -242,7 +242,15 @@ def fuzz_cases() -> list[tuple[bytes, QuantizedInt8Cache, dict[str, Any]]]:
         if model is not None:
             cache = read_prompt(model, prompt(300))
         cases.append((cache, model))
-    return cases
+    shared = filled_cache(100, batch=2, heads=1, head_dim=2, v_head_dim=2)
+    shared.batch_repeat_interleave(2)
+    shared.reorder_cache(torch.tensor([3, 0, 1, 1]))
+    return [*cases, (shared, None)]
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    """The table in the head of a file."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -300,8 +308,10 @@ def run_fuzz(path: Path, seeds: range, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(factory, "MAX_NATIVE_WINDOW", 60)  # windows of 70 in int8, of 40 in transformers' own layers
     cases = []
     for cache, model in fuzz_cases():
-        cache.save(path, model=model, input_ids=prompt(cache.get_seq_length()))
+        batch = 1 if model else cache.layers[0].pages.batch_size
+        cache.save(path, model=model, input_ids=prompt(cache.get_seq_length(), batch))
         cases.append((path.read_bytes(), cache, model))
+    assert {json.loads(header_of(content)["__metadata__"]["quantcache"])["layout"] for content, *_ in cases} == {1, 2}
     refused = 0
     for seed in seeds:
         rng = random.Random(seed)
