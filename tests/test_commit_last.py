@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantcache.backends import dispatch
+from quantcache.layers import native
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import StaticInt8Layer
-from quantcache.layers.growing import Int8Layer
+from quantcache.layers.growing import GrowingInt8Layer, Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store import reads, writes
+from quantcache.store import fixed, reads, tail, writes
 from quantcache.store.fixed import StaticInt8Pages
 from tests.strategies import random_states
 
@@ -115,6 +116,11 @@ def replace(layer: BaseInt8Layer) -> None:
     layer.pages.replace(*states(tokens, 53))
 
 
+def fork(layer: BaseInt8Layer) -> BaseInt8Layer:
+    """What ``fork()`` of a cache makes of it."""
+    return layer.fork(layer.read_log.policy) if isinstance(layer, GrowingInt8Layer) else copy.deepcopy(layer)
+
+
 OPERATIONS: dict[str, Callable[[BaseInt8Layer], Any]] = {
     "update": lambda layer: layer.update(*states(1, 50)),
     "update many": lambda layer: layer.update(*states(200, 51)),
@@ -126,6 +132,7 @@ OPERATIONS: dict[str, Callable[[BaseInt8Layer], Any]] = {
     "select one": lambda layer: layer.batch_select_indices(torch.tensor([1])),
     "repeat": lambda layer: layer.batch_repeat_interleave(2),
     "replace": replace,
+    "fork": fork,
     "offload": touch,
     "fetch": lambda layer: layer.pages.fetch(),
     "read": lambda layer: layer.keys.restore() if layer.pages.num_pages else layer.keys,
@@ -150,6 +157,8 @@ def prepared(kind: str, length: int, how: str) -> BaseInt8Layer:
     if how == "reordered":
         layer.reorder_cache(torch.tensor([1, 1, 0]))
         layer.update(*states(1, 4))
+    elif how == "reordered, tails not gathered":
+        layer.reorder_cache(torch.tensor([1, 1, 0]))
     elif how == "offloaded":
         layer.pages.offload()
     return layer
@@ -161,7 +170,7 @@ THIRD = [3, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.sweep])]
 
 @pytest.mark.parametrize("step", THIRD)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("how", ["plain", "reordered", "offloaded", "unwritten"])
+@pytest.mark.parametrize("how", ["plain", "reordered", "reordered, tails not gathered", "offloaded", "unwritten"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_fails_leaves_every_byte(
     kind: str, how: str, backend: str, step: int, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +204,53 @@ def test_whatever_fails_leaves_every_byte(
                         continue
                     break
                 assert_same(stored(layer), after, place)
+
+
+@pytest.mark.parametrize("how", ["plain", "reordered", "reordered, tails not gathered", "offloaded"])
+@pytest.mark.parametrize("kind", ["growing", "window"])
+def test_whatever_fails_in_one_of_a_fork_leaves_every_byte_of_the_other(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "torch")
+    for turn, (name, operation) in enumerate(OPERATIONS.items()):
+        if name in NOT_FOR[kind] or (name == "fetch" and how != "offloaded"):
+            continue
+        length = list(LENGTHS.values())[-1 - turn % 2]
+        layer = prepared(kind, length, how)
+        other = fork(layer)
+        layer, other = (layer, other) if turn % 4 < 2 else (other, layer)
+        before = stored(copy.deepcopy(other))
+        for place in range(1 + turn % 3, 1000, 3):
+            try:
+                with FailAt(place):
+                    operation(layer)
+            except InjectedError:
+                assert_same(stored(other), before, place)
+                assert_same(stored(layer), before, place)
+                continue
+            break
+        assert_same(stored(other), before, place)
+
+
+def test_layers_that_are_reordered_together_are_so_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tail, fixed):  # as on a GPU
+        monkeypatch.setattr(module, "gathers_together", lambda _: True)
+    layers = [prepared("fixed", 260, "plain") for _ in range(3)]
+    before, order = stored(layers[0]), torch.tensor([2, 0, 1])
+    for place in range(1, 1000):
+        try:
+            with FailAt(place):
+                native.reorder_rows(layers, order)
+        except InjectedError:
+            for layer in layers:
+                assert_same(stored(layer), before, place)
+            continue
+        break
+    assert place > 5
+    layer = prepared("fixed", 260, "plain")
+    layer.reorder_cache(order)
+    for each in layers:
+        assert_same(stored(each), stored(layer), place)
 
 
 def test_the_first_tokens_of_other_sequences_leave_a_reset_layer_as_it_was() -> None:

@@ -19,6 +19,7 @@ from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads
+from quantcache.store.buffer import FOLLOWS_TABLE, SHARES_READS
 from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
 from quantcache.store.segments import ClosedPages
@@ -488,14 +489,15 @@ def test_a_fixed_capacity_stores_what_the_growing_cache_stores_and_reads_it(
 
 
 def test_a_reordered_fixed_capacity_is_read_through_its_table(launched: list[str]) -> None:
-    """Over two page ends, in recorded reads as in others, without a copy of a page."""
+    """Over two page ends, in reads recorded before and after as in others, without a copy of a page."""
     states = [random_states(3, 2, tokens, 64, seed=tokens)[0] for tokens in (200, 1)]
     static, growing = (make(*states[:1] * 2) for make in (lambda *given: StaticInt8Pages(*given, 465), Int8Pages))
     query, _ = random_states(3, 4, 1, 64, seed=7)
     scratch = dispatch.scratch_for(static.key_tail, static.value_tail)
     for each in (static, growing):
         each.append(states[0], states[0])
-    pages = static.buffers.pages.key_qdata[:2].clone()
+    pages, first_shape = static.buffers.pages.key_qdata[:2].clone(), static.layout.shape
+    assert first_shape.sharing == FOLLOWS_TABLE
     for step in range(150):
         for each in (static, growing):
             each.append(states[1] * step, states[1] * step)
@@ -503,9 +505,10 @@ def test_a_reordered_fixed_capacity_is_read_through_its_table(launched: list[str
                 each.index_select(torch.tensor([[2, 0, 0], [1, 1, 2]][step % 2]))
         if step % 10 == 0:
             expected = reference.attend(query, *growing.restore())
-            output = reads.attention_recorded(query, [static.memory, scratch], static.layout.shape)
-            torch.testing.assert_close(output, expected)
+            for shape in (first_shape, static.layout.shape):
+                output = reads.attention_recorded(query, [static.memory, scratch], shape)
+                torch.testing.assert_close(output, expected)
             torch.testing.assert_close(reads.attention(query, static.view()), expected)
-    assert static.layout.shape.is_shared
+    assert static.layout.shape.sharing == SHARES_READS
     assert torch.equal(static.buffers.pages.key_qdata[:2], pages)
     assert_same_bytes(static, growing)

@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import Qwen2Config
 
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import dispatch
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
-from quantcache.store import reads
+from quantcache.store import reads, tail
 from quantcache.store.growing import Int8Pages
-from quantcache.store.segments import ClosedPages, RowTable, Segment
+from quantcache.store.segments import ClosedPages, RowTable, Segment, sizes_until
 from quantcache.store.view import PagesView
 from tests.strategies import random_states
 
@@ -132,9 +133,70 @@ def test_registered_operations_read_a_table_on_every_backend() -> None:
 def test_a_table_counts_what_is_read() -> None:
     segments = filled().segments
     table = RowTable.identity(4, sum(segment.capacity for segment in segments))
-    assert table.is_identity(segments)
-    assert table.share_read(segments) == 1
-    assert RowTable(table.rows[[0, 0, 1, 1]]).share_read(segments) == 0.5
+    sizes = sizes_until(segments, 1000)
+    assert sizes == tuple((segment.capacity, 4) for segment in segments)
+    assert sum(pages for pages, _ in sizes_until(segments, 3)) == 3
+    assert table.is_identity(sizes)
+    assert table.share_read(sizes) == 1
+    assert RowTable(table.rows[[0, 0, 1, 1]]).share_read(sizes) == 0.5
+
+
+def test_the_report_of_a_fixed_capacity_says_who_shares() -> None:
+    config = Qwen2Config(num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    cache = QuantizedInt8Cache(config, max_cache_len=400)
+    cache.update(*random_states(3, 2, 300, 16), 0)
+    nbytes = cache.nbytes
+    assert "rows" not in str(cache.report())
+    cache.reorder_cache(torch.tensor([1, 1, 2]))
+    (row,) = cache.report().layers
+    assert (row.rows_stored, row.rows_read, cache.nbytes) == (2 * 4, 3 * 4, nbytes)
+    cache.reset()
+    assert "rows" not in str(cache.report())
+
+
+def test_a_table_says_whether_neighbours_share() -> None:
+    rows = RowTable.identity(3, 2).rows
+    assert not RowTable(rows).neighbours_share
+    assert not RowTable(rows[[2, 0, 1]]).neighbours_share
+    assert RowTable(rows[[2, 0, 0]]).neighbours_share
+
+
+@pytest.mark.usefixtures("reads_row_tables")
+@pytest.mark.parametrize("together", [False, True])
+def test_tails_are_gathered_when_they_are_read(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the reordering, once for several of them, and on a GPU of all layers at once."""
+    calls: list[int] = []
+
+    def counted(parts: list[Tensor], rows: Tensor) -> list[Tensor]:
+        calls.append(len(parts))
+        return [part.index_select(0, rows) for part in parts]
+
+    monkeypatch.setattr(tail, "take_rows", counted)
+    monkeypatch.setattr(tail, "gathers_together", lambda _: together)
+    cache = QuantizedInt8Cache()
+    for layer_idx in range(3):
+        cache.update(*random_states(4, 2, 100, 16, seed=layer_idx), layer_idx)
+    expected = [layer.pages.restore()[0] for layer in cache.layers]
+    for order in ([3, 1, 1, 0], [0, 0, 2, 3], [0, 1, 2, 3]):
+        cache.reorder_cache(torch.tensor(order))
+        expected = [keys[order] for keys in expected]
+    fork = cache.fork()
+    assert not calls
+    assert [layer.pages.batch_size for layer in cache.layers] == [4, 4, 4]
+    for each in (cache, fork):
+        for layer, keys in zip(each.layers, expected, strict=True):
+            assert torch.equal(layer.pages.restore()[0], keys)
+    assert calls == ([3, 3] if together else [1] * 6)
+    for each in (cache, fork):
+        each.layers[0].update(*random_states(4, 2, 1, 16, seed=9))
+    assert torch.equal(cache.layers[1].pages.restore()[0], expected[1])
+
+
+def test_rows_are_taken_of_all_in_one_operation() -> None:
+    parts, rows = [torch.randn(3, 2, 5) for _ in range(4)], torch.tensor([2, 0, 0, 1])
+    for have, part in zip(tail.joint_rows(parts, rows), parts, strict=True):
+        assert torch.equal(have, part[rows])
+        assert have.is_contiguous()
 
 
 @pytest.mark.usefixtures("reads_row_tables")
@@ -163,6 +225,8 @@ def test_shared_bytes_count_once_and_the_report_says_who_shares() -> None:
     assert cache.nbytes == pages + sum(buffer.nbytes for buffer in cache.layers[0].pages._buffers)
     (row,) = cache.report().layers
     assert (row.rows_stored, row.rows_read) == (2 * 4, 16 * 4)
+    assert "<th>rows stored</th><th>rows read</th>" in cache.report()._repr_html_()
+    assert "<td>8</td><td>64</td>" in cache.report()._repr_html_()
     head, line, *_ = str(cache.report()).splitlines()
     assert head.endswith("rows stored  rows read")
     assert line.endswith("8            64")

@@ -23,6 +23,7 @@ from quantcache.store import reads
 from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
 from quantcache.store.tensor import Int8Tensor, read_recorded
+from quantcache.store.view import PagesView
 from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
@@ -166,7 +167,7 @@ def test_a_compiled_step_reads_what_an_uncompiled_one_reads(device: str, with_ma
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("reordered_first", [True, False])
 def test_a_compiled_step_stays_valid_after_reorderings(reordered_first: bool, device: str, frames: Any) -> None:
-    """One graph, at the addresses it knows; reordered before it, the layer never copies a page."""
+    """One graph, at the addresses it knows, recorded before the first of them or behind; no page is copied."""
     grown, layer = Int8Layer(), StaticInt8Layer(CAPACITY)
     for each in (grown, layer):
         each.update(*new_states(150, 0, device, batch=3))
@@ -188,7 +189,44 @@ def test_a_compiled_step_stays_valid_after_reorderings(reordered_first: bool, de
     assert frames() == 1
     assert [part.data_ptr() for part in layer.pages.buffers] == addresses
     follows = dispatch.BACKENDS[layer.pages.backend[0]].READS_ROW_TABLE
-    assert torch.equal(layer.pages.buffers.pages.key_qdata[:1], pages) == (follows and reordered_first)
+    assert torch.equal(layer.pages.buffers.pages.key_qdata[:1], pages) == follows
+    assert_same_bytes(layer.pages, grown.pages)
+
+
+@pytest.mark.cuda
+@skip_without_gpu
+def test_a_captured_graph_stays_valid_after_the_first_reordering() -> None:
+    """Replayed as it is, at the addresses it knows, without a copy of a page."""
+    grown, layer = Int8Layer(), StaticInt8Layer(CAPACITY)
+    for each in (grown, layer):
+        each.update(*new_states(150, 0, "cuda", batch=3))
+    step = torch.compile(Attention(layer), fullgraph=True, backend="aot_eager", dynamic=False)
+    query = random_states(3, 4 * HEADS, 1, HEAD_DIM, device="cuda")[0]
+    held = new_states(1, 0, "cuda", batch=3)
+
+    def fed(index: int) -> PagesView:
+        for part, new in zip(held, new_states(1, index, "cuda", batch=3), strict=True):
+            part.copy_(new)
+        return grown.update(*(part.clone() for part in held))[0].pages_view
+
+    with torch.no_grad():
+        for index in range(3):
+            fed(index)
+            step(query, *held)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step(query, *held)
+        pages = layer.pages.buffers.pages.key_qdata[:1].clone()
+        for index in range(3, 150):
+            view = fed(index)
+            graph.replay()
+            torch.testing.assert_close(output, reads.attention(query, view), rtol=2e-3, atol=2e-3)
+            if index % 40 == 20:
+                for each in (grown, layer):
+                    each.reorder_cache(torch.tensor([[1, 0, 2], [2, 2, 1]][index % 3 % 2], device="cuda"))
+    layer.pages.is_stale = True  # a replay tells the host nothing
+    assert torch.equal(layer.pages.buffers.pages.key_qdata[:1], pages)
     assert_same_bytes(layer.pages, grown.pages)
 
 

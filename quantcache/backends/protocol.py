@@ -73,6 +73,10 @@ class View(Protocol):
         """The same with lengths that the host knows; waits for the device."""
 
     @property
+    def may_share(self) -> bool:
+        """Whether neighbouring sequences may read one row of the table; if not, looking for it is in vain."""
+
+    @property
     def memo(self) -> dict[object, Any]:
         """What backends found out about the segments; lives as long as they do not change."""
 

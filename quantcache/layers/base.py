@@ -300,8 +300,10 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
     def batch_select_indices(self, indices: Tensor | Selection) -> None:
         """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
         if self.pages is not None and not self.is_empty:
+            batch = self.pages.batch_size
             self.pages.index_select(indices if isinstance(indices, Selection) else torch.as_tensor(indices))
-            self._accepted = ()
+            if self.pages.batch_size != batch:
+                self._accepted = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""

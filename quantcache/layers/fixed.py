@@ -1,6 +1,7 @@
 """``StaticInt8Layer``: the layer contract of transformers over ``StaticInt8Pages``, for compiled decoding."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -11,13 +12,29 @@ from quantcache.layers import _host
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
-from quantcache.store import traced
+from quantcache.store import fixed, traced
 from quantcache.store.fixed import StaticInt8Pages, check_room
 from quantcache.store.pages import Pages, Selection
 from quantcache.store.read_log import FallbackPolicy
 from quantcache.store.tensor import RecordedStates
 
 _OFFLOADED: Final = "its pages are offloaded"
+
+
+def select_rows(layers: Sequence["StaticInt8Layer"], selection: Selection) -> None:
+    """``batch_select_indices`` of several layers at once, of all or of none.
+
+    Raises:
+        ValueError: see there.
+    """
+    held = [layer.pages for layer in layers if layer.pages is not None]
+    for pages in held:
+        if (taken := len(selection.rows(pages.batch_size))) != pages.batch_size:
+            raise ValueError(
+                "StaticInt8Layer: a cache of fixed capacity keeps its batch of "
+                f"{pages.batch_size} sequences, got {taken}. Use QuantizedInt8Cache without max_cache_len."
+            )
+    fixed.select_rows(held, selection)
 
 
 @dataclass(eq=False)
@@ -219,17 +236,7 @@ class StaticInt8Layer(BaseInt8Layer):
         Raises:
             ValueError: another number of sequences; addresses and shapes are fixed.
         """
-        if self.pages is None:
-            return
-        given = torch.as_tensor(indices.indices if isinstance(indices, Selection) else indices)
-        if given.dtype == torch.bool:
-            given = given.nonzero().squeeze(1)
-        if len(given) != self.pages.batch_size:
-            raise ValueError(
-                "StaticInt8Layer: a cache of fixed capacity keeps its batch of "
-                f"{self.pages.batch_size} sequences, got {len(given)}. Use QuantizedInt8Cache without max_cache_len."
-            )
-        self.pages.index_select(indices if isinstance(indices, Selection) else given)
+        select_rows([self], indices if isinstance(indices, Selection) else Selection(torch.as_tensor(indices)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused but for 1, which changes nothing: the batch is fixed."""
@@ -254,8 +261,7 @@ class StaticInt8Layer(BaseInt8Layer):
         reason = self.read_log.reason or (self._why_eager and f"not compiled: {self._why_eager}")
         if self.pages is not None and self.pages.was_recorded:
             kernel = f"{self.pages.backend[0]}, compiled"
-        row = self._report_as(layer_idx, storage, kernel, reason)
-        return replace(row, rows_read=row.rows_stored)
+        return self._report_as(layer_idx, storage, kernel, reason)
 
     def _exact_tokens(self) -> int:
         """Tokens for which transformers' own layer would have room."""

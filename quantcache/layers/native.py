@@ -1,5 +1,6 @@
 """What a cache asks of any of its layers, int8 or transformers' own, whose classes differ in what they can do."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers.cache_utils import (
 )
 
 from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.fixed import StaticInt8Layer
+from quantcache.layers.fixed import select_rows as select_fixed_rows
 from quantcache.layers.report import LayerReport
 from quantcache.store.pages import Selection
 
@@ -44,40 +47,55 @@ def crop(layers: list[Any], tokens_to_remove: int) -> None:
 
 def reorder_rows(layers: list[Any], beam_idx: Tensor) -> None:
     """``QuantizedInt8Cache.reorder_cache`` of every layer."""
-    selection = Selection(torch.as_tensor(beam_idx))
+    _select_int8(layers, lambda batch: Selection(torch.as_tensor(beam_idx)))
     for layer in layers:
-        layer.reorder_cache(selection if isinstance(layer, BaseInt8Layer) else beam_idx)
+        if not isinstance(layer, BaseInt8Layer):
+            layer.reorder_cache(beam_idx)
 
 
 def select_rows(layers: list[Any], indices: Tensor) -> None:
     """``QuantizedInt8Cache.batch_select_indices``, of every layer or of none."""
     _check_rows(layers, "batch_select_indices")
-    selection = Selection(torch.as_tensor(indices))
+    _select_int8(layers, lambda batch: Selection(torch.as_tensor(indices)))
     for layer in layers:
-        if isinstance(layer, BaseInt8Layer):
-            layer.batch_select_indices(selection)
-        elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
             rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
             layer.reorder_cache(rows)  # type: ignore[arg-type]
-        else:
+        elif not isinstance(layer, BaseInt8Layer):
             layer.batch_select_indices(indices)
 
 
 def repeat_rows(layers: list[Any], repeats: int) -> None:
     """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
     _check_rows(layers, "batch_repeat_interleave")
-    selections: dict[int, Selection] = {}
+    _select_int8(layers, lambda batch: Selection(torch.arange(batch).repeat_interleave(repeats)))
     for layer in layers:
-        if isinstance(layer, BaseInt8Layer):
-            batch = 0 if layer.pages is None else layer.pages.batch_size
-            if batch not in selections:
-                selections[batch] = Selection(torch.arange(batch).repeat_interleave(repeats))
-            layer.batch_select_indices(selections[batch])
-        elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
             rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
             layer.reorder_cache(rows)  # type: ignore[arg-type]
-        else:
+        elif not isinstance(layer, BaseInt8Layer):
             layer.batch_repeat_interleave(repeats)
+
+
+def _select_int8(layers: list[Any], selection_of: Callable[[int], Selection]) -> None:
+    """Take sequences of every int8 layer, in operations that layers alike share; refused before one has changed.
+
+    Args:
+        layers: of a cache, others among them.
+        selection_of: which ones of as many as there are; asked once for each number.
+    """
+    by_batch: dict[int, list[BaseInt8Layer]] = {}
+    for layer in layers:
+        if isinstance(layer, BaseInt8Layer) and layer.pages is not None and not layer.is_empty:
+            by_batch.setdefault(layer.pages.batch_size, []).append(layer)
+    selections = {batch: selection_of(batch) for batch in by_batch}
+    for batch, selection in selections.items():
+        selection.rows(batch)
+    for batch, alike in by_batch.items():
+        select_fixed_rows([layer for layer in alike if isinstance(layer, StaticInt8Layer)], selections[batch])
+        for layer in alike:
+            if not isinstance(layer, StaticInt8Layer):
+                layer.batch_select_indices(selections[batch])
 
 
 def is_offloaded(layer: Any, only_non_sliding: bool) -> bool:

@@ -26,7 +26,8 @@ class LayerReport:
             states as the model made them, "restored" after a fallback, "native" for a transformers layer, "none" before
             the first read.
         reason: why the read was a fallback, else None.
-        rows_stored: rows of closed pages in memory, each one page of one sequence.
+        rows_stored: rows of closed pages in memory, each one page of one sequence; of a fixed capacity, which has
+            memory for all, those that some sequence reads.
         rows_read: pages that the sequences read, more than are stored where they share some.
         dtype: of the model, as "bfloat16"; None before the first tokens.
         exact_nbytes: bytes of the same tokens in that dtype, in the layer that transformers would have here, without

@@ -20,6 +20,10 @@ NUM_LENGTHS: Final = 4
 PAGES, TAIL_LEN, SEQ_LEN, COUNTER = range(NUM_LENGTHS)
 """Places in ``lengths``: closed pages, tokens in the tail, tokens in all, and a counter that kernels leave zero."""
 
+OWN_ROWS, FOLLOWS_TABLE, SHARES_READS = range(3)
+"""What a recorded step reads: of every sequence its own row; the row that the row table names; and that once for all
+neighbours that it names for."""
+
 ALIGNMENT: Final = 16
 """Bytes that the parts are aligned to, as the kernels read them."""
 
@@ -79,8 +83,7 @@ class StaticShape(NamedTuple):
         num_kv_heads: of the layer.
         head_dim: of the keys.
         v_head_dim: of the values.
-        is_shared: 1 if sequences may read other rows than their own, so that a recorded step reads the row table; else
-            0. Nothing lies elsewhere for it.
+        sharing: ``OWN_ROWS``, ``FOLLOWS_TABLE`` or ``SHARES_READS``. Nothing lies elsewhere for it.
     """
 
     capacity: int
@@ -89,13 +92,17 @@ class StaticShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
-    is_shared: int = 0
+    sharing: int = OWN_ROWS
 
     @classmethod
     def of(cls, capacity: int, residual_length: int, key_states: Tensor, value_states: Tensor) -> "StaticShape":
-        """For states like these, (batch, num_kv_heads, any, head_dim)."""
+        """For states like these, (batch, num_kv_heads, any, head_dim).
+
+        Steps of several sequences are recorded so that they stay valid when these are reordered.
+        """
         batch, num_kv_heads, _, head_dim = key_states.shape
-        return cls(capacity, residual_length, batch, num_kv_heads, head_dim, value_states.shape[3])
+        sharing = FOLLOWS_TABLE if batch > 1 else OWN_ROWS
+        return cls(capacity, residual_length, batch, num_kv_heads, head_dim, value_states.shape[3], sharing)
 
     @property
     def num_pages(self) -> int:

@@ -4,6 +4,7 @@ Every address stays what it is, so a recorded step and a CUDA graph can run on t
 makes the steps itself; after recorded ones it has to ask the device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
-from quantcache.store.buffer import PAGES, SEQ_LEN, TAIL_LEN, BufferLayout, StaticShape, layout_for
+from quantcache.store.buffer import PAGES, SEQ_LEN, SHARES_READS, TAIL_LEN, BufferLayout, StaticShape, layout_for
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, Selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, Segment
+from quantcache.store.tail import gathers_together, take_rows
 from quantcache.store.view import PagesView
 
 
@@ -60,7 +62,9 @@ class StaticInt8Pages(Pages):
         self.was_recorded = False
         """Whether the last step that the host knows of was a recorded one."""
         self.is_recorded = False
-        """Whether a step was ever recorded, which reads the row table if it was in use then."""
+        """Whether a step was recorded since the last reset, which is valid as long as the shape stays."""
+        self.is_reordered = False
+        """Whether sequences may read other rows than their own."""
         self._pages = self._tail_len = 0
         # Once pages were offloaded, the tail and the lengths lie apart and ``memory`` is of them alone. Copies of the
         # pages in host memory; what to wait for before those on the device are read, while they are on the way back.
@@ -89,7 +93,7 @@ class StaticInt8Pages(Pages):
     def is_for(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether the memory is that of states of this batch, these heads and head_dims, dtype and device."""
         shape = StaticShape.of(self.capacity, self.residual_length, key_states, value_states)
-        have = self.layout.shape._replace(is_shared=0), self.layout.dtype, self.memory.device
+        have = self.layout.shape._replace(sharing=shape.sharing), self.layout.dtype, self.memory.device
         return have == (shape, key_states.dtype, key_states.device)
 
     @property
@@ -106,8 +110,10 @@ class StaticInt8Pages(Pages):
 
     @property
     def rows_stored(self) -> int:
-        """See ``Pages.rows_stored``: one for each sequence, read or not."""
-        return self.batch_size * self.num_pages
+        """See ``Pages.rows_stored``: those that are read, in memory for one of each sequence. Waits for the device."""
+        if not self.is_reordered:
+            return self.batch_size * self.num_pages
+        return sum(len(rows.unique()) for rows in self.buffers.row_table[:, : self.num_pages].T.cpu())
 
     @property
     def keeps_addresses(self) -> bool:
@@ -244,6 +250,7 @@ class StaticInt8Pages(Pages):
         """Forget every token and keep the memory."""
         self.buffers.lengths.zero_()
         self.buffers.row_table.copy_(self._own_rows())
+        self.is_recorded = self.is_reordered = False
         self._count(0, 0)
         if self._host is not None:
             self._host.num_pages = 0
@@ -332,31 +339,17 @@ class StaticInt8Pages(Pages):
             with write_access(self.memory):
                 self.memory.copy_(memory)
         else:
-            self.memory, self.buffers, self._closed = memory, made, None
+            self.memory, self.buffers = memory, made
             self._host.num_pages = 0  # what is there is of before
+        self._closed, self.is_reordered = None, False
 
     def index_select(self, indices: Tensor | Selection) -> None:
         """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed.
 
-        The tails are copied and the row table is indexed, which recorded steps read from the first time on. The pages
-        are copied, too, where a step was recorded before it, or where the kernels read no such table.
+        The tails are copied and the row table is indexed, which recorded steps read. The pages are copied, too, where
+        the kernels read no such table.
         """
-        selection = indices if isinstance(indices, Selection) else Selection(indices)
-        on_device = selection.on(self.device, self.batch_size)
-        shape = self.layout.shape._replace(is_shared=1)
-        if self.layout.shape != shape and (self.is_recorded or not dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE):
-            self._copy_rows(selection.rows(self.batch_size))
-            return
-        made = self.buffers.like_newest()
-        made.lengths.copy_(self.buffers.lengths)
-        for tail, taken in zip(self._tail_buffers(), (made.key_tail, made.value_tail), strict=True):
-            torch.index_select(tail, 0, on_device, out=taken)
-        # Pages to come have a row for each sequence; how many there are the device may know alone.
-        is_closed = torch.arange(made.row_table.shape[1], device=self.device) < made.lengths[PAGES]
-        made.row_table.copy_(torch.where(is_closed, self.buffers.row_table[on_device], self._own_rows()))
-        layout = layout_for(shape, self.layout.dtype)
-        self.buffers.newest.copy_(made.newest)
-        self.layout, self._closed = layout, None
+        select_rows([self], indices if isinstance(indices, Selection) else Selection(indices))
 
     def _copy_rows(self, rows: Tensor) -> None:
         """``index_select`` of the stored bytes."""
@@ -382,7 +375,7 @@ class StaticInt8Pages(Pages):
 
     def _row_table(self, start: int, stop: int) -> Tensor | None:
         """Of the pages ``start`` to ``stop``; None if every sequence reads its own row."""
-        return self.buffers.row_table[:, start:stop] if self.layout.shape.is_shared else None
+        return self.buffers.row_table[:, start:stop] if self.is_reordered else None
 
     def _first(self, pages: Segment, num_pages: int) -> ClosedPages:
         """The first ``num_pages`` of all that there is room for."""
@@ -404,7 +397,7 @@ class StaticInt8Pages(Pages):
         writes.append_tail(*tails, made.buffers.key_tail, made.buffers.value_tail, 0)
         made.buffers.lengths.copy_(self.buffers.lengths)
         if shares:
-            made.layout = layout_for(made.layout.shape._replace(is_shared=1), made.layout.dtype)
+            made._share()
             own = made._own_rows()
             made.buffers.row_table[:, : self._pages] = own - own % repeats
         made._count(self._pages, self._tail_len)
@@ -418,9 +411,15 @@ class StaticInt8Pages(Pages):
         for part, target in zip(self._pages_held(), made.buffers.pages, strict=True):
             target.copy_(part)
         made.buffers.newest.copy_(self.buffers.newest)
-        made.layout = self.layout
+        made.layout, made.is_reordered = self.layout, self.is_reordered
         made._count(self._pages, self._tail_len)
         return made
+
+    def _share(self) -> None:
+        """From now on sequences may read other rows than their own. A step that is recorded stays what it is."""
+        self._closed, self.is_reordered = None, True
+        if not self.is_recorded:
+            self.layout = layout_for(self.layout.shape._replace(sharing=SHARES_READS), self.layout.dtype)
 
     def _pages_held(self) -> Segment:
         """All pages that there is room for, where they are."""
@@ -465,6 +464,40 @@ class StaticInt8Pages(Pages):
                 return closed
             self._closed = closed
         return self._closed
+
+
+def select_rows(layers: Sequence[StaticInt8Pages], selection: Selection) -> None:
+    """``Pages.index_select`` of several layers, those alike in a few operations for all of them."""
+    layers = [layer for layer in layers if selection.changes(layer.batch_size)]
+
+    alike: dict[object, list[StaticInt8Pages]] = {}
+    for layer in layers:
+        # One by one on a CPU, in whose caches the tails of one layer stay until they are written back.
+        together = (id(layer.layout), layer.device) if gathers_together(layer.device) else id(layer)
+        alike.setdefault(together, []).append(layer)
+    for group in alike.values():
+        _select_rows_alike(group, selection)
+
+
+def _select_rows_alike(layers: Sequence[StaticInt8Pages], selection: Selection) -> None:
+    """``select_rows`` of layers of one layout, on one device."""
+    first = layers[0]
+    if not dispatch.BACKENDS[first.backend[0]].READS_ROW_TABLE:
+        for layer in layers:
+            layer._copy_rows(selection.rows(layer.batch_size))
+        return
+    rows, buffers = selection.on(first.device, first.batch_size), [layer.buffers for layer in layers]
+    key_tails, value_tails = [each.key_tail for each in buffers], [each.value_tail for each in buffers]
+    taken = take_rows(key_tails, rows) + take_rows(value_tails, rows)
+    row_tables = [each.row_table for each in buffers]
+    tables, lengths = torch.stack(row_tables), torch.stack([each.lengths for each in buffers])
+    # Pages to come have a row for each sequence; how many there are the device may know alone.
+    is_closed = torch.arange(tables.shape[2], device=rows.device) < lengths[:, PAGES, None, None]
+    tables = torch.where(is_closed, tables.index_select(1, rows), first._own_rows())
+    with write_access(first.memory):
+        torch._foreach_copy_(key_tails + value_tails + row_tables, [*taken, *tables.unbind()])
+    for layer in layers:
+        layer._share()
 
 
 def _no_pages(pages: Segment, device: torch.device) -> Segment:

@@ -20,8 +20,8 @@ from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, Selection, no_tokens
 from quantcache.store.requantizing import requantized
-from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between
-from quantcache.store.tail import copied, roomier, write_tail
+from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between, sizes_until
+from quantcache.store.tail import LateTail, copied, roomier, write_tail
 from quantcache.store.view import PagesView
 
 LEAST_SHARE_READ = 0.5
@@ -66,8 +66,8 @@ class Int8Pages(Pages):
         self._shares_tail, self._shared = False, 0
         # All tokens, those dropped included, in one number: a traced step computes with it, see ``traced``.
         self.seq_len = first_page * PAGE_SIZE
-        # Buffers of the tail; the first tail_len tokens count.
-        self._buffers = copied(*no_tokens(key_states.detach(), value_states.detach()))
+        # Buffers of the tail; the first tail_len tokens count. They may have to be gathered yet, see ``index_select``.
+        self._tail: tuple[Tensor, Tensor] | LateTail = copied(*no_tokens(key_states.detach(), value_states.detach()))
         # The view whose newest tokens may not be in the buffers yet.
         self._newest: PagesView | None = None
         # What the views share: narrowing a segment takes as long as copying a token. None when the pages have changed.
@@ -87,7 +87,7 @@ class Int8Pages(Pages):
         segments = pages_between(self._readable_segments(), 0, self.num_pages)
         return vars(self) | {
             "_segments": [Segment(*map(copy_page, segment)) for segment in segments],
-            "_buffers": (copy_tail(self.key_tail), copy_tail(self.value_tail)),
+            "_tail": (copy_tail(self.key_tail), copy_tail(self.value_tail)),
             "_shares_tail": False,
             "_shared": 0,
             "_newest": None,
@@ -181,7 +181,7 @@ class Int8Pages(Pages):
                 for segment in closed
                 for start in range(0, segment.capacity, size)
             ]
-        self._buffers = copied(key_tail, value_tail)
+        self._tail = copied(key_tail, value_tail)
         self._segments, self.num_pages = closed, sum(segment.capacity for segment in closed)
         self.first_page, self.row_table, self._closed, self._shared = first_page, row_table, None, 0
         self.seq_len = (first_page + self.num_pages) * PAGE_SIZE + key_tail.shape[2]
@@ -197,6 +197,13 @@ class Int8Pages(Pages):
     def tail_len(self) -> int:  # type: ignore[override]
         """See ``Pages.tail_len``."""
         return self.seq_len - (self.first_page + self.num_pages) * PAGE_SIZE
+
+    @property
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        tail = self._tail
+        if isinstance(tail, LateTail):
+            tail = self._tail = tail.take()
+        return tail
 
     def _tail_buffers(self) -> tuple[Tensor, Tensor]:
         self._write_pending()
@@ -226,12 +233,12 @@ class Int8Pages(Pages):
     @property
     def batch_size(self) -> int:
         """See ``Pages.batch_size``."""
-        return self._buffers[0].shape[0]
+        return self._tail.batch if isinstance(self._tail, LateTail) else self._tail[0].shape[0]
 
     @property
     def device(self) -> torch.device:
         """See ``Pages.device``."""
-        return self._buffers[0].device
+        return (self._tail.source if isinstance(self._tail, LateTail) else self._tail)[0].device
 
     def view(self) -> PagesView:
         """See ``Pages.view``."""
@@ -281,7 +288,7 @@ class Int8Pages(Pages):
             if held is not self._segments:
                 self._host = None  # its copies have the room
             self._segments = held + new_segments
-        self._buffers, self._shares_tail, self.row_table = buffers, False, row_table
+        self._tail, self._shares_tail, self.row_table = buffers, False, row_table
         self.num_pages += closing - skipped
         self.seq_len += key_states.shape[2]
         if closing:
@@ -300,7 +307,7 @@ class Int8Pages(Pages):
         else:
             write_tail(key_states, value_states, *buffers, used, self._append_backend)
         view = PagesView(closed, *buffers, total, backend, pending)
-        self._buffers, self._shares_tail, self._newest = buffers, False, view if pending else None
+        self._tail, self._shares_tail, self._newest = buffers, False, view if pending else None
         self.seq_len += total - used
         return view
 
@@ -324,7 +331,7 @@ class Int8Pages(Pages):
         on_device = ClosedPages(tuple(Segment(*(part.to(self.device) for part in page)) for page in reopened))
         key_states, value_states = reads.restore_both(PagesView(on_device, *no_tokens(*self._buffers)))
         buffers = copied(key_states[:, :, :rest], value_states[:, :, :rest])
-        self._buffers, self.num_pages, self._closed = buffers, pages, None
+        self._tail, self.num_pages, self._closed = buffers, pages, None
         self.seq_len -= tokens_to_remove
         if pages < self._shared:  # what another reads behind them is no room
             self._segments, self._shared = list(pages_between(self._segments, 0, pages)), pages
@@ -352,7 +359,7 @@ class Int8Pages(Pages):
                 for segment, old in zip(made, held.segments, strict=True)
             ]
             self._take(made)
-        self._buffers, self._newest = buffers, None
+        self._tail, self._newest = buffers, None
 
     def drop_prefix(self) -> None:
         """Free the segments that lie wholly before the newest ``keep_tokens``. Views that exist keep theirs."""
@@ -370,24 +377,25 @@ class Int8Pages(Pages):
         self._shared = max(self._shared - pages, 0)
 
     def index_select(self, indices: Tensor | Selection) -> None:
-        """See ``Pages.index_select``: the tails are copied, the pages stay where they are.
+        """See ``Pages.index_select``: pages stay where they are, and tails are gathered when they are read next.
 
         Where sequences read fewer than half of the stored rows, the others are given back.
         """
         self._write_pending()
         selection = indices if isinstance(indices, Selection) else Selection(indices)
         batch = self.batch_size
-        on_device = selection.on(self.device, batch)
-        buffers = self._buffers[0].index_select(0, on_device), self._buffers[1].index_select(0, on_device)
+        if not selection.changes(batch):
+            return
+        tail = selection.tail(self._tail)
         chosen = selection.of(self.row_table, batch, self.num_pages)
-        segments = pages_between(self._readable_segments(), 0, self.num_pages)
-        if chosen.is_identity(segments):
+        sizes = sizes_until(self._held(), self.num_pages)
+        if chosen.is_identity(sizes):
             self.row_table = None
-        elif chosen.share_read(segments) >= LEAST_SHARE_READ:
+        elif chosen.share_read(sizes) >= LEAST_SHARE_READ:
             self.row_table = chosen
         else:
-            self._take(chosen.select(segments))
-        self._buffers, self._closed = buffers, None
+            self._take(chosen.select(pages_between(self._readable_segments(), 0, self.num_pages)))
+        self._tail, self._shares_tail, self._closed = tail, False, None
 
     def _take(self, segments: list[Segment]) -> None:
         """Hold ``segments``, a row for each sequence, instead of those held; in host memory if those are there."""
@@ -443,14 +451,14 @@ class Int8Pages(Pages):
         """The pages held, which the views share until they change; for a reader of no row table, in order."""
         self._arrive()
         segments = pages_between(self._segments, 0, self.num_pages)
-        table = None
+        table, may_share = None, False
         if self.row_table is not None:
             if dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE:
-                table = self.row_table.on(self.device)
+                table, may_share = self.row_table.on(self.device), self.row_table.neighbours_share
             else:
                 self._take(self.row_table.select(segments))
                 segments = tuple(self._segments)
-        self._closed = ClosedPages(segments, table)
+        self._closed = ClosedPages(segments, table, may_share)
         return self._closed
 
     def _room(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from quantcache.backends import dispatch
 from quantcache.store import reads
 from quantcache.store.segments import MadeOnce, RowTable
+from quantcache.store.tail import LateTail, TailsTaken
 from quantcache.store.view import PagesView
 
 
@@ -176,6 +177,23 @@ class Selection(MadeOnce):
     def on(self, device: torch.device, batch: int) -> Tensor:
         """``rows`` on ``device``."""
         return self._once((device, batch), lambda: self.rows(batch).to(device))
+
+    def changes(self, batch: int) -> bool:
+        """Whether it is anything else than all ``batch`` sequences in the order there is."""
+        return self._once(("changes", batch), lambda: not torch.equal(self.rows(batch), torch.arange(batch)))
+
+    def tail(self, tail: tuple[Tensor, Tensor] | LateTail) -> LateTail:
+        """Of a tail's buffers (batch, ...), or of one that is to be taken yet; gathered with those of layers alike."""
+        late = tail if isinstance(tail, LateTail) else None
+        buffers = tail.source if isinstance(tail, LateTail) else tail
+        kind = tuple((buffer.shape, buffer.dtype, buffer.device) for buffer in buffers)
+
+        def made() -> tuple[TailsTaken, TailsTaken | None]:
+            rows = self.rows(late.batch if late else len(buffers[0]))
+            return (TailsTaken(late.group.rows[rows]), late.group) if late else (TailsTaken(rows), None)
+
+        # With the group there was, so that no other takes its place in memory.
+        return self._once(("tails", late and id(late.group), kind), made)[0].of(buffers)
 
     def of(self, table: RowTable | None, batch: int, pages: int) -> RowTable:
         """The table of the sequences taken, where ``table`` was that of all, None if each reads its own rows."""

@@ -15,7 +15,7 @@ from quantcache.backends.protocol import Backend
 from quantcache.quantization import reference
 from quantcache.quantization.options import PLAIN, SCHEMA, AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
-from quantcache.store.buffer import PAGES, SEQ_LEN, StaticShape, layout_for
+from quantcache.store.buffer import OWN_ROWS, PAGES, SEQ_LEN, SHARES_READS, StaticShape, layout_for
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
 from quantcache.store.writes import is_plain
@@ -43,12 +43,13 @@ def unpacked(tensors: list[Tensor], form: list[int], dtype: torch.dtype) -> Page
         shape = StaticShape(*form)
         buffers = layout_for(shape, dtype).unpack(memory)
         key_tail, value_tail, lengths = source or buffers[4:7]
-        closed = ClosedPages((buffers.pages,), buffers.row_table if shape.is_shared else None)
+        table = None if shape.sharing == OWN_ROWS else buffers.row_table
+        closed = ClosedPages((buffers.pages,), table, shape.sharing == SHARES_READS)
         return PagesView(closed, key_tail, value_tail, lengths=lengths, scratch=scratch, capacity=shape.capacity)
     num_segments, tail_len, capacity = form
-    parts, (key_tail, value_tail, *table) = tensors[: _PARTS * num_segments], tensors[_PARTS * num_segments :]
+    parts, (key_tail, value_tail, *tables) = tensors[: _PARTS * num_segments], tensors[_PARTS * num_segments :]
     segments = tuple(Segment(*parts[start : start + _PARTS]) for start in range(0, len(parts), _PARTS))
-    closed = ClosedPages(segments, table[0] if table else None)
+    closed = ClosedPages(segments, tables[0] if tables else None)
     return PagesView(closed, key_tail, value_tail, tail_len, capacity=capacity or None)
 
 

@@ -15,6 +15,9 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 Rows = npt.NDArray[np.int32]
 
+Sizes = tuple[tuple[int, int], ...]
+"""Pages and rows of segments that lie one behind the other."""
+
 
 class _Parts(NamedTuple):
     """The tensors of a ``Segment``."""
@@ -99,11 +102,13 @@ class ClosedPages:
     Attributes:
         segments: without slack.
         row_table: see ``RowTable``, where the pages lie; None if every sequence reads its own row.
+        may_share: whether neighbours may read one row, so that looking for it can be worth it.
         memo: what backends found out about the segments.
     """
 
     segments: tuple[Segment, ...]
     row_table: Tensor | None = None
+    may_share: bool = True
     memo: dict[object, Any] = field(default_factory=dict)
 
     @cached_property
@@ -120,7 +125,7 @@ class ClosedPages:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of the pages alone: the memo holds their addresses."""
-        return {"segments": self.segments, "row_table": self.row_table, "memo": {}}
+        return vars(self) | {"memo": {}}
 
 
 def pages_between(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:
@@ -132,6 +137,18 @@ def pages_between(segments: Iterable[Segment], start: int, stop: int) -> tuple[S
             narrowed.append(segment.narrow(low, high))
         first += segment.capacity
     return tuple(narrowed)
+
+
+def sizes_until(segments: Iterable[Segment], stop: int) -> Sizes:
+    """Of the pages up to ``stop`` of segments that lie one behind the other."""
+    sizes, first = [], 0
+    for segment in segments:
+        if first >= stop:
+            break
+        qdata = segment.key_qdata
+        sizes.append((min(len(qdata), stop - first), qdata.shape[1]))
+        first += len(qdata)
+    return tuple(sizes)
 
 
 def drop_beyond(segments: list[Segment], num_pages: int) -> None:
@@ -191,19 +208,23 @@ class RowTable(MadeOnce):
             first += segment.capacity
         return made
 
-    def is_identity(self, segments: Iterable[Segment]) -> bool:
+    def is_identity(self, sizes: Sizes) -> bool:
         """Whether every sequence reads its own row of segments with as many rows as there are sequences."""
         batch = len(self.rows)
-        if any(segment.rows != batch for segment in segments):
+        if any(rows != batch for _, rows in sizes):
             return False
         return self._once("identity", lambda: bool((self.rows == np.arange(batch)[:, None]).all()))
 
-    def share_read(self, segments: Iterable[Segment]) -> float:
+    @property
+    def neighbours_share(self) -> bool:
+        """Whether some sequence reads a page from the row that the one before it reads it from."""
+        return self._once("neighbours", lambda: bool((self.rows[1:] == self.rows[:-1]).any()))
+
+    def share_read(self, sizes: Sizes) -> float:
         """The share of the stored rows of all pages that some sequence reads, from 0 to 1."""
-        sizes = tuple((segment.capacity, segment.rows) for segment in segments)
         return self._once(sizes, lambda: self._share_read(sizes))
 
-    def _share_read(self, sizes: tuple[tuple[int, int], ...]) -> float:
+    def _share_read(self, sizes: Sizes) -> float:
         stored = used = first = 0
         for capacity, rows in sizes:
             part = self.rows[:, first : first + capacity]

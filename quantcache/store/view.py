@@ -76,6 +76,11 @@ class PagesView:
         return self.closed.row_table
 
     @property
+    def may_share(self) -> bool:
+        """Whether neighbouring sequences may read one row of the table."""
+        return self.closed.may_share
+
+    @property
     def memo(self) -> dict[object, Any]:
         """What backends found out about the segments."""
         return self.closed.memo
@@ -129,7 +134,7 @@ class PagesView:
         num_pages, tail_len = self.lengths[:2].tolist()
         segments = tuple(segment.narrow(0, num_pages) for segment in self.segments if num_pages)
         row_table = None if self.row_table is None else self.row_table[:, :num_pages]
-        closed = ClosedPages(segments, row_table)
+        closed = ClosedPages(segments, row_table, self.may_share)
         return PagesView(closed, *self.buffers, tail_len, self.backend, capacity=self.capacity)
 
     def shows(self, other: "PagesView") -> bool:

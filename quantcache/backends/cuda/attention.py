@@ -106,7 +106,8 @@ def decode(
         new_key, new_key_address, *new_key_strides = readable(view.pending[0])
         _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
-    shared = attend_shared(query, view, options) if shares_pages and table.has_row_table else NOTHING_SHARED
+    looks = shares_pages and table.has_row_table and view.may_share
+    shared = attend_shared(query, view, options) if looks else NOTHING_SHARED
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,
