@@ -11,6 +11,8 @@ from torch import Tensor
 from quantcache.backends import cpu as cpu_backend
 from quantcache.backends import cuda as cuda_backend
 from quantcache.backends import torch as torch_backend
+from quantcache.backends import torch_blocks
+from quantcache.backends.blocks import BlockBackend, BlockLayout
 from quantcache.backends.protocol import Backend
 from quantcache.quantization.errors import FallbackWarning
 
@@ -18,6 +20,9 @@ BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
 
 
 BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
+
+BLOCK_BACKENDS: Final[dict[str, BlockBackend]] = {"torch": torch_blocks}
+"""Those that read and write the blocks of a pool."""
 
 
 def choose_backend(device: torch.device) -> str:
@@ -101,6 +106,15 @@ def backend_for(*states: Tensor) -> tuple[str, str | None]:
     """
     name = choose_backend(states[0].device)
     reason = BACKENDS[name].unsupported(*states)
+    return ("torch", reason) if reason else (name, None)
+
+
+def block_backend_for(device: torch.device, layout: BlockLayout) -> tuple[str, str | None]:
+    """Which backend reads and writes a pool on ``device``, and why it is not the chosen one, or None if it is."""
+    name = choose_backend(device)
+    if name not in BLOCK_BACKENDS:
+        return "torch", f"this version has no {name.upper()} kernels for blocks"
+    reason = BLOCK_BACKENDS[name].unsupported_blocks(layout)
     return ("torch", reason) if reason else (name, None)
 
 

@@ -58,7 +58,11 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     if view.lengths is not None:
         view, options = host.on_host(view, options)
     host.write_pending(view)
-    key, value = restore(view, True), restore(view, False)
+    return attend_dense(query, restore(view, True), restore(view, False), options)
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    """What ``reference.attend`` computes, by torch's own attention where that covers the call."""
     if options.softcap is not None or options.sinks is not None:
         return reference.attend(query, key, value, options)
 
