@@ -106,7 +106,8 @@ class BlockLayout:
         channels, tokens = self.head_dim if is_key else self.v_head_dim, PAGE_SIZE // self.open_blocks
         chunks = pool.unflatten(1, (self.num_kv_heads, self.chunk_bytes))
         numbers = chunks[..., : tokens * channels * self.dtype.itemsize].view(self.dtype)
-        return numbers.unflatten(2, (tokens, channels))
+        exact: Tensor = numbers.unflatten(2, (tokens, channels))
+        return exact
 
 
 @dataclass

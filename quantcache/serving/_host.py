@@ -1,0 +1,124 @@
+"""Whatever serving touches of transformers' continuous batching that is private or patched.
+
+Everything here has a test in ``tests/test_serving_host.py``, named for what breaks when the host changes. Imported only
+after ``versions.check_version``.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+from unittest import mock
+
+import torch
+from transformers.generation.continuous_batching import cache as host_cache
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler as MemoryHandler
+from transformers.generation.continuous_batching.cache_allocators import CachePool
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator as Allocator
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as Manager
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+
+__all__ = ["Allocator", "CachePool", "GenerationOutput", "Manager", "MemoryHandler", "RequestState"]
+
+_CACHED: Final = "_cached_continuous_batching_manager"
+"""Where a model keeps the manager that ``generate_batch`` takes."""
+
+_STORE: Final = "int8_store"
+"""Under which name the store of a layer goes from ``update`` to the attention function."""
+
+_patching = threading.Lock()
+
+
+@contextmanager
+def making_caches_of(allocator: type[Allocator], memory_handler: type[MemoryHandler]) -> Iterator[None]:
+    """Have this thread make paged caches of full-attention layers with these classes, and other threads as ever."""
+    thread = threading.get_ident()
+
+    def ours_here(ours: Any, original: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            return (ours if threading.get_ident() == thread else original)(*args, **kwargs)
+
+        make.supports_block_table = True  # type: ignore[attr-defined] # which is asked of the class
+        return make
+
+    with (
+        _patching,
+        mock.patch.dict(host_cache.ATTN_TYPE_TO_ALLOCATOR, {"full_attention": ours_here(allocator, Allocator)}),
+        mock.patch.object(host_cache, "PagedAttentionMemoryHandler", ours_here(memory_handler, MemoryHandler)),
+    ):
+        yield
+
+
+def allocator_of(processor: Any) -> Any:
+    """The allocator of the full-attention layers of a batch processor."""
+    return processor.cache.cache_allocators["full_attention"]
+
+
+def hand_stores_to_layers(cache: Any) -> None:
+    """Have ``update`` of a paged cache, which models call as of 5.24, store nothing and pass on the layer's store."""
+
+    def update(
+        key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kwargs[_STORE] = cache.layer_to_allocator[layer_idx]
+        return key_states, value_states
+
+    cache.update = update
+
+
+def store_of(module: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The allocator that keeps the pages of an attention module, None outside of a batch.
+
+    Args:
+        module: the attention module.
+        kwargs: of its attention function. Before 5.24 the whole paged cache is among them.
+    """
+    if _STORE in kwargs:
+        return kwargs[_STORE]
+    cache = kwargs.get("cache")
+    return None if cache is None else cache.layer_to_allocator[module.layer_idx]
+
+
+def lengths_of(kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the new tokens of each sequence begin, and all of its tokens: int32 (sequences + 1,) each."""
+    return kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]["full_attention"]
+
+
+def block_table_of(kwargs: Mapping[str, Any], index: int) -> Any:
+    """The block table of a batch that decodes, int32 (sequences, width), None for another batch."""
+    table = kwargs.get("block_table")
+    return None if table is None else table[index]
+
+
+def prompt_len(processor: Any, request_id: str) -> int | None:
+    """Tokens of the prompt of a request that was started again with its answer as part of the prompt, else None."""
+    state = processor.scheduler.active_requests.get(request_id)
+    return (state._true_initial_tokens or None) if state is not None else None
+
+
+def cached_manager(model: Any) -> Any:
+    """The manager that ``generate_batch`` of a model takes, None for a new one."""
+    return getattr(model, _CACHED, None)
+
+
+def cache_manager(model: Any, manager: Manager, begin: Callable[..., Manager]) -> None:
+    """Have ``generate_batch`` of a model and whatever else asks it for a manager take this one.
+
+    Args:
+        model: the model.
+        manager: the manager.
+        begin: called with what ``init_continuous_batching`` is; it returns the manager.
+    """
+    setattr(model, _CACHED, manager)
+    model.init_continuous_batching = begin
+
+
+def forget_manager(model: Any) -> None:
+    """Undo ``cache_manager``."""
+    for name in (_CACHED, "init_continuous_batching"):
+        vars(model).pop(name, None)
+
+
+def new_state(request_id: str, prompt: list[int]) -> RequestState:
+    """A request that fails before it is queued."""
+    return RequestState(request_id=request_id, initial_tokens=prompt)
