@@ -11,6 +11,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching import cache as host_cache
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler as MemoryHandler
 from transformers.generation.continuous_batching.cache_allocators import CachePool
@@ -96,26 +97,48 @@ def prompt_len(processor: Any, request_id: str) -> int | None:
     return (state._true_initial_tokens or None) if state is not None else None
 
 
+def tokens_in_batch(processor: Any) -> int:
+    """New tokens of the batch that is prepared, padding included; at least 1 where batches are asynchronous."""
+    return int(getattr(processor.inputs_and_outputs, "num_q_tokens", 1))
+
+
+def has_request(processor: Any, request_id: str) -> bool:
+    """Whether a request of this name is at work or waits to be."""
+    scheduler = processor.scheduler
+    return request_id in scheduler.active_requests or request_id in scheduler.waiting_requests
+
+
+def names_of_answers(request_id: str, number: int) -> list[str]:
+    """Under which names a request gets so many answers."""
+    return [*(f"{request_id}__child#{index}" for index in range(number - 1)), request_id]
+
+
 def cached_manager(model: Any) -> Any:
     """The manager that ``generate_batch`` of a model takes, None for a new one."""
     return getattr(model, _CACHED, None)
 
 
-def cache_manager(model: Any, manager: Manager, begin: Callable[..., Manager]) -> None:
+def cache_manager(model: Any, manager: Manager, begin: Callable[..., Manager], config: GenerationConfig) -> None:
     """Have ``generate_batch`` of a model and whatever else asks it for a manager take this one.
 
     Args:
         model: the model.
         manager: the manager.
         begin: called with what ``init_continuous_batching`` is; it returns the manager.
+        config: what ``generate_batch`` is called with where a call has none; it counts answers by its own argument.
     """
+    generate_batch = model.generate_batch
+
+    def with_config(inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return generate_batch(inputs, config if generation_config is None else generation_config, *args, **kwargs)
+
     setattr(model, _CACHED, manager)
-    model.init_continuous_batching = begin
+    model.init_continuous_batching, model.generate_batch = begin, with_config
 
 
 def forget_manager(model: Any) -> None:
     """Undo ``cache_manager``."""
-    for name in (_CACHED, "init_continuous_batching"):
+    for name in (_CACHED, "init_continuous_batching", "generate_batch"):
         vars(model).pop(name, None)
 
 

@@ -51,8 +51,9 @@ def create_manager(
         continuous_batching_config = ContinuousBatchingConfig(page_size=PAGE_SIZE)
     if generation_config is None:
         generation_config = model.generation_config
-    manager = Int8BatchingManager(model, with_end(generation_config), continuous_batching_config)
-    _host.cache_manager(model, manager, manager.adopt)
+    generation_config = with_end(generation_config)
+    manager = Int8BatchingManager(model, generation_config, continuous_batching_config)
+    _host.cache_manager(model, manager, manager.adopt, generation_config)
     return manager
 
 
@@ -142,7 +143,5 @@ def generate_batch(
         As ``int8_batching`` does.
     """
     with int8_batching(model, continuous_batching_config, generation_config):
-        outputs: dict[str, GenerationOutput] = model.generate_batch(
-            [list(prompt) for prompt in prompts], generation_config=generation_config, **options
-        )
+        outputs: dict[str, GenerationOutput] = model.generate_batch([list(prompt) for prompt in prompts], **options)
         return outputs

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ class Int8BatchingManager(_host.Manager):
     ) -> None:
         refusals.check_model(model)
         refusals.check_config(continuous_batching_config, model.device)
+        refusals.check_generation(generation_config)
         self._running = threading.RLock()
         self._adding = threading.local()
         self._steps = {True: 0, False: 0}
@@ -44,7 +46,9 @@ class Int8BatchingManager(_host.Manager):
 
     def _make(self, model: Any, generation_config: GenerationConfig) -> None:
         """Make every part, also the pool."""
-        super().__init__(model, generation_config, deepcopy(self._asked))
+        config = deepcopy(self._asked)
+        config.max_blocks_per_request = None  # resolved here, of which transformers would warn
+        super().__init__(model, generation_config, config)
         try:
             self._resolve()
             self.batch_processor = self._create_batch_processor()
@@ -134,6 +138,7 @@ class Int8BatchingManager(_host.Manager):
         return self
 
     def _adopt(self, generation_config: GenerationConfig) -> None:
+        refusals.check_generation(generation_config)
         asked = with_end(generation_config)
         changed = _sampling(asked) != _sampling(self.generation_config)
         if self.is_running():
@@ -209,9 +214,14 @@ class Int8BatchingManager(_host.Manager):
             gc.collect()
 
     def _generation_step(self) -> None:
-        super()._generation_step()
         processor: Any = self.batch_processor
-        _host.allocator_of(processor).end_pass()
+        allocator = self._allocator()
+        if not _host.tokens_in_batch(processor):
+            # A request of several answers waits before the last token of its prompt, and can be alone in a batch.
+            allocator.forget_batch()
+            return
+        super()._generation_step()
+        allocator.end_pass()
         self._steps[bool(processor.inputs_and_outputs.use_block_table)] += 1
 
     # Requests
@@ -231,7 +241,8 @@ class Int8BatchingManager(_host.Manager):
         Args:
             input_ids: tokens of the prompt.
             request_id: its name, one that no other request has; None for a number.
-            max_new_tokens: most tokens of the answer; None for the generation config's, and what fits without one.
+            max_new_tokens: most tokens of the answer; None for what the generation config says, ``max_length`` of it
+                included, and for what the model and the pool have room for where it says nothing.
             streaming: whether there is an output for each token.
             record_timestamps: whether to note when each token came.
             eos_token_id: tokens that end the answer; None for the generation config's.
@@ -241,32 +252,53 @@ class Int8BatchingManager(_host.Manager):
             The name of the request.
 
         Raises:
-            ValueError: the prompt is empty, or the pool can never hold the prompt and its answer. Nothing is queued. A
-                request of ``add_requests`` and ``generate_batch`` gets an output with this as its ``error`` instead.
+            ValueError: the prompt is empty or has a token that the model does not know; the pool can never hold it and
+                its answer; a request of this name is at work. Nothing is queued. A request of ``add_requests`` and
+                ``generate_batch`` gets an output with this as its ``error`` instead, and the others go on.
         """
         is_one_of_many = getattr(self._adding, "many", False)
         with self._running:
             if not is_one_of_many and not self.is_running():
                 self._adopt(self._own_config)
-        most_tokens = self.most_tokens
-        limit = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        refusal = refusals.refusal_of_prompt(input_ids, limit, most_tokens)
-        if refusal is not None:
+        limit = self._limit_of(input_ids) if max_new_tokens is None else max_new_tokens
+        try:
+            refusals.check_prompt(input_ids, limit, self.most_tokens, self._vocab_size)
+            if request_id is not None and _host.has_request(self.batch_processor, request_id):
+                raise ValueError(f"int8_batching: each request must have a name of its own, got {request_id!r} again.")
+        except ValueError as error:
             if not is_one_of_many or request_id is None:
-                raise ValueError(refusal)
-            self.output_router.fail_and_deliver(_host.new_state(request_id, list(input_ids)), ValueError(refusal))
+                raise
+            for name in _host.names_of_answers(request_id, self.num_return_sequences):
+                self.output_router.fail_and_deliver(_host.new_state(name, list(input_ids)), error)
             return request_id
         self.start()
         added: str | None = super().add_request(
             input_ids=input_ids,
             request_id=request_id,
-            max_new_tokens=most_tokens - len(input_ids) + 1 if limit is None else limit,
+            max_new_tokens=limit,
             streaming=streaming,
             record_timestamps=record_timestamps,
             eos_token_id=eos_token_id,
             **logit_processor_kwargs,
         )
         return added
+
+    def _limit_of(self, prompt: Sequence[int]) -> int:
+        """Most tokens of an answer whose request does not say: as ``generate`` has it, or what fits."""
+        config = self.generation_config
+        if config.max_new_tokens is not None:
+            return int(config.max_new_tokens)
+        if config.max_length is not None:
+            return int(config.max_length) - len(prompt)
+        positions = (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.most_tokens + 1
+        )
+        return min(positions, self.most_tokens + 1) - len(prompt)
+
+    @property
+    def _vocab_size(self) -> int:
+        model: Any = self.model
+        return int(model.get_input_embeddings().num_embeddings)
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """Queue requests, as transformers' manager does; see ``add_request`` for what is different."""

@@ -109,8 +109,12 @@ class Int8Allocator(_host.Allocator):
     # A forward pass
 
     def free_all_requests(self) -> None:
-        """Take back all blocks, and forget a batch that was prepared and not run."""
+        """Take back all blocks."""
         super().free_all_requests()
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """Forget a batch that was prepared and is not run."""
         self._parts, self._attended = [], 0
 
     def attend(

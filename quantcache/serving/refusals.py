@@ -1,9 +1,10 @@
 """What serving refuses: models and settings at the start, requests one by one."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from quantcache.quantization.scheme import PAGE_SIZE
 
@@ -11,6 +12,19 @@ PLACE: Final = "int8_batching"
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 """Of models whose open pages the layout has room for."""
+
+_NOT_BATCHED: Final[dict[str, object]] = {
+    "num_beams": 1,
+    "stop_strings": None,
+    "max_time": None,
+    "prompt_lookup_num_tokens": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "guidance_scale": 1.0,
+}
+"""Options of ``generate`` that its continuous batching does not read, and what each is where it is not wanted."""
 
 _LISTED: Final = 8
 """Layers that a message names."""
@@ -110,25 +124,50 @@ def check_config(config: ContinuousBatchingConfig, device: torch.device) -> None
             )
 
 
-def refusal_of_prompt(prompt: Any, max_new_tokens: int | None, most_tokens: int) -> str | None:
-    """Why a request can never be served, or None.
+def check_generation(config: GenerationConfig) -> None:
+    """Refuse ways to generate that transformers' manager would pass over in silence.
+
+    Raises:
+        NotImplementedError: it names the option.
+    """
+    for name in _NOT_BATCHED:
+        value = getattr(config, name, None)
+        if value is not None and value is not False and value != _NOT_BATCHED[name]:
+            raise NotImplementedError(
+                f"{PLACE}: generation_config must have no {name}, which transformers' continuous batching does not "
+                f"know, got {value!r}."
+            )
+
+
+def check_prompt(prompt: Sequence[int], max_new_tokens: int, most_tokens: int, vocab_size: int) -> None:
+    """Refuse a request that can never be served.
 
     Args:
         prompt: its tokens.
-        max_new_tokens: most tokens of the answer, None for no limit.
+        max_new_tokens: most tokens of the answer.
         most_tokens: stored tokens of one request that the pool has room for.
+        vocab_size: tokens that the model knows.
+
+    Raises:
+        ValueError: the prompt is empty or has a token that the model does not know, or there is no room for the two.
     """
     length = len(prompt)
     if not length:
-        return f"{PLACE}: a prompt must have a token, got none."
-    if max_new_tokens is not None and max_new_tokens < 1:
-        return f"{PLACE}: max_new_tokens must be at least 1, got {max_new_tokens}."
-    # The last token of an answer is not stored.
-    needed = length + (0 if max_new_tokens is None else max_new_tokens - 1)
-    if needed > most_tokens:
-        answer = "" if max_new_tokens is None else f" and up to {max_new_tokens} new ones"
-        return (
-            f"{PLACE}: the pool must have room for a request, {most_tokens} tokens at most, got a prompt of {length}"
-            f"{answer}. Give it more by num_blocks or max_memory_percent."
+        raise ValueError(f"{PLACE}: a prompt must have a token, got none.")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise ValueError(f"{PLACE}: the tokens of a prompt must be 0 to {vocab_size - 1}, got {wrong}.")
+    needed = length + max_new_tokens - 1  # the last token of an answer is not stored
+    if max_new_tokens >= 1 and needed <= most_tokens:
+        return
+    if length > most_tokens:
+        raise ValueError(
+            f"{PLACE}: a prompt must fit the pool, {most_tokens} tokens, got {length}. Give the pool more by "
+            "num_blocks or max_memory_percent."
         )
-    return None
+    if max_new_tokens < 1:
+        raise ValueError(f"{PLACE}: an answer must have room for a token, got {max_new_tokens} after {length}.")
+    raise ValueError(
+        f"{PLACE}: a prompt and its answer must fit the pool, {most_tokens} tokens, got {length} and up to "
+        f"{max_new_tokens} new ones. Ask for fewer, or give the pool more by num_blocks or max_memory_percent."
+    )
