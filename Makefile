@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 KERNELS = $(shell find quantcache/csrc -type f)
 
-.PHONY: help install install-oldest demo test test-oldest test-newest check bench docs site format build clean
+.PHONY: help install install-oldest demo test test-oldest test-newest test-serving check bench docs site format build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,7 +31,7 @@ demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP)) ## ask about a long docu
 # A process of one thread for each processor. Each begins with tests that follow one another, so that few fixtures of a
 # module are made twice; one that is done takes over some of another's. pytest-benchmark warns of company.
 RUN_TESTS := -m pytest -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
-test test-oldest test-newest: export OMP_NUM_THREADS := 1
+test test-oldest test-newest test-serving: export OMP_NUM_THREADS := 1
 
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop", TEST_ARGS="-n 0" for one process)
 	$(BIN)/python $(RUN_TESTS) $(TEST_ARGS)
@@ -52,6 +52,17 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 		| cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt --editable '.[test]'
 	@touch $@
+
+# Continuous batching changes from release to release: the others that serving knows, laid over .venv. 5.22 is as 5.21.
+SERVING_RELEASES := 5.21.0 5.23.0
+SERVING_TESTS := tests/test_serving.py tests/test_serving_host.py tests/test_serving_refusals.py
+
+test-serving: $(STAMP) ## run the tests of serving on the other releases of transformers that it knows
+	set -e; for release in $(SERVING_RELEASES); do \
+		test -d .transformers/$$release || \
+			$(BIN)/python -m pip install --quiet --no-deps --target .transformers/$$release transformers==$$release; \
+		PYTHONPATH=.transformers/$$release $(BIN)/python $(RUN_TESTS) $(SERVING_TESTS) $(TEST_ARGS); \
+	done
 
 install-oldest: $(OLDEST_STAMP) # for .ci/run, which does it beside other things
 
@@ -98,4 +109,4 @@ build: $(STAMP) ## make the wheels in dist/: the pure one, and for Linux on x86-
 		HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/python -m hatchling build --target wheel --directory dist; fi
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .transformers dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -415,6 +415,16 @@ def test_a_prompt_started_again_sees_what_it_saw(model: Any) -> None:
     assert _cuts(128, 64, 100) == []
 
 
+def test_inference_mode_is_no_matter(model: Any, expected: list[list[int]]) -> None:
+    with torch.inference_mode(), serve(model, pool(), greedy(70)):
+        assert tokens_of(model.generate_batch(PROMPTS[4:6], max_new_tokens=5)) == [t[:5] for t in expected[4:6]]
+    with torch.inference_mode():
+        manager = serving.create_manager(model, pool(), greedy(70))
+    name = manager.add_request(PROMPTS[5], max_new_tokens=5)
+    assert next(manager.request_id_iter(name)).generated_tokens == expected[5][:5]
+    serving.remove_manager(model)
+
+
 def test_versions_are_those_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for release in ("5.20.2", "5.17.0", "5.25.0", "6.0.0"):
         monkeypatch.setattr(versions.transformers, "__version__", release)

@@ -56,6 +56,7 @@ def test_a_model_that_blocks_do_not_hold_is_refused_with_its_layers(make: Any, w
         ),
         ({"layer_types": ["full_attention"], "num_kv_shared_layers": 1}, {}, "has layers that share keys and values"),
         ({"layer_types": ["full_attention"]}, {"_is_stateful": True}, "has a recurrent state"),
+        ({"layer_types": ["full_attention"]}, {"hf_device_map": {"a": 1, "b": "cpu"}}, "on one device.* is on 1, cpu"),
         (
             {"layer_types": ["full_attention"]},
             {"_supports_attention_backend": False},

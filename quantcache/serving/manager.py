@@ -2,14 +2,17 @@
 
 import gc
 import threading
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Final
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from quantcache.backends import dispatch
 from quantcache.backends.blocks import BlockLayout
+from quantcache.quantization.errors import FallbackWarning
 from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.serving import _host, attention, refusals
 from quantcache.serving.pool import Int8Allocator, MemoryHandler
@@ -54,6 +57,13 @@ class Int8BatchingManager(_host.Manager):
             self.batch_processor = self._create_batch_processor()
         finally:
             self._restore_attention()
+        reason = self._allocator().reason
+        if model.device.type == "cuda" and reason is not None:
+            warnings.warn(
+                f"int8_batching: blocks are read and written in plain torch, which is slower, because {reason}.",
+                FallbackWarning,
+                stacklevel=2,
+            )
 
     def _resolve(self) -> None:
         """Settle what transformers decides by the name of the attention function."""
@@ -95,7 +105,8 @@ class Int8BatchingManager(_host.Manager):
 
     def _create_batch_processor(self) -> Any:
         """What transformers makes, or the one there is, with int8 blocks in its cache."""
-        with _host.making_caches_of(Int8Allocator, MemoryHandler):
+        # A pool that is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), _host.making_caches_of(Int8Allocator, MemoryHandler):
             processor = super()._create_batch_processor()
         allocator = _host.allocator_of(processor)
         allocator.prompt_len = lambda request_id: _host.prompt_len(processor, request_id)

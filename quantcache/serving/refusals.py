@@ -34,7 +34,7 @@ def check_model(model: Any) -> None:
     """Refuse a model whose layers are not all full attention with keys and values of their own.
 
     Raises:
-        NotImplementedError: it names the layers, or else what is in the way.
+        NotImplementedError: it names the layers, or else what is in the way, as layers on several devices are.
         TypeError: its dtype is none of ``DTYPES``.
     """
     name, config = type(model).__name__, model.config
@@ -63,6 +63,12 @@ def check_model(model: Any) -> None:
                 f"{PLACE}: each layer must store keys and values of its own, {name} has {reason}. "
                 "Use generate() with a QuantizedInt8Cache."
             )
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"{PLACE}: the model must be on one device, as the pool is, {name} is on {', '.join(devices)}. "
+            "Load it with tp_plan to share it among GPUs."
+        )
     if model.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{PLACE}: the dtype of the model must be one of {names}, got {model.dtype}.")
