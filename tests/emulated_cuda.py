@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcache.backends import dispatch
+from quantcache.backends import dispatch, torch_blocks
+from quantcache.backends.blocks import BlockBatch, BlockLayout, BlockPages
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.launch import DTYPES, Gpu, Kernel
 from quantcache.quantization import reference
@@ -31,26 +32,27 @@ H200 = Gpu(arch="sm_90", processors=132, shared_per_processor=233472, shared_per
 GRID_LIMITS = 2**31 - 1, 65535, 65535
 MAX_THREADS = 1024
 
-ATTENTION, PREFILL, PAGES, PLAN, ADVANCE, SHARED = MODULES = [
+ATTENTION, PREFILL, PAGES, PLAN, ADVANCE, SHARED, BLOCKS = MODULES = [
     importlib.import_module(f"quantcache.backends.cuda.{name}")
-    for name in ("attention", "prefill", "pages", "plan", "advance", "shared")
+    for name in ("attention", "prefill", "pages", "plan", "advance", "shared", "blocks")
 ]
 LAUNCH = importlib.import_module("quantcache.backends.cuda.launch")
 
 ELEMENT_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.items()} | {3: torch.bool}
 
-LETTERS = {"i64": "q", "int": "i", "float": "f", "Segment": "PPPPq", "RowTable": "Pq"}
+LETTERS = {"i64": "q", "int": "i", "float": "f", "Segment": "PPPPq", "RowTable": "Pq", "BlockTable": "PqPqPP"}
 """Of ``struct``, for the C types; a pointer is a P."""
 
 STRUCTURES = {  # kernel: source, structure, how the host packs it
-    "attention": ("attention.cu", "AttentionArgs", ATTENTION._ATTENTION_ARGS),
-    "prefill": ("prefill.cu", "PrefillArgs", PREFILL._PREFILL_ARGS),
-    "merge_parts": ("prefill.cu", "PrefillArgs", PREFILL._PREFILL_ARGS),
+    "attention": ("attention.cu", "AttentionArgs", ATTENTION.ATTENTION_ARGS),
+    "prefill": ("prefill.cu", "PrefillArgs", PREFILL.PREFILL_ARGS),
+    "merge_parts": ("prefill.cu", "PrefillArgs", PREFILL.PREFILL_ARGS),
     "scan_mask": ("prefill.cu", "ScanArgs", PREFILL._SCAN_ARGS),
     "append": ("pages.cu", "AppendArgs", PAGES._APPEND_ARGS),
     "store_pages": ("pages.cu", "StoreArgs", PAGES._STORE_ARGS),
     "restore": ("pages.cu", "RestoreArgs", PAGES._RESTORE_ARGS),
     "advance": ("pages.cu", "AdvanceArgs", ADVANCE._ADVANCE_ARGS),
+    "append_blocks": ("pages.cu", "AppendBlocksArgs", BLOCKS._APPEND_BLOCKS_ARGS),
 }
 
 
@@ -210,9 +212,72 @@ def restore(args: Arguments) -> None:
     memory(given.output, args.dtype, part.shape).copy_(part)
 
 
+def block_pages(args: Arguments, num_kv_heads: int, sequences: int) -> BlockPages:
+    """The pool that a launch reads, as far as its sequences go."""
+    address, block_bytes, blocks, stride, *starts = args.given.block_table
+    assert not (address | block_bytes) % 16
+    cu_seqlens_q, cu_seqlens_k = (memory(start, torch.int32, (sequences + 1,)).clone() for start in starts)
+    layout = BlockLayout(num_kv_heads, *args.widths, args.dtype)
+    assert layout.open_blocks == 1
+    kv_lens = cu_seqlens_k.diff().tolist()
+    width = max(map(layout.peak_blocks, kv_lens))
+    table = memory(blocks, torch.int32, (sequences, max(min(width, stride), 1)), (stride, 1))
+    pool = memory(address, torch.uint8, (int(table.max()) + 1, layout.page_bytes), (block_bytes, 1))
+    batch = BlockBatch(table, cu_seqlens_q, cu_seqlens_k, int(cu_seqlens_q.diff().max()), max(kv_lens))
+    return BlockPages(pool, layout, batch)
+
+
+def attend_blocks(args: Arguments, sequences: int, is_single: bool) -> None:
+    """What sequences with one new token, or those with more, attend to."""
+    given = args.given
+    assert (given.is_causal, given.mask, given.lengths, given.row_table) == (1, 0, 0, (0, 0))
+    pages = block_pages(args, given.num_kv_heads, sequences)
+    starts = pages.batch.cu_seqlens_q.tolist()
+    states = []
+    for (address, strides), heads, width in zip(
+        [(given.query, given.query_stride), *tails(args)],
+        (given.num_kv_heads * given.group, given.num_kv_heads, given.num_kv_heads),
+        (args.widths[0], *args.widths),
+        strict=True,
+    ):
+        token, head, _ = strides
+        assert strides == (token, head, token)
+        states.append(args.states(address, (1, heads, starts[-1], width), (0, head, token)))
+    sinks = memory(given.sinks, torch.float32, (states[0].shape[1],)) if given.sinks else None
+    asked = AttentionOptions(None, True, given.softmax_scale, given.window or None, given.softcap or None, sinks)
+    found = torch_blocks.attend_blocks(*states, pages, asked)
+    output = memory(given.output, args.dtype, found.shape)
+    for first, last in itertools.pairwise(starts):
+        if last > first and (last - first == 1) == is_single:
+            output[:, first:last] = found[:, first:last]
+
+
+def append_blocks(args: Arguments) -> None:
+    given = args.given
+    _, num_kv_heads, sequences = args.grid
+    pages = block_pages(args, num_kv_heads, sequences)
+    tokens = int(pages.batch.cu_seqlens_q[-1])
+    states = [
+        args.states(address, (1, num_kv_heads, tokens, width), (0, *strides))
+        for address, strides, width in zip(given.states, given.stride, args.widths, strict=True)
+    ]
+    torch_blocks.append_blocks(*states, pages)
+
+
 def attention(args: Arguments) -> None:
     given = args.given
     splits, batch = args.grid[0], given.batch
+    if args.macros["HAS_BLOCK_TABLE"]:
+        row_tiles = -(-given.group // (8 * args.macros["ROW_TILES"]))
+        assert args.grid == (given.num_splits, given.num_kv_heads * row_tiles, batch)
+        attend_blocks(args, batch, is_single=True)
+        if splits > 1:
+            rows = (given.partial_sums - given.partial) // 4 // args.widths[1]
+            assert rows >= math.prod(args.grid) * 8 * args.macros["ROW_TILES"]
+            assert not memory(given.counters, torch.int32, (math.prod(args.grid[1:]),)).any()
+            assert given.partial == given.counters + 4 * ATTENTION.NUM_COUNTERS
+            memory(given.partial, torch.float32, (rows * (args.widths[1] + 2),)).fill_(torch.nan)
+        return
     row_tiles = given.num_kv_heads * -(-given.group * given.query_len // (8 * args.macros["ROW_TILES"]))
     if args.macros["FOLDS_GRID"]:
         assert args.grid[1] * args.grid[2] >= row_tiles * batch
@@ -377,6 +442,13 @@ def prefill(args: Arguments) -> None:
         passed_over(given, num_pages * PAGE_SIZE + tail_len)
         leave_parts(args, num_pages, tail_len)
         return
+    if args.macros["HAS_BLOCK_TABLE"]:
+        assert args.grid == (given.num_kv_heads * given.row_tiles * given.num_splits, 1, 1)
+        query_lens = memory(given.block_table[4], torch.int32, (given.sequences + 1,)).diff().tolist()
+        assert given.row_tiles >= sum(-(-given.group * count // shape.rows) for count in query_lens if count > 1)
+        if given.num_splits == 1:
+            attend_blocks(args, given.sequences, is_single=False)
+        return
     assert given.row_tiles == -(-given.group * given.query_len // shape.rows)
     heads = given.batch * given.num_kv_heads
     assert args.grid == (heads * given.row_tiles * given.num_splits, 1, 1)
@@ -424,6 +496,10 @@ def merge_parts(args: Arguments) -> None:
     given = args.given
     assert given.num_splits > 1
     warps = built_as(args).threads // 32
+    if args.macros["HAS_BLOCK_TABLE"]:
+        assert args.grid[0] * warps >= given.num_kv_heads * given.row_tiles * built_as(args).rows
+        attend_blocks(args, given.sequences, is_single=False)
+        return
     assert args.grid[0] * warps >= given.batch * given.num_kv_heads * given.group * given.query_len
     num_pages, tail_len = live_lengths(args)
     attend(args, num_pages, tail_len, passed_over(given, num_pages * PAGE_SIZE + tail_len))
@@ -512,6 +588,7 @@ KERNELS: dict[str, Callable[[Arguments], None]] = {
     "store_pages": store_pages,
     "restore": restore,
     "advance": advance,
+    "append_blocks": append_blocks,
 }
 
 

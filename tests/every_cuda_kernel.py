@@ -1,22 +1,25 @@
-"""Launches every CUDA kernel at small sizes, for ``tests/test_cuda_sanitizer.py``: all but prefill, or prefill alone.
+"""Launches every CUDA kernel at small sizes, for ``tests/test_cuda_sanitizer.py``: those of caches but prefill, prefill
+alone, or those that read and write the blocks of a pool.
 
-    python tests/every_cuda_kernel.py [prefill]
+    python tests/every_cuda_kernel.py [prefill | blocks]
 
 With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its own, and a read past its end is seen.
 """
 
 import importlib
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quantcache.backends import cuda
+from quantcache.backends.blocks import BlockBatch, BlockLayout, BlockPages
 from quantcache.backends.cuda.plan import Shape
 from quantcache.backends.cuda.prefill import Shape as PrefillShape
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
-from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.options import PLAIN, AttentionOptions
 from quantcache.store import reads
 from quantcache.store.segments import ClosedPages
 from quantcache.store.tensor import Int8Tensor, read
@@ -146,7 +149,41 @@ def read_divided(view: PagesView, query: Tensor) -> None:
         torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+BLOCK_KINDS: list[Kind] = [kind for kind in KINDS if kind[2] != torch.float32 and kind[0] != 192]
+
+
+def run_blocks(kind: Kind) -> None:
+    """Steps of sequences that begin apart, through a table of blocks in any order: one, several and many new tokens."""
+    head_dim, v_head_dim, dtype, num_kv_heads, group = kind
+    layout = BlockLayout(num_kv_heads, head_dim, v_head_dim, dtype)
+    stored, width = [0, 63, 1], 16
+    pool = torch.zeros(3 * width, layout.page_bytes, dtype=torch.uint8, device="cuda")
+    table = torch.randperm(len(pool), device="cuda").int().view(3, width)
+    sinks = torch.linspace(-1, 2, num_kv_heads * group, device="cuda")
+    for new in ([1, 1, 1], [70, 1, 300], [1, 64, 1], [1, 0, 1], [2, 130, 62], [1, 1, 1]):
+        tokens = sum(new)
+        kv_lens = [before + count if count else 0 for before, count in zip(stored, new, strict=True)]
+        starts = (torch.tensor([0, *lens]).cumsum(0).int().cuda() for lens in (new, kv_lens))
+        states = [
+            torch.randn(1, tokens, heads, width, device="cuda").to(dtype).transpose(1, 2)
+            for heads, width in ((num_kv_heads * group, head_dim), (num_kv_heads, head_dim), (num_kv_heads, v_head_dim))
+        ]
+        known = BlockBatch(table, *starts, max(new), 64 * width, new, kv_lens)
+        for batch in (known, replace(known, query_lens=None, kv_lens=None, memo={})):
+            pages = BlockPages(pool, layout, batch)
+            for asked in (PLAIN._replace(is_causal=True), PLAIN._replace(is_causal=True, softcap=20.0, sinks=sinks)):
+                assert cuda.attend_blocks(*states, pages, asked).isfinite().all()
+        cuda.append_blocks(*states[1:], pages)
+        stored = [before + count for before, count in zip(stored, new, strict=True)]
+
+
 if __name__ == "__main__":
+    if "blocks" in sys.argv[1:]:
+        for each in BLOCK_KINDS:
+            run_blocks(each)
+        torch.cuda.synchronize()
+        print("ok")
+        sys.exit()
     importlib.import_module("quantcache.backends.cuda.shared").WORTH_SHARING = 0
     for each in KINDS:
         run(Int8Layer(), each)

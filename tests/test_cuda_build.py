@@ -20,7 +20,7 @@ from tests import emulated_cuda
 MACROS = (("HEAD_DIM", 64), ("V_HEAD_DIM", 64), ("DTYPE", 1), ("HAS_ROW_TABLE", 0))
 ATTENTION_MACROS = (
     *(("ROW_TILES", 1), ("WARPS", 8), ("KEY_STEP", 16), ("STAGES", 2)),
-    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1), ("FOLDS_GRID", 0)),
+    *(("HAS_MASK", 1), ("HAS_SOFTCAP", 1), ("FOLDS_GRID", 0), ("HAS_BLOCK_TABLE", 0)),
 )
 
 
@@ -127,6 +127,8 @@ def test_the_kernels_merge_as_many_splits_as_are_planned() -> None:
         ({"HAS_MASK": 2}, "a yes or a no"),
         ({"FOLDS_GRID": 2}, "a yes or a no"),
         ({"HAS_ROW_TABLE": 2}, "a yes or a no"),
+        ({"HAS_BLOCK_TABLE": 2}, "a yes or a no"),
+        ({"HAS_BLOCK_TABLE": 1}, "what serving asks for"),
     ],
     ids=str,
 )
@@ -238,6 +240,34 @@ def test_the_prefill_kernel_compiles_for_every_architecture(
     shares_pages = head_dims != (128, 128)
     macros = macros_for(shape, *head_dims, torch.bfloat16, True, True, shares_pages, shares_pages)
     assert nvrtc.cubin("prefill.cu", macros, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "several", "head_dims"),
+    [
+        ("sm_80", plan.Shape(1, 4, 16, 2), Shape(2, 8, 64, 1), (128, 128)),
+        ("sm_90", plan.Shape(2, 4, 32, 2), Shape(1, 8, 64, 2, True), (128, 128)),
+        ("sm_120", plan.Shape(1, 8, 16, 2), Shape(1, 2, 32, 1), (256, 256)),
+    ],
+    ids=str,
+)
+def test_the_kernels_that_read_blocks_compile(
+    arch: str,
+    shape: plan.Shape,
+    several: Shape,
+    head_dims: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cuda.core")
+    if nvrtc.unavailable():
+        pytest.skip(str(nvrtc.unavailable()))
+    monkeypatch.setenv(artifacts.CACHE_VARIABLE, str(tmp_path))
+    asked = (*head_dims, torch.float16, False, True)
+    macros = plan.macros_for(shape, *asked, has_block_table=True)
+    assert nvrtc.cubin("attention.cu", macros, arch).startswith(b"\x7fELF")
+    macros = macros_for(several, *asked, has_block_table=True)
+    assert nvrtc.cubin("prefill.cu", macros, arch + "a" * several.is_warpgroup).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("shared_per_block", [99 << 10, 163 << 10, 227 << 10])

@@ -20,7 +20,7 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-@pytest.mark.parametrize("part", ["", "prefill"])
+@pytest.mark.parametrize("part", ["", "prefill", "blocks"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_every_kernel_is_clean(tool: str, part: str) -> None:
     command = sanitizer()

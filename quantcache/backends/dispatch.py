@@ -21,7 +21,7 @@ BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
 
 BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
 
-BLOCK_BACKENDS: Final[dict[str, BlockBackend]] = {"torch": torch_blocks}
+BLOCK_BACKENDS: Final[dict[str, BlockBackend]] = {"torch": torch_blocks, "cuda": cuda_backend}
 """Those that read and write the blocks of a pool."""
 
 

@@ -11,9 +11,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantcache.backends.blocks import BlockLayout
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.advance import advance
 from quantcache.backends.cuda.attention import MAX_DECODE_ROWS, attention, decode, kernel_of, make_scratch
+from quantcache.backends.cuda.blocks import append_blocks, attend_blocks
 from quantcache.backends.cuda.launch import DTYPES, gpu, reads_wheel
 from quantcache.backends.cuda.pages import append_tail, restore, segment_table, store_pages
 from quantcache.backends.cuda.plan import HEAD_DIM_STEP, MAX_HEAD_DIM
@@ -25,7 +27,9 @@ __all__ = [
     "READS_ROW_TABLE",
     "WRITES_ON_READ",
     "advance",
+    "append_blocks",
     "append_tail",
+    "attend_blocks",
     "attention",
     "decode",
     "kernel_of",
@@ -36,6 +40,7 @@ __all__ = [
     "store_pages",
     "unavailable",
     "unsupported",
+    "unsupported_blocks",
     "where_from",
 ]
 
@@ -97,3 +102,11 @@ def unsupported(*states: Tensor) -> str | None:
         if kind not in nvrtc.prebuilt_states(gpu(states[0].device.index).arch):
             return f"the wheel has no kernels for head_dims {kind[:2]} in {states[0].dtype}, and {reason}"
     return None
+
+
+def unsupported_blocks(layout: BlockLayout) -> str | None:
+    """Why the kernels do not cover blocks of this layout, or None. The wheel has none of those that read blocks."""
+    if layout.open_blocks > 1:
+        return f"the CUDA kernels read blocks of 16-bit models, got {layout.dtype} with head_dim {layout.head_dim}"
+    states = (torch.empty(0, width, dtype=layout.dtype) for width in (layout.head_dim, layout.v_head_dim))
+    return unsupported(*states) or nvrtc.unavailable()

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantcache.backends.cuda.launch import MASK_DTYPES, current_stream, gpu, launch, readable
+from quantcache.backends.cuda.launch import MASK_DTYPES, NO_BLOCK_TABLE, current_stream, gpu, launch, readable
 from quantcache.backends.cuda.pages import append_tail, segment_table
 from quantcache.backends.cuda.plan import Plan, Shape, plan_for
 from quantcache.backends.cuda.prefill import PREFILL_DTYPES, prefill
@@ -17,7 +17,7 @@ from quantcache.quantization.options import AttentionOptions
 MAX_DECODE_ROWS: Final = 64
 """Query rows per KV head (group * query_len) from which on reading a layer is arithmetic and no longer memory."""
 
-_ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq 2P 3i")
+ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq 2P 3i PqPqPP")
 
 
 def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
@@ -113,7 +113,7 @@ def decode(
         plan.kernel,
         plan.grid,
         index,
-        _ATTENTION_ARGS,
+        ATTENTION_ARGS,
         query_address,
         output.data_ptr(),
         table.address_beyond(1),
@@ -133,6 +133,7 @@ def decode(
         *new,
         *table.row_table,
         *shared[:5],
+        *NO_BLOCK_TABLE,
     )
     return output
 

@@ -22,6 +22,9 @@ MASK_DTYPES: Final = {**DTYPES, torch.bool: 3}
 """Element types of masks likewise."""
 
 
+NO_BLOCK_TABLE: Final = (0,) * 6
+"""A block table of a call that reads none."""
+
 MAX_GRID: Final = 65535
 """CTAs that a grid takes in its second axis and in its third; in the first 2**31 - 1, which no call here reaches."""
 

@@ -193,6 +193,7 @@ def macros_for(
     has_softcap: bool,
     has_row_table: bool = False,
     folds_grid: bool = False,
+    has_block_table: bool = False,
 ) -> nvrtc.Macros:
     """See ``attention/build.cuh``."""
     return (
@@ -200,7 +201,7 @@ def macros_for(
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("KEY_STEP", shape.key_step), ("STAGES", shape.stages)),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
-        ("FOLDS_GRID", int(folds_grid)),
+        *(("FOLDS_GRID", int(folds_grid)), ("HAS_BLOCK_TABLE", int(has_block_table))),
     )
 
 

@@ -12,6 +12,7 @@ from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.launch import (
     DTYPES,
     MASK_DTYPES,
+    NO_BLOCK_TABLE,
     Gpu,
     Kernel,
     current_stream,
@@ -28,7 +29,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 
 PREFILL_DTYPES: Final = (torch.bfloat16, torch.float16)
 
-_PREFILL_ARGS: Final = struct.Struct("12P 19q 12i 2f " + FEW_SEGMENTS * "4Pq " + "Pq i")
+PREFILL_ARGS: Final = struct.Struct("12P 19q 12i 2f " + FEW_SEGMENTS * "4Pq " + "Pq i PqPqPP")
 _SCAN_ARGS: Final = struct.Struct("4P 4q 5i")
 
 
@@ -129,6 +130,7 @@ def macros_for(
     has_softcap: bool,
     has_row_table: bool = False,
     shares_pages: bool = False,
+    has_block_table: bool = False,
 ) -> nvrtc.Macros:
     """See ``prefill/build.cuh``."""
     return (
@@ -136,7 +138,7 @@ def macros_for(
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
-        ("SHARES_PAGES", int(shares_pages)),
+        *(("SHARES_PAGES", int(shares_pages)), ("HAS_BLOCK_TABLE", int(has_block_table))),
         ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim, shares_pages)),
     )
 
@@ -152,9 +154,11 @@ def kernels_for(
     has_softcap: bool,
     has_row_table: bool,
     shares_pages: bool = False,
+    has_block_table: bool = False,
 ) -> Kernels:
     """A build for ``macros_for`` the arguments."""
-    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, has_row_table, shares_pages)
+    tables = has_row_table, shares_pages, has_block_table
+    macros = macros_for(shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, *tables)
     arch = arch_for(gpu(index), shape)
 
     def load(name: str, shared_bytes: int) -> Kernel:
@@ -338,11 +342,12 @@ def launch_plan(
         *table.few,
         *table.row_table,
         sequences,
+        *NO_BLOCK_TABLE,
     )
-    launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, _PREFILL_ARGS, *arguments)
+    launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, PREFILL_ARGS, *arguments)
     if num_splits > 1 and output is not None:
         merging = -(-heads * group * query_len // (kernels.shape.threads // 32))
-        launch(kernels.merge_parts, (merging, 1, 1), index, _PREFILL_ARGS, *arguments)
+        launch(kernels.merge_parts, (merging, 1, 1), index, PREFILL_ARGS, *arguments)
     return workspace
 
 

@@ -35,6 +35,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const Thread thread = this_thread();
   const QueryRows rows = rows_of_cta(args);
   if (FOLDS_GRID && rows.batch >= args.batch) return;
+#if HAS_BLOCK_TABLE
+  // Another kernel's sequence, one of padding, or a split that a short one has not got.
+  if (rows.query_len != 1 || rows.split >= rows.num_splits) return;
+#endif
   const PageRange range = pages_of_warp(args, rows, thread.warp);
 
   const u32 query = shared_address(memory);
@@ -46,9 +50,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   ring.open(args, rows, range, query + kQueryBytes + thread.warp * STAGES * kStageBytes);
   PageWindow window;
   window.open(args, rows, range);
-  ring.fill(window);
+  ring.fill(args, window);
 
-  if (args.num_new && has_tail(args, rows)) write_new_tokens(args, rows);
+  if (!HAS_BLOCK_TABLE && args.num_new && has_tail(args, rows)) write_new_tokens(args, rows);
 
   OnlineSoftmax softmax;
   start_softmax(args, rows, thread, softmax);
@@ -63,6 +67,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __syncthreads();
   const i64 part = first_part(args, rows);
   merge_warps(args, rows, part, memory);
-  if (args.num_splits == 1) return;
+  if (splits_of(args, rows) == 1) return;
   if (is_last_split(args, rows)) merge_splits(args, rows, thread, part, memory);
 }

@@ -31,6 +31,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
   const Memory memory(bytes);
   Shared& shared = *memory.shared;
   const QueryRows rows = rows_of_cta(args);
+#if HAS_BLOCK_TABLE
+  if (rows.num_rows == 0) return;
+#endif
   const BlockRange range = blocks_of_cta(args, rows);
 
   if (threadIdx.x == 0) {
@@ -42,12 +45,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 #pragma unroll 1
     for (int turn = -kNotice; turn < 0; turn++) fill_queue(args, rows, range, shared, turn);
   }
+#if HAS_BLOCK_TABLE
+  const int tail_len = min(rows.kv_len, range.end * kPageSize) - rows.num_pages * kPageSize;  // that is seen
+#else
   const int tail_len = rows.kv_len - rows.num_pages * kPageSize;
+#endif
   if (range.end > rows.num_pages && tail_len > 0) {
-    find_largest<kKeyChunks>(args.key_tail, tail_start(rows, args.key_tail_stride), args.key_tail_stride[2], tail_len,
-                             &shared.tail_largest[0]);
-    find_largest<kValueChunks>(args.value_tail, tail_start(rows, args.value_tail_stride), args.value_tail_stride[2],
-                               tail_len, &shared.tail_largest[1]);
+    find_largest<kKeyChunks>(args.key_tail, open_page(args, rows, 0, 0), tail_start(rows, args.key_tail_stride),
+                             args.key_tail_stride[2], tail_len, &shared.tail_largest[0]);
+    find_largest<kValueChunks>(args.value_tail, open_page(args, rows, 1, 0), tail_start(rows, args.value_tail_stride),
+                               args.value_tail_stride[2], tail_len, &shared.tail_largest[1]);
   }
   __syncthreads();
   if (threadIdx.x == 0) set_tail_factors(shared);
@@ -80,7 +87,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 // Launch: one warp of kThreads for each row.
 extern "C" __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ PrefillArgs args) {
   const i64 index = static_cast<i64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+#if HAS_BLOCK_TABLE
+  const int rows = args.row_tiles * kRows;
+#else
   const int rows = args.group * args.query_len;
+#endif
   const int head = index / rows;
   if (head < args.batch * args.num_kv_heads) merge_row(args, head, index % rows);
 }

@@ -119,7 +119,7 @@ DEVICE void merge_warps(const AttentionArgs& args, const QueryRows& rows, i64 pa
       row_sum = fmaf(weight, sums[2 * (warp * kRows + row) + 1], row_sum);
       add_weighted(total, weight, output);
     }
-    if (args.num_splits == 1) {
+    if (splits_of(args, rows) == 1) {
       finish_row(args, rows, row, d, total, row_max, row_sum);
       continue;
     }
@@ -134,7 +134,7 @@ DEVICE bool is_last_split(const AttentionArgs& args, const QueryRows& rows) {
   __shared__ u32 is_last;
   __syncthreads();
   if (threadIdx.x == 0)
-    is_last = arrives_last(args.counters + rows.head * rows.row_tiles + rows.row_tile, args.num_splits);
+    is_last = arrives_last(args.counters + rows.head * rows.row_tiles + rows.row_tile, splits_of(args, rows));
   __syncthreads();
   return is_last;
 }
@@ -144,14 +144,14 @@ DEVICE bool is_last_split(const AttentionArgs& args, const QueryRows& rows) {
 constexpr int kRowMaxima = HAS_ROW_TABLE ? kRows : 0;
 DEVICE void weigh_splits(const AttentionArgs& args, const QueryRows& rows, const Thread& thread, i64 part,
                          float* weights, float* row_sums) {
-  const int lane = thread.lane;
+  const int lane = thread.lane, num_splits = splits_of(args, rows);
   for (int row = thread.warp; row < rows.num_rows; row += WARPS) {
     constexpr int rounds = kMaxSplits / 32;  // all loaded before one is used
     float2 sums[rounds];
     float row_max = kLowest, row_sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < rounds; k++) {
-      const int split = min(lane + 32 * k, args.num_splits - 1);
+      const int split = min(lane + 32 * k, num_splits - 1);
       sums[k] = __ldcg(reinterpret_cast<const float2*>(args.partial_sums + 2 * ((part + split) * kRows + row)));
     }
 #pragma unroll
@@ -160,7 +160,7 @@ DEVICE void weigh_splits(const AttentionArgs& args, const QueryRows& rows, const
     for (int step = 1; step < 32; step *= 2) row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, step));
 #pragma unroll
     for (int k = 0; k < rounds; k++)
-      if (lane + 32 * k < args.num_splits) {
+      if (lane + 32 * k < num_splits) {
         const float weight = exp2_approx(sums[k].x - row_max);
         weights[(lane + 32 * k) * kRows + row] = weight;
         row_sum = fmaf(weight, sums[k].y, row_sum);
@@ -175,21 +175,22 @@ DEVICE void weigh_splits(const AttentionArgs& args, const QueryRows& rows, const
 }
 
 // Every num_groups-th split of four elements of a row, from `first` on.
-DEVICE float4 add_splits(const AttentionArgs& args, const float* source, const float* weights, int row, int first,
-                         int num_groups) {
+DEVICE float4 add_splits(const AttentionArgs& args, const QueryRows& rows, const float* source, const float* weights,
+                         int row, int first, int num_groups) {
+  const int num_splits = splits_of(args, rows);
   constexpr int kAtOnce = 16;  // splits whose outputs are loaded before one is used
   float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-  for (int split = first; split < args.num_splits; split += kAtOnce * num_groups) {
+  for (int split = first; split < num_splits; split += kAtOnce * num_groups) {
     float4 outputs[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; n++)
-      outputs[n] = __ldcg(reinterpret_cast<const float4*>(source + min(split + n * num_groups, args.num_splits - 1) *
-                                                                       (kRows * V_HEAD_DIM)));
+      outputs[n] = __ldcg(
+          reinterpret_cast<const float4*>(source + min(split + n * num_groups, num_splits - 1) * (kRows * V_HEAD_DIM)));
 #pragma unroll
     for (int n = 0; n < kAtOnce; n++) {
       const int index = split + n * num_groups;
-      add_weighted(total, index < args.num_splits ? weights[index * kRows + row] : 0.0f, outputs[n]);
+      add_weighted(total, index < num_splits ? weights[index * kRows + row] : 0.0f, outputs[n]);
     }
   }
   return total;
@@ -197,9 +198,9 @@ DEVICE float4 add_splits(const AttentionArgs& args, const float* source, const f
 
 // The parts of all splits to the output.
 DEVICE void merge_splits(const AttentionArgs& args, const QueryRows& rows, const Thread& thread, i64 part, u8* memory) {
-  float* weights = reinterpret_cast<float*>(memory);    // (num_splits, kRows)
-  float* row_sums = weights + args.num_splits * kRows;  // (kRows,)
-  float* row_maxima = row_sums + kRowMaxima;            // (kRows,)
+  float* weights = reinterpret_cast<float*>(memory);          // (num_splits, kRows)
+  float* row_sums = weights + splits_of(args, rows) * kRows;  // (kRows,)
+  float* row_maxima = row_sums + kRowMaxima;                  // (kRows,)
   weigh_splits(args, rows, thread, part, weights, row_sums);
   __syncthreads();
   // Few rows leave threads without an element: groups of threads then take every num_groups-th split.
@@ -210,7 +211,7 @@ DEVICE void merge_splits(const AttentionArgs& args, const QueryRows& rows, const
   for (int i = threadIdx.x - group * width; i < elements && group < num_groups; i += width) {
     const int row = i / kQuads, d = i % kQuads * 4;
     const float* source = args.partial + (part * kRows + row) * V_HEAD_DIM + d;
-    const float4 total = add_splits(args, source, weights, row, group, num_groups);
+    const float4 total = add_splits(args, rows, source, weights, row, group, num_groups);
     if (num_groups == 1)
       finish_row(args, rows, row, d, total, row_maxima[row], row_sums[row]);
     else

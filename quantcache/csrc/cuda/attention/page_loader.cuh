@@ -26,6 +26,7 @@ struct PageLoader {
   int index;
 
   DEVICE void open(const AttentionArgs& args, int page) {
+    if (HAS_BLOCK_TABLE) return;
     segments = args.segments;
     if (args.num_segments == 1) {
       segment = args.only;
@@ -44,14 +45,19 @@ struct PageLoader {
     segment = segments[i];
     end = segments[i + 1].first;
   }
-  // `row` is not read without a row table. `heads` counts those of a page, `head` the one among them; with a row table
-  // they are those of a row.
-  DEVICE void load(u32 stage, int page, int step, int row, int heads, int head) {
+  // `row` is not read without a row table; with a block table it is a block. `heads` counts those of a page, `head` the
+  // one among them; with a row table they are those of a row.
+  DEVICE void load(const AttentionArgs& args, u32 stage, int page, int step, int row, int heads, int head) {
+#if HAS_BLOCK_TABLE
+    segment = args.block_table.segment_of(row, head);
+    const i64 place = 0;
+#else
     while (page >= end) use(index + 1);
 #if HAS_ROW_TABLE
     const i64 place = place_of(segment, page, row, heads, head);
 #else
     const i64 place = (page - segment.first) * heads + head;
+#endif
 #endif
     const int lane = threadIdx.x & 31;
     const i8* keys = segment.key_qdata + (place * kPageSize + step * KEY_STEP) * HEAD_DIM;
@@ -84,8 +90,8 @@ struct PageWalk {
   u32 seen;
   int page, step, left;
   DEVICE void start(u32 pages, int first, int count) {
-    seen = pages, page = first, step = 0, left = (kLooksAhead ? __popc(pages) : count) * kStepsPerPage;
-    if (kLooksAhead && left) settle();
+    seen = pages, page = first, step = 0, left = (kSkipsPages ? __popc(pages) : count) * kStepsPerPage;
+    if (kSkipsPages && left) settle();
   }
   DEVICE void settle() {
     int skipped = __ffs(seen) - 1;
@@ -97,7 +103,7 @@ struct PageWalk {
     if (++step < kStepsPerPage) return;
     step = 0;
     page += WARPS;
-    if (kLooksAhead && left) {
+    if (kSkipsPages && left) {
       seen >>= 1;
       settle();
     }
@@ -109,7 +115,7 @@ struct PageWindow {
   int first, count;  // pages, WARPS apart
   int left;          // pages of the warp from `first` on
   u32 seen, partly;  // see scan_masks
-  int row;           // stored, of the page that is as far behind the first as the lane says
+  int row;           // stored, or a block, of the page that is as far behind the first as the lane says
 
   DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range) {
     first = range.first, left = range.count;
@@ -125,6 +131,11 @@ struct PageWindow {
   }
   DEVICE void look(const AttentionArgs& args, const QueryRows& rows) {
     count = kLooksAhead ? min(left, kWindowPages) : left;
+#if HAS_BLOCK_TABLE
+    const int lane = threadIdx.x & 31;
+    row = 0;
+    if (lane < count) row = args.block_table.block_of(rows.sequence, first + lane * WARPS);
+#endif
 #if HAS_ROW_TABLE
     const u32 all = count == 32 ? ~0u : (1u << count) - 1, own = all & ~find_rows(args, rows);
     seen = partly = 0;
@@ -170,21 +181,22 @@ struct PageRing {
     stages = memory;
     stage = 0;
     heads = HAS_ROW_TABLE ? args.num_kv_heads : args.batch * args.num_kv_heads;
-    head = HAS_ROW_TABLE ? rows.kv_head : rows.head;
+    head = HAS_ROW_TABLE || HAS_BLOCK_TABLE ? rows.kv_head : rows.head;
     if (range.count) loader.open(args, range.first);
   }
   // Starts to load the window's first steps. No copy may be under way.
-  DEVICE void fill(const PageWindow& window) {
+  DEVICE void fill(const AttentionArgs& args, const PageWindow& window) {
     loading = window.walk();
     first = window.first, row = window.row;
 #pragma unroll
-    for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(ahead);
+    for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(args, ahead);
   }
   // One group of copies, empty where nothing is left to load.
-  DEVICE void load_next(int ahead) {
+  DEVICE void load_next(const AttentionArgs& args, int ahead) {
     if (loading.left) {
-      const int row_of_page = HAS_ROW_TABLE ? __shfl_sync(~0u, row, (loading.page - first) / WARPS) : 0;
-      loader.load(address(ahead), loading.page, loading.step, row_of_page, heads, head);
+      const int row_of_page =
+          HAS_ROW_TABLE || HAS_BLOCK_TABLE ? __shfl_sync(~0u, row, (loading.page - first) / WARPS) : 0;
+      loader.load(args, address(ahead), loading.page, loading.step, row_of_page, heads, head);
       loading.advance();
     }
     commit_copies();

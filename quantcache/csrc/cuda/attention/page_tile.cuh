@@ -128,7 +128,7 @@ DEVICE void attend_pages(const AttentionArgs& args, const QueryRows& rows, Onlin
     while (attending.left) {
       wait_for_copies<STAGES - 2>();
       __syncwarp();
-      ring.load_next(STAGES - 1);
+      ring.load_next(args, STAGES - 1);
       const u32 stage = ring.current();
       if (attending.step == 0) scale_query(args, scaled, query, stage + KEY_STEP * (HEAD_DIM + V_HEAD_DIM));
       const int first_key = attending.page * kPageSize;
@@ -142,6 +142,6 @@ DEVICE void attend_pages(const AttentionArgs& args, const QueryRows& rows, Onlin
     if (!kLooksAhead || !window.advance(args, rows)) return;
     // The stages are free once every lane has read the last one.
     __syncwarp();
-    ring.fill(window);
+    ring.fill(args, window);
   }
 }

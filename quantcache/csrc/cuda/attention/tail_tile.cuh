@@ -30,9 +30,24 @@ DEVICE void prefetch_rows(const void* tail, i64 start, i64 step, int tail_len, i
   }
 }
 
+#if HAS_BLOCK_TABLE
+// Where the exact tokens of an open page begin, the keys' or the values'; there is at least one.
+DEVICE const void* open_page(const AttentionArgs& args, const QueryRows& rows, int which) {
+  const BlockTable& table = args.block_table;
+  return table.chunk_of(table.block_of(rows.sequence, rows.num_pages + which), rows.kv_head);
+}
+#endif
+
 // Brings the rows of the tail that a warp reads first nearer, 128 bytes a lane.
 DEVICE void prefetch_tail(const AttentionArgs& args, const QueryRows& rows, int place) {
   const int tail_len = rows.kv_len - rows.num_pages * kPageSize;
+#if HAS_BLOCK_TABLE
+  if (tail_len > 1) {
+    prefetch_rows<HEAD_DIM>(open_page(args, rows, 0), 0, HEAD_DIM, tail_len - 1, 16 * place);
+    prefetch_rows<V_HEAD_DIM>(open_page(args, rows, 1), 0, V_HEAD_DIM, tail_len - 1, 16 * place);
+  }
+  return;
+#endif
   prefetch_rows<HEAD_DIM>(args.key_tail, rows.batch * args.key_tail_stride[0] + rows.kv_head * args.key_tail_stride[1],
                           args.key_tail_stride[2], tail_len, 16 * place);
   prefetch_rows<V_HEAD_DIM>(args.value_tail,
@@ -53,7 +68,11 @@ struct TailTile {
 DEVICE void attend_tail(const AttentionArgs& args, const QueryRows& rows, OnlineSoftmax& softmax, u32 query,
                         int place) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#if HAS_BLOCK_TABLE
+  const int first_key = rows.num_pages * kPageSize;
+#else
   const int first_key = rows.kv_len - (args.lengths ? args.lengths[1] : args.tail_len);
+#endif
   const int tail_len = rows.kv_len - first_key;
   constexpr int words = kQuerySize;  // 32-bit words of four elements
   const u32* key_tail = static_cast<const u32*>(args.key_tail) +
@@ -62,7 +81,20 @@ DEVICE void attend_tail(const AttentionArgs& args, const QueryRows& rows, Online
   const u32* value_tail =
       static_cast<const u32*>(args.value_tail) +
       (rows.batch * args.value_tail_stride[0] + rows.kv_head * args.value_tail_stride[1]) * words / 4 + g * words / 2;
+#if HAS_BLOCK_TABLE
+  // The last token is the new one.
+  const u32 *open_keys = key_tail, *open_values = value_tail;
+  if (tail_len > 1) {
+    open_keys = static_cast<const u32*>(open_page(args, rows, 0)) + t * words;
+    open_values = static_cast<const u32*>(open_page(args, rows, 1)) + g * words / 2;
+  }
+  auto key_at = [&](int i) { return i == tail_len - 1 ? key_tail : open_keys + i * (HEAD_DIM * words / 4); };
+  auto value_at = [&](int i) { return i == tail_len - 1 ? value_tail : open_values + i * (V_HEAD_DIM * words / 4); };
+#else
   const i64 key_step = args.key_tail_stride[2] * words / 4, value_step = args.value_tail_stride[2] * words / 4;
+  auto key_at = [&](int i) { return key_tail + i * key_step; };
+  auto value_at = [&](int i) { return value_tail + i * value_step; };
+#endif
 #pragma unroll 1
   for (int start = 16 * place; start < tail_len; start += 16 * WARPS) {
     // Keys behind the last one are hidden, so what is read for them is the last one. Elements 16 c + 4 t.. of the keys
@@ -71,9 +103,9 @@ DEVICE void attend_tail(const AttentionArgs& args, const QueryRows& rows, Online
     const u32* values_at[4];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      keys_at[h] = key_tail + min(start + g + 8 * h, tail_len - 1) * key_step;
-      values_at[2 * h] = value_tail + min(start + 2 * t + 8 * h, tail_len - 1) * value_step;
-      values_at[2 * h + 1] = value_tail + min(start + 2 * t + 8 * h + 1, tail_len - 1) * value_step;
+      keys_at[h] = key_at(min(start + g + 8 * h, tail_len - 1));
+      values_at[2 * h] = value_at(min(start + 2 * t + 8 * h, tail_len - 1));
+      values_at[2 * h + 1] = value_at(min(start + 2 * t + 8 * h + 1, tail_len - 1));
     }
     TailTile loaded;
     if constexpr (kLoadsTailAtOnce) {

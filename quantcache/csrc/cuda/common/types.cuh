@@ -49,6 +49,34 @@ struct RowTable {
   DEVICE int row_of(int batch, int page) const { return rows[batch * stride + page]; }
 };
 
+// The pages of one layer in a pool that sequences share. A page has a chunk for each KV head, see backends/blocks.py. Of a
+// sequence of n tokens, n / 64 pages are closed; the others are exact, a head's keys (64, HEAD_DIM) where its chunk of the next block
+// begins, and its values (64, V_HEAD_DIM) where that of the block behind begins.
+struct BlockTable {
+  i8* pages;              // of block 0
+  i64 block_bytes;        // from a block to the next
+  const int* blocks;      // (sequences, blocks or more); those that a sequence has not got are not read
+  i64 stride;             // from a sequence to the next
+  const int* new_starts;  // (sequences + 1,): where the new tokens of a sequence begin among those of all
+  const int* starts;      // (sequences + 1,), whose differences are the tokens of a sequence, the new ones included
+
+  // Of a chunk: where its parts begin, and how many bytes it has.
+  static constexpr int kKeyMetadata = kPageSize * HEAD_DIM, kValues = kKeyMetadata + 4 * HEAD_DIM;
+  static constexpr int kValueMetadata = kValues + kPageSize * V_HEAD_DIM, kChunkBytes = kValueMetadata + 4 * kPageSize;
+
+  DEVICE int block_of(int sequence, int page) const { return blocks[sequence * stride + page]; }
+  DEVICE i8* chunk_of(int block, int kv_head) const { return pages + block * block_bytes + kv_head * kChunkBytes; }
+  // A chunk as a segment of one page of one head.
+  DEVICE Segment segment_of(int block, int kv_head) const {
+    const i8* chunk = chunk_of(block, kv_head);
+    return {chunk, reinterpret_cast<const u32*>(chunk + kKeyMetadata), chunk + kValues,
+            reinterpret_cast<const u32*>(chunk + kValueMetadata), 0};
+  }
+  DEVICE int new_tokens(int sequence) const { return new_starts[sequence + 1] - new_starts[sequence]; }
+  DEVICE int tokens(int sequence) const { return starts[sequence + 1] - starts[sequence]; }
+};
+static_assert(sizeof(BlockTable) == 48, "as backends/cuda/blocks.py packs it");
+
 #if HAS_ROW_TABLE
 // Where a page of a KV head lies in its segment, in pages of one head.
 DEVICE i64 place_of(const Segment& segment, int page, int row, int num_kv_heads, int kv_head) {

@@ -24,17 +24,23 @@ struct PrefillArgs {
   float softmax_scale, softcap;
   Segment few[kFewSegments];  // those of most calls, which need no copy to the device then
   RowTable row_table;
-  int sequences;  // of a CTA, where SHARES_PAGES
+  int sequences;           // of a CTA, where SHARES_PAGES; in the batch, where HAS_BLOCK_TABLE
+  BlockTable block_table;  // where HAS_BLOCK_TABLE; the tails are then the new states, of all sequences side by side
 };
-static_assert(sizeof(PrefillArgs) == 968, "as backends/cuda/prefill.py packs it");
+static_assert(sizeof(PrefillArgs) == 1016, "as backends/cuda/prefill.py packs it");
 
 constexpr int kBlockQueries = 32;  // whose masks are looked at together
 enum : u8 { kSeen = 1, kPartly = 2, kFaint = 4 };
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side. Where SHARES_PAGES, those of
-// num_sequences sequences from `batch` on, one after the other, and head is kv_head.
+// num_sequences sequences from `batch` on, one after the other, and head is kv_head. Where HAS_BLOCK_TABLE, row_tile counts
+// those of all sequences, `batch` is the sequence's first query among all, so that strides of the batch are those of
+// tokens, and head is kv_head.
 struct QueryRows {
   int batch, kv_head, head;  // head counts the KV heads over the batch
+#if HAS_BLOCK_TABLE
+  int sequence, query_len;
+#endif
 #if SHARES_PAGES
   int num_sequences;
 #endif
@@ -45,6 +51,63 @@ struct QueryRows {
   int position;  // the key that the first query stands at
 };
 
+#if HAS_BLOCK_TABLE
+// The rows of a tile among those of all sequences with more than one query, none where there are fewer tiles. By a warp.
+DEVICE QueryRows rows_of_tile(const PrefillArgs& args, int tile) {
+  const BlockTable& table = args.block_table;
+  const int lane = threadIdx.x & 31;
+  QueryRows rows;
+  rows.row_tile = tile, rows.num_rows = 0;
+  int before = 0;  // tiles of the sequences looked at
+#pragma unroll 1
+  for (int first = 0; first < args.sequences; first += 32) {
+    const int sequence = first + lane;
+    int start = 0, query_len = 0;
+    if (sequence < args.sequences) {
+      start = table.new_starts[sequence];
+      query_len = table.new_tokens(sequence);
+    }
+    const int tiles = query_len > 1 ? (args.group * query_len + kRows - 1) / kRows : 0;
+    int end = tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int lower = __shfl_up_sync(~0u, end, step);
+      if (lane >= step) end += lower;
+    }
+    end += before;
+    const u32 behind = __ballot_sync(~0u, end > tile);
+    if (behind) {
+      const int found = __ffs(behind) - 1;
+      rows.sequence = first + found;
+      rows.batch = __shfl_sync(~0u, start, found);
+      rows.query_len = __shfl_sync(~0u, query_len, found);
+      rows.first_row = (tile - __shfl_sync(~0u, end - tiles, found)) * kRows;
+      rows.num_rows = min(kRows, args.group * rows.query_len - rows.first_row);
+      return rows;
+    }
+    before = __shfl_sync(~0u, end, 31);
+  }
+  return rows;
+}
+
+DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
+  u32 index = blockIdx.x;
+  const int tile = index % args.row_tiles;
+  index /= args.row_tiles;
+  QueryRows rows = rows_of_tile(args, tile);
+  rows.split = index % args.num_splits, index /= args.num_splits;
+  rows.kv_head = rows.head = index;
+  if (rows.num_rows == 0) return rows;
+  const int last_row = rows.first_row + rows.num_rows - 1;
+  const bool is_one_head = rows.first_row / rows.query_len == last_row / rows.query_len;
+  rows.first_query = is_one_head ? rows.first_row % rows.query_len : 0;
+  rows.last_query = is_one_head ? last_row % rows.query_len : rows.query_len - 1;
+  rows.kv_len = args.block_table.tokens(rows.sequence);
+  rows.position = rows.kv_len - rows.query_len;
+  rows.num_pages = rows.position / kPageSize;
+  return rows;
+}
+#else
 DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
   QueryRows rows;
   // CTAs that run at the same time read the same pages.
@@ -72,6 +135,7 @@ DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
   rows.position = rows.kv_len - args.query_len;
   return rows;
 }
+#endif
 
 // The row of the CTA's that a thread holds, the last one where there are fewer, and what of the call it is.
 struct Row {
@@ -84,7 +148,11 @@ DEVICE Row row_of(const PrefillArgs& args, const QueryRows& rows, int row) {
   const int rows_each = args.group * args.query_len, sequence = index / rows_each, rest = index % rows_each;
   return {rest % args.query_len, rest / args.query_len, rows.batch + sequence};
 #else
+#if HAS_BLOCK_TABLE
+  return {index % rows.query_len, index / rows.query_len, rows.batch};
+#else
   return {index % args.query_len, index / args.query_len, rows.batch};
+#endif
 #endif
 }
 
@@ -102,6 +170,25 @@ DEVICE i64 mask_start(const PrefillArgs& args, const QueryRows& rows, const Row&
 DEVICE i64 tail_start(const QueryRows& rows, const i64 (&stride)[3]) {
   return rows.batch * stride[0] + rows.kv_head * stride[1];
 }
+
+// The exact tokens that the tail begins with where they are in a pool's open page, one behind the other; keys (which is 0)
+// or values. Not looked for if those from first_token on are others.
+#if HAS_BLOCK_TABLE
+struct OpenPage {
+  const u16* states;
+  int count;
+};
+DEVICE OpenPage open_page(const PrefillArgs& args, const QueryRows& rows, int which, int first_token) {
+  const BlockTable& table = args.block_table;
+  const int count = rows.position - rows.num_pages * kPageSize;
+  if (first_token >= count) return {nullptr, count};
+  const i8* chunk = table.chunk_of(table.block_of(rows.sequence, rows.num_pages + which), rows.kv_head);
+  return {reinterpret_cast<const u16*>(chunk), count};
+}
+#else
+struct OpenPage {};
+DEVICE OpenPage open_page(const PrefillArgs& args, const QueryRows& rows, int which, int first_token) { return {}; }
+#endif
 
 // Pages of keys, the tail counted as further ones, that some row of the CTA may see and that are this split's. Where
 // SHARES_PAGES they are every num_splits-th page and nothing of the tail: what is shared lies in front.

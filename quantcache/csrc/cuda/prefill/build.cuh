@@ -9,6 +9,8 @@
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
 //   SHARES_PAGES whether a CTA has the rows of neighbouring sequences, and attends to the pages that some of them share and
 //                to nothing else: see prefill/shared_pages.cuh (0 or 1)
+//   HAS_BLOCK_TABLE  whether sequences of any length, with two queries or more each, read blocks of a pool (0 or 1); then
+//                there is neither a mask nor a row table
 //   SHARED_BYTES of a CTA, as the host counts them
 // Letters in these files: g and t as in common/matrices.cuh; and the loop indices i (tile of 16 query rows), h (the
 // upper or the lower eight rows of such a tile), n (eight keys, or eight channels of the output), j (element that a lane
@@ -23,6 +25,8 @@ static_assert(TILE_KEYS == 32 || TILE_KEYS == 64, "parts of a page");
 static_assert(BUFFERS == 1 || BUFFERS == 2, "the tile attended to, and the next");
 static_assert(WARPGROUP == 0 || (WARPS % 4 == 0 && ROW_TILES == 1 && BUFFERS == 2), "warpgroups");
 static_assert((HAS_MASK == 0 || HAS_MASK == 1) && (HAS_SOFTCAP == 0 || HAS_SOFTCAP == 1), "a yes or a no");
+static_assert(HAS_BLOCK_TABLE == 0 || HAS_BLOCK_TABLE == 1, "a yes or a no");
+static_assert(!HAS_BLOCK_TABLE || !(HAS_MASK || HAS_ROW_TABLE), "what serving asks for");
 static_assert(SHARES_PAGES == 0 || (SHARES_PAGES == 1 && HAS_ROW_TABLE), "a yes or a no; a table says what is shared");
 
 constexpr int kRowThreads = 32 * WARPS;             // that have query rows

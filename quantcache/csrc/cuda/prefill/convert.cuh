@@ -138,7 +138,8 @@ DEVICE void convert_all_values(const Memory& memory, int number, u32 target) {
 
 // 16 elements of the tail as 16-bit floats times `factor`; zeros behind the last token.
 template <int kPieces, int kChunks>
-DEVICE void convert_tail(const void* tail, i64 start, i64 step, int first, int tail_len, float factor, u32 target) {
+DEVICE void convert_tail(const void* tail, const OpenPage& open, i64 start, i64 step, int first, int tail_len,
+                         float factor, u32 target) {
   constexpr int at_once = kPieces < 2 ? kPieces : 2;
 #pragma unroll 1
   for (int number = 0; number < kPieces; number += at_once) {
@@ -147,8 +148,15 @@ DEVICE void convert_tail(const void* tail, i64 start, i64 step, int first, int t
     for (int i = 0; i < at_once; i++) {
       const Piece<kChunks> piece(number + i);
       const bool exists = piece.row < TILE_KEYS && first + piece.row < tail_len;
+#if HAS_BLOCK_TABLE
+      const int token = first + piece.row;
+      const u16* row = token < open.count ? open.states + token * 16 * kChunks
+                                          : static_cast<const u16*>(tail) + start + (token - open.count) * step;
+      const uint2* source = reinterpret_cast<const uint2*>(row + 16 * piece.chunk);
+#else
       const uint2* source = reinterpret_cast<const uint2*>(static_cast<const u16*>(tail) + start +
                                                            (first + piece.row) * step + 16 * piece.chunk);
+#endif
 #pragma unroll
       for (int j = 0; j < 4; j++) fours[i][j] = exists ? source[j] : make_uint2(0, 0);
     }
@@ -169,26 +177,35 @@ DEVICE void convert_tail(const void* tail, i64 start, i64 step, int first, int t
 DEVICE void convert_tail_keys(const PrefillArgs& args, const QueryRows& rows, const Memory& memory, int first_key,
                               u32 target) {
   const int first_of_tail = rows.num_pages * kPageSize;
-  convert_tail<kKeyPieces, kKeyChunks>(args.key_tail, tail_start(rows, args.key_tail_stride), args.key_tail_stride[2],
+  convert_tail<kKeyPieces, kKeyChunks>(args.key_tail, open_page(args, rows, 0, first_key - first_of_tail),
+                                       tail_start(rows, args.key_tail_stride), args.key_tail_stride[2],
                                        first_key - first_of_tail, rows.kv_len - first_of_tail,
                                        1.0f / memory.shared->tail_factor[0], target);
 }
 DEVICE void convert_tail_values(const PrefillArgs& args, const QueryRows& rows, const Memory& memory, int first_key,
                                 u32 target) {
   const int first_of_tail = rows.num_pages * kPageSize;
-  convert_tail<kValuePieces, kValueChunks>(args.value_tail, tail_start(rows, args.value_tail_stride),
-                                           args.value_tail_stride[2], first_key - first_of_tail,
-                                           rows.kv_len - first_of_tail, 1.0f / memory.shared->tail_factor[1], target);
+  convert_tail<kValuePieces, kValueChunks>(args.value_tail, open_page(args, rows, 1, first_key - first_of_tail),
+                                           tail_start(rows, args.value_tail_stride), args.value_tail_stride[2],
+                                           first_key - first_of_tail, rows.kv_len - first_of_tail,
+                                           1.0f / memory.shared->tail_factor[1], target);
 }
 
 // Bits of the largest finite magnitude of the tail, of all threads together.
 template <int kChunks>
-DEVICE void find_largest(const void* tail, i64 start, i64 step, int tail_len, u32* largest) {
+DEVICE void find_largest(const void* tail, const OpenPage& open, i64 start, i64 step, int tail_len, u32* largest) {
   u32 found = 0;
 #pragma unroll 8
   for (int i = threadIdx.x; i < tail_len * 4 * kChunks; i += kThreads) {
+#if HAS_BLOCK_TABLE
+    const int token = i / (4 * kChunks);
+    const u16* row = token < open.count ? open.states + token * 16 * kChunks
+                                        : static_cast<const u16*>(tail) + start + (token - open.count) * step;
+    const uint2 four = *reinterpret_cast<const uint2*>(row + i % (4 * kChunks) * 4);
+#else
     const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const u16*>(tail) + start +
                                                        i / (4 * kChunks) * step + i % (4 * kChunks) * 4);
+#endif
     const float x[4] = {element_low(four.x), element_high(four.x), element_low(four.y), element_high(four.y)};
 #pragma unroll
     for (int j = 0; j < 4; j++) {

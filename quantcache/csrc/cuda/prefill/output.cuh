@@ -9,7 +9,11 @@ DEVICE i64 first_part(const PrefillArgs& args, int head, int row_tile) {
 
 // Where the output of a row begins, in elements.
 DEVICE i64 output_start(const PrefillArgs& args, int batch, int kv_head, int query, int head) {
+#if HAS_BLOCK_TABLE
+  const i64 token = batch + query;
+#else
   const i64 token = static_cast<i64>(batch) * args.query_len + query;
+#endif
   return ((token * args.num_kv_heads + kv_head) * args.group + head) * V_HEAD_DIM;
 }
 
@@ -57,6 +61,12 @@ DEVICE void write_output(const PrefillArgs& args, const QueryRows& rows, OnlineS
 // One row out of its parts, by a warp.
 DEVICE void merge_row(const PrefillArgs& args, int head, int row) {
   const int lane = threadIdx.x & 31;
+#if HAS_BLOCK_TABLE
+  const QueryRows rows = rows_of_tile(args, row / kRows);
+  if (row % kRows >= rows.num_rows) return;
+  const int index = rows.first_row + row % kRows;
+  const i64 output_place = output_start(args, rows.batch, head, index % rows.query_len, index / rows.query_len);
+#endif
   const i64 first = first_part(args, head, row / kRows) * kRows + row % kRows;
   const float2* sums = reinterpret_cast<const float2*>(args.sums);
   float row_max = kLowest;
@@ -82,8 +92,11 @@ DEVICE void merge_row(const PrefillArgs& args, int head, int row) {
       }
   }
   const float share = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-  u16* output = static_cast<u16*>(args.output) + output_start(args, head / args.num_kv_heads, head % args.num_kv_heads,
-                                                              row % args.query_len, row / args.query_len);
+#if !HAS_BLOCK_TABLE
+  const i64 output_place = output_start(args, head / args.num_kv_heads, head % args.num_kv_heads, row % args.query_len,
+                                        row / args.query_len);
+#endif
+  u16* output = static_cast<u16*>(args.output) + output_place;
 #pragma unroll
   for (int k = 0; k < pairs; k++)
     if (lane + 32 * k < V_HEAD_DIM / 2)

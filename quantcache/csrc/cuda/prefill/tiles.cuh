@@ -107,12 +107,18 @@ DEVICE void fill_queue(const PrefillArgs& args, const QueryRows& rows, const Blo
     if (count) {
       Tile tile = {nullptr, nullptr, nullptr, nullptr, 0, (found & kPartly) != 0};
       if (block < rows.num_pages) {
+#if HAS_BLOCK_TABLE
+        const BlockTable& table = args.block_table;
+        const Segment segment = table.segment_of(table.block_of(rows.sequence, block), rows.kv_head);
+        const i64 place = 0;
+#else
         const Segment segment = segment_of(args, block);
 #if HAS_ROW_TABLE
         const i64 place =
             place_of(segment, block, args.row_table.row_of(rows.batch, block), args.num_kv_heads, rows.kv_head);
 #else
         const i64 place = (block - segment.first) * args.batch * args.num_kv_heads + rows.head;
+#endif
 #endif
         point_to(tile, segment, place);
       }
