@@ -31,8 +31,8 @@ struct AttentionArgs {
 };
 static_assert(sizeof(AttentionArgs) == 456, "as backends/cuda/attention.py packs it");
 
-// The query rows of a CTA: rows of one KV head, those of a query head side by side. Where HAS_BLOCK_TABLE a sequence has
-// one query, which `batch` counts among all tokens, so that strides of the batch are those of tokens.
+// The query rows of a CTA: rows of one KV head, those of a query head side by side. Where HAS_BLOCK_TABLE a sequence
+// has one query, which `batch` counts among all tokens, so that strides of the batch are those of tokens.
 struct QueryRows {
   int batch, kv_head, head;  // head counts the KV heads over the batch
 #if HAS_BLOCK_TABLE

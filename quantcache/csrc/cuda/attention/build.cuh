@@ -5,8 +5,8 @@
 //   STAGES       steps in a warp's ring of copies
 //   HAS_MASK     whether there is a mask (0 or 1)
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
-//   HAS_BLOCK_TABLE  whether sequences of any length, with one query each, read blocks of a pool (0 or 1); then there is
-//                neither a mask nor a row table
+//   HAS_BLOCK_TABLE  whether sequences of any length, with one query each, read blocks of a pool (0 or 1); then there
+//                is neither a mask nor a row table
 //   FOLDS_GRID   whether there are more row tiles or sequences than a grid has room for side by side (0 or 1)
 // Letters in these files: g and t as in common/matrices.cuh; and the loop indices i (tile of 8 query rows), j (query
 // row or element that a lane holds of it), a (tile of 16 keys), h (half of such a tile), c (chunk of 16 elements of a

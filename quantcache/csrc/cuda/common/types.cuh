@@ -49,9 +49,9 @@ struct RowTable {
   DEVICE int row_of(int batch, int page) const { return rows[batch * stride + page]; }
 };
 
-// The pages of one layer in a pool that sequences share. A page has a chunk for each KV head, see backends/blocks.py. Of a
-// sequence of n tokens, n / 64 pages are closed; the others are exact, a head's keys (64, HEAD_DIM) where its chunk of the next block
-// begins, and its values (64, V_HEAD_DIM) where that of the block behind begins.
+// The pages of one layer in a pool that sequences share. A page has a chunk for each KV head, see backends/blocks.py.
+// Of a sequence of n tokens, n / 64 pages are closed; the others are exact, a head's keys (64, HEAD_DIM) where its
+// chunk of the next block begins, and its values (64, V_HEAD_DIM) where that of the block behind begins.
 struct BlockTable {
   i8* pages;              // of block 0
   i64 block_bytes;        // from a block to the next

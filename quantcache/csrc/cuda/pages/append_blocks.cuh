@@ -1,10 +1,11 @@
-// append_blocks: new tokens of many sequences into blocks of a pool, and pages that are full closed in place, bit for bit
-// as reference.quantize_key_pages and quantize_value_pages. BlockTable says what lies where; states are 16 bits wide.
+// append_blocks: new tokens of many sequences into blocks of a pool, and pages that are full closed in place, bit for
+// bit as reference.quantize_key_pages and quantize_value_pages. BlockTable says what lies where; states have 16 bits.
 //
-// A closed page takes the first block of an open one, where its exact keys were, and the page behind it the block of the
-// exact values. So one CTA does what touches the open page of a head, one after the other; pages behind are anybody's.
-// Traffic: the new tokens read and written once, in the model's dtype or as codes; an open page that fills read once more.
-// Launch: (CTAs that share a sequence's new pages, num_kv_heads, sequences) of kStoreThreads.
+// A closed page takes the first block of an open one, where its exact keys were, and the page behind it the block of
+// the exact values. So one CTA does what touches the open page of a head, one after the other; pages behind are
+// anybody's.
+// Traffic: the new tokens read and written once, in the model's dtype or as codes; an open page that fills is read once
+// more. Launch: (CTAs that share a sequence's new pages, num_kv_heads, sequences) of kStoreThreads.
 
 #include "pages/store.cuh"
 
@@ -45,8 +46,8 @@ DEVICE void copy_exact(const AppendBlocksArgs& args, const NewTokens& tokens, in
   copy_exact<V_HEAD_DIM>(args, tokens, 1, token, count, page, slot);
 }
 
-// Closes the page-th page, of the exact tokens there or, where is_open is false, of new tokens. The keys go first: their
-// exact ones lie where codes of values come.
+// Closes the page-th page, of the exact tokens there or, where is_open is false, of new tokens. The keys go first:
+// their exact ones lie where codes of values come.
 DEVICE void close_page(const AppendBlocksArgs& args, const NewTokens& tokens, int page, bool is_open) {
   const BlockTable& table = args.block_table;
   i8* chunk = table.chunk_of(table.block_of(tokens.sequence, page), tokens.kv_head);

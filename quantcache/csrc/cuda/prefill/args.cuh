@@ -33,9 +33,9 @@ constexpr int kBlockQueries = 32;  // whose masks are looked at together
 enum : u8 { kSeen = 1, kPartly = 2, kFaint = 4 };
 
 // The query rows of a CTA: rows of one KV head, those of a query head side by side. Where SHARES_PAGES, those of
-// num_sequences sequences from `batch` on, one after the other, and head is kv_head. Where HAS_BLOCK_TABLE, row_tile counts
-// those of all sequences, `batch` is the sequence's first query among all, so that strides of the batch are those of
-// tokens, and head is kv_head.
+// num_sequences sequences from `batch` on, one after the other, and head is kv_head. Where HAS_BLOCK_TABLE, row_tile
+// counts those of all sequences, `batch` is the sequence's first query among all, so that strides of the batch are those
+// of tokens, and head is kv_head.
 struct QueryRows {
   int batch, kv_head, head;  // head counts the KV heads over the batch
 #if HAS_BLOCK_TABLE
@@ -52,7 +52,7 @@ struct QueryRows {
 };
 
 #if HAS_BLOCK_TABLE
-// The rows of a tile among those of all sequences with more than one query, none where there are fewer tiles. By a warp.
+// The rows of a tile among those of all sequences with several queries, none where there are fewer tiles. By a warp.
 DEVICE QueryRows rows_of_tile(const PrefillArgs& args, int tile) {
   const BlockTable& table = args.block_table;
   const int lane = threadIdx.x & 31;
@@ -171,8 +171,8 @@ DEVICE i64 tail_start(const QueryRows& rows, const i64 (&stride)[3]) {
   return rows.batch * stride[0] + rows.kv_head * stride[1];
 }
 
-// The exact tokens that the tail begins with where they are in a pool's open page, one behind the other; keys (which is 0)
-// or values. Not looked for if those from first_token on are others.
+// The exact tokens that the tail begins with where they are in a pool's open page, one behind the other; keys (which is
+// 0) or values. Not looked for if those from first_token on are others.
 #if HAS_BLOCK_TABLE
 struct OpenPage {
   const u16* states;

@@ -9,8 +9,8 @@
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
 //   SHARES_PAGES whether a CTA has the rows of neighbouring sequences, and attends to the pages that some of them share and
 //                to nothing else: see prefill/shared_pages.cuh (0 or 1)
-//   HAS_BLOCK_TABLE  whether sequences of any length, with two queries or more each, read blocks of a pool (0 or 1); then
-//                there is neither a mask nor a row table
+//   HAS_BLOCK_TABLE  whether sequences of any length, with two queries or more each, read blocks of a pool (0 or 1);
+//                then there is neither a mask nor a row table
 //   SHARED_BYTES of a CTA, as the host counts them
 // Letters in these files: g and t as in common/matrices.cuh; and the loop indices i (tile of 16 query rows), h (the
 // upper or the lower eight rows of such a tile), n (eight keys, or eight channels of the output), j (element that a lane
