@@ -50,7 +50,7 @@ int run(int64_t dtype, int64_t head_dim, int64_t v_head_dim, int64_t group, int6
            {heads * tokens * v_head_dim, tokens * v_head_dim, v_head_dim}, value_qdata.get(), value_metadata.get()};
   failed |= quantcache_store(&store);
 
-  SegmentArgs segment{key_qdata.get(), key_metadata.get(), value_qdata.get(), value_metadata.get(), pages, batch};
+  SegmentArgs segment{key_qdata.get(), key_metadata.get(), value_qdata.get(), value_metadata.get(), pages, batch, 0, 0};
   auto key_tail = states(batch * heads * tail_len * head_dim, dtype);
   auto value_tail = states(batch * heads * tail_len * v_head_dim, dtype);
   auto query = states(batch * heads * group * query_len * head_dim, dtype);

@@ -13,6 +13,7 @@ from quantcache.backends import cuda as cuda_backend
 from quantcache.backends import torch as torch_backend
 from quantcache.backends import torch_blocks
 from quantcache.backends.blocks import BlockBackend, BlockLayout
+from quantcache.backends.cpu import blocks as cpu_blocks
 from quantcache.backends.protocol import Backend
 from quantcache.quantization.errors import FallbackWarning
 
@@ -21,7 +22,7 @@ BACKEND_VARIABLE: Final = "QUANTCACHE_BACKEND"
 
 BACKENDS: Final[dict[str, Backend]] = {"torch": torch_backend, "cpu": cpu_backend, "cuda": cuda_backend}
 
-BLOCK_BACKENDS: Final[dict[str, BlockBackend]] = {"torch": torch_blocks, "cuda": cuda_backend}
+BLOCK_BACKENDS: Final[dict[str, BlockBackend]] = {"torch": torch_blocks, "cpu": cpu_blocks, "cuda": cuda_backend}
 """Those that read and write the blocks of a pool."""
 
 

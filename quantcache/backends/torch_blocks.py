@@ -4,7 +4,7 @@ The extra memory is the keys and values of one sequence of one layer, freed befo
 what each function promises.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -33,10 +33,10 @@ def attend_blocks(
 ) -> Tensor:
     """See ``BlockBackend.attend_blocks``."""
     output = query.new_zeros(1, query.shape[2], query.shape[1], pages.layout.v_head_dim)
-    for index, tokens, stored in _sequences(pages):
+    for index, tokens, stored in sequences_of(pages):
         key, value = key_states[:, :, tokens], value_states[:, :, tokens]
         if stored:
-            blocks = _blocks(pages, index, stored)
+            blocks = blocks_of(pages, index, stored)
             key = torch.cat([_restore(pages, blocks, stored, is_key=True), key], dim=2)
             value = torch.cat([_restore(pages, blocks, stored, is_key=False), value], dim=2)
         output[:, tokens] = _attend_causal(query[:, :, tokens], key, value, options)
@@ -45,20 +45,32 @@ def attend_blocks(
 
 def append_blocks(key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:
     """See ``BlockBackend.append_blocks``."""
+    append_with(_quantize, key_states, value_states, pages)
+
+
+Quantize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Of keys and values, (1, num_kv_heads, pages * 64, channels), the parts of ``Segment``."""
+
+
+def _quantize(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *reference.quantize_key_pages(key_states), *reference.quantize_value_pages(value_states)
+
+
+def append_with(quantize: Quantize, key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:
+    """The same with pages made by ``quantize``."""
     layout, parts = pages.layout, pages.layout.parts(pages.pool)
-    for index, tokens, stored in _sequences(pages):
+    for index, tokens, stored in sequences_of(pages):
         full, rest = divmod(stored, PAGE_SIZE)
-        blocks = _blocks(pages, index, stored + tokens.stop - tokens.start)
+        blocks = blocks_of(pages, index, stored + tokens.stop - tokens.start)
         key, value = key_states[0, :, tokens], value_states[0, :, tokens]
         closing = (rest + key.shape[1]) // PAGE_SIZE
         if closing:
             if rest:
-                key = torch.cat([_open_page(pages, blocks[full:], rest, is_key=True), key], dim=1)
-                value = torch.cat([_open_page(pages, blocks[full:], rest, is_key=False), value], dim=1)
+                key = torch.cat([open_page(pages, blocks[full:], rest, is_key=True), key], dim=1)
+                value = torch.cat([open_page(pages, blocks[full:], rest, is_key=False), value], dim=1)
             closed, length = blocks[full : full + closing], closing * PAGE_SIZE
-            key_qdata, key_metadata = reference.quantize_key_pages(key[None, :, :length])
-            value_qdata, value_metadata = reference.quantize_value_pages(value[None, :, :length])
-            for part, made in zip(parts, (key_qdata, key_metadata, value_qdata, value_metadata), strict=True):
+            quantized = quantize(key[None, :, :length], value[None, :, :length])
+            for part, made in zip(parts, quantized, strict=True):
                 part[closed] = made[:, 0]
             full, rest, key, value = full + closing, 0, key[:, length:], value[:, length:]
         if key.shape[1]:
@@ -67,7 +79,7 @@ def append_blocks(key_states: Tensor, value_states: Tensor, pages: BlockPages) -
             _write_open(layout.exact(pages.pool, False), blocks[full + side : full + 2 * side], rest, value)
 
 
-def _sequences(pages: BlockPages) -> Iterator[tuple[int, slice, int]]:
+def sequences_of(pages: BlockPages) -> Iterator[tuple[int, slice, int]]:
     """Row of the block table, new tokens and number of stored tokens of each sequence that has new ones."""
     start = 0
     for index, (query_len, kv_len) in enumerate(zip(*pages.batch.on_host(), strict=True)):
@@ -76,7 +88,7 @@ def _sequences(pages: BlockPages) -> Iterator[tuple[int, slice, int]]:
         start += query_len
 
 
-def _blocks(pages: BlockPages, index: int, kv_len: int) -> Tensor:
+def blocks_of(pages: BlockPages, index: int, kv_len: int) -> Tensor:
     """The blocks of a sequence when it has ``kv_len`` tokens, and the first behind them, so long as the row has any.
 
     A page is open until it is closed, and then needs blocks that the length alone does not tell.
@@ -95,11 +107,11 @@ def _restore(pages: BlockPages, blocks: Tensor, stored: int, is_key: bool) -> Te
         qdata, metadata = parts.value_qdata[blocks[:full]], parts.value_metadata[blocks[:full]]
         made.append(reference.restore_value_pages(qdata[:, None], metadata[:, None], dtype))
     if rest:
-        made.append(_open_page(pages, blocks[full:], rest, is_key)[None])
+        made.append(open_page(pages, blocks[full:], rest, is_key)[None])
     return torch.cat(made, dim=2)
 
 
-def _open_page(pages: BlockPages, blocks: Tensor, rest: int, is_key: bool) -> Tensor:
+def open_page(pages: BlockPages, blocks: Tensor, rest: int, is_key: bool) -> Tensor:
     """A copy of the exact tokens of an open page whose blocks begin ``blocks``, (num_kv_heads, rest, channels)."""
     side = pages.layout.open_blocks
     held = pages.layout.exact(pages.pool, is_key)[blocks[:side] if is_key else blocks[side : 2 * side]]

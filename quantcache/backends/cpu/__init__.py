@@ -224,7 +224,7 @@ def _segment_table(view: View) -> int:
             for s in view.segments
         ]
         check_pages(view.buffers[0].device, contiguous)
-        fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), *parts[0].shape[:2])]
+        fields = [n for parts in contiguous for n in (*(part.data_ptr() for part in parts), *parts[0].shape[:2], 0, 0)]
         packed = (ctypes.c_int64 * len(fields))(*fields)
         found = view.memo["cpu"] = ctypes.addressof(packed), packed, contiguous
     address: int = found[0]

@@ -71,12 +71,31 @@ static void convert_values(const int8_t* codes, int64_t head_dim, int64_t width,
   }
 }
 
-// Where the page of a segment that starts with page `start` of the layer lies for a sequence: counted in pages of heads.
-static int64_t place_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t start, int64_t page,
-                        int64_t sequence, int64_t head) {
+// The page of a segment that starts with page `start` of the layer, of one head and for a sequence.
+static SegmentArgs page_of(const AttentionPlan& plan, const SegmentArgs& segment, int64_t start, int64_t page,
+                           int64_t sequence, int64_t head) {
   const AttentionArgs& args = *plan.args;
-  int64_t row = stored_row(args.row_table, sequence, page);
-  return ((page - start) * segment.rows + row) * args.num_kv_heads + head % args.num_kv_heads;
+  int64_t row = stored_row(args.row_table, sequence, page), kv_head = head % args.num_kv_heads;
+  if (segment.chunk_bytes) {
+    int64_t offset = row * segment.block_bytes + kv_head * segment.chunk_bytes;
+    return {segment.key_qdata + offset,
+            segment.key_metadata + offset / 4,
+            segment.value_qdata + offset,
+            segment.value_metadata + offset / 4,
+            1,
+            1,
+            0,
+            0};
+  }
+  int64_t index = ((page - start) * segment.rows + row) * args.num_kv_heads + kv_head;
+  return {segment.key_qdata + index * kPageSize * args.head_dim,
+          segment.key_metadata + index * args.head_dim,
+          segment.value_qdata + index * kPageSize * args.v_head_dim,
+          segment.value_metadata + index * kPageSize,
+          1,
+          1,
+          0,
+          0};
 }
 
 // The page `page` of the layer for the sequences `begin` to `end` of a band, which read it from one row.
@@ -84,33 +103,31 @@ static void attend_page(const AttentionPlan& plan, const SegmentArgs& segment, i
                         int64_t head, int64_t begin, int64_t end, const Scratch& scratch, Partial state) {
   const AttentionArgs& args = *plan.args;
   int64_t sequence = band_of(plan, head).first + begin;
-  int64_t index = place_of(plan, segment, start, page, sequence, head);
-  const int8_t* keys = segment.key_qdata + index * kPageSize * args.head_dim;
-  const int8_t* values = segment.value_qdata + index * kPageSize * args.v_head_dim;
-  unpack_metadata(segment.key_metadata + index * args.head_dim, args.head_dim, scratch.key_scale, scratch.key_zero);
-  unpack_metadata(segment.value_metadata + index * kPageSize, kPageSize, scratch.value_scale, scratch.value_zero);
+  const SegmentArgs own = page_of(plan, segment, start, page, sequence, head);
+  unpack_metadata(own.key_metadata, args.head_dim, scratch.key_scale, scratch.key_zero);
+  unpack_metadata(own.value_metadata, kPageSize, scratch.value_scale, scratch.value_zero);
   const int8_t *next_keys = nullptr, *next_values = nullptr;
   if (page + 1 < start + segment.num_pages) {
-    int64_t next = place_of(plan, segment, start, page + 1, sequence, head);
-    next_keys = segment.key_qdata + next * kPageSize * args.head_dim;
-    next_values = segment.value_qdata + next * kPageSize * args.v_head_dim;
+    const SegmentArgs next = page_of(plan, segment, start, page + 1, sequence, head);
+    next_keys = next.key_qdata;
+    next_values = next.value_qdata;
   }
   int64_t first = page * kPageSize;
   if ((end - begin) * plan.rows >= kWorthConverting) {
-    convert_keys(keys, args.head_dim, plan.width, scratch.key_tile);
-    convert_values(values, args.v_head_dim, plan.v_width, scratch.value_tile);
+    convert_keys(own.key_qdata, args.head_dim, plan.width, scratch.key_tile);
+    convert_values(own.value_qdata, args.v_head_dim, plan.v_width, scratch.value_tile);
     Block<kConverted> block{scratch.key_tile, scratch.value_tile, kPageSize,  plan.v_width, first, kPageSize,
                             nullptr,          next_keys,          next_values};
     attend_block(plan, block, head, begin, end, scratch, state);
     return;
   }
-  Block<kCodes> block{padded_codes(keys, args.head_dim, plan.width, scratch.key_tile),
-                      padded_codes(values, args.v_head_dim, plan.v_width, scratch.value_tile),
+  Block<kCodes> block{padded_codes(own.key_qdata, args.head_dim, plan.width, scratch.key_tile),
+                      padded_codes(own.value_qdata, args.v_head_dim, plan.v_width, scratch.value_tile),
                       plan.width,
                       plan.v_width,
                       first,
                       kPageSize,
-                      values,
+                      own.value_qdata,
                       next_keys,
                       nullptr};
   attend_block(plan, block, head, begin, end, scratch, state);

@@ -9,13 +9,16 @@ constexpr int64_t kPageSize = 64;
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3 };
 
-// Consecutive pages in one allocation; the four tensors of Segment in store/segments.py, each contiguous.
+// Consecutive pages in one allocation; the four tensors of Segment in store/segments.py, each contiguous. Or the blocks of
+// a pool, see backends/blocks.py, which chunk_bytes tells: the row table then names a block for each page, and the four
+// parts of a KV head lie that many bytes behind those of the one before.
 struct SegmentArgs {
-  const int8_t* key_qdata;         // (P, rows, num_kv_heads, 64, head_dim)
-  const uint32_t* key_metadata;    // (P, rows, num_kv_heads, head_dim) pairs: bfloat16 scale | zero_point << 16
-  const int8_t* value_qdata;       // (P, rows, num_kv_heads, 64, v_head_dim)
-  const uint32_t* value_metadata;  // (P, rows, num_kv_heads, 64) pairs
-  int64_t num_pages, rows;         // P; sequences stored
+  const int8_t* key_qdata;           // (P, rows, num_kv_heads, 64, head_dim)
+  const uint32_t* key_metadata;      // (P, rows, num_kv_heads, head_dim) pairs: bfloat16 scale | zero_point << 16
+  const int8_t* value_qdata;         // (P, rows, num_kv_heads, 64, v_head_dim)
+  const uint32_t* value_metadata;    // (P, rows, num_kv_heads, 64) pairs
+  int64_t num_pages, rows;           // P; sequences stored
+  int64_t block_bytes, chunk_bytes;  // of a pool, else 0
 };
 
 // Which stored row each sequence of the batch reads a page from: null where it is its own, else (batch, pages), int32.

@@ -1,0 +1,102 @@
+"""Attention over the blocks of a pool, and new tokens into them, in C++; see ``backends/blocks.py``.
+
+The kernels are those of a cache: a sequence is a batch of one, whose row of the block table is its row table.
+"""
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantcache.backends import cpu
+from quantcache.backends.blocks import BlockLayout, BlockPages
+from quantcache.backends.torch_blocks import append_with, blocks_of, open_page, sequences_of
+from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
+
+READS_LENGTHS: Final = cpu.READS_LENGTHS
+
+
+@dataclass
+class _SequenceView:
+    """What one sequence reads, as a view of ``protocol.py``: closed pages in the pool, and a tail."""
+
+    num_pages: int
+    row_table: Tensor
+    buffers: tuple[Tensor, Tensor]
+    tail_len: int
+    memo: dict[object, Any] = field(default_factory=dict)
+    pending: tuple[Tensor, Tensor] | None = None
+    lengths: Tensor | None = None
+    scratch: Tensor | None = None
+
+    @property
+    def segments(self) -> tuple[Any, ...]:
+        """One that ``memo`` tells of, if there is a page."""
+        return (None,) if self.num_pages else ()
+
+    def on_host(self) -> "_SequenceView":
+        """Itself."""
+        return self
+
+
+def attend_blocks(
+    query: Tensor, key_states: Tensor, value_states: Tensor, pages: BlockPages, options: AttentionOptions
+) -> Tensor:
+    """See ``BlockBackend.attend_blocks``."""
+    output = query.new_zeros(1, query.shape[2], query.shape[1], pages.layout.v_head_dim)
+    parts = pages.layout.parts(pages.pool)
+    strides = pages.pool.stride(0), pages.layout.chunk_bytes
+    for index, tokens, stored in sequences_of(pages):
+        full, rest = divmod(stored, PAGE_SIZE)
+        tails = []
+        for is_key, states in ((True, key_states), (False, value_states)):
+            new = states[:, :, tokens]
+            if rest:
+                blocks = blocks_of(pages, index, stored)
+                new = torch.cat([open_page(pages, blocks[full:], rest, is_key)[None], new], dim=2)
+            tails.append(new)
+        view = _SequenceView(full, pages.batch.block_table[index : index + 1, :full], (tails[0], tails[1]), 0)
+        view.tail_len = tails[0].shape[2]
+        segment = (ctypes.c_int64 * 8)(*(part.data_ptr() for part in parts), full, 1, *strides)
+        view.memo["cpu"] = ctypes.addressof(segment), segment
+        output[:, tokens] = cpu.attention(query[:, :, tokens], view, options)
+    return output
+
+
+def append_blocks(key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:
+    """See ``BlockBackend.append_blocks``."""
+    append_with(_quantize, key_states, value_states, pages)
+
+
+class _Pages(NamedTuple):
+    """A segment to be written."""
+
+    key_qdata: Tensor
+    key_metadata: Tensor
+    value_qdata: Tensor
+    value_metadata: Tensor
+
+    def narrow(self, start: int, stop: int | None) -> "_Pages":
+        """The pages ``start`` to ``stop``."""
+        return _Pages(*(part[start:stop] for part in self))
+
+
+def _quantize(key_states: Tensor, value_states: Tensor) -> _Pages:
+    made: list[Tensor] = []
+    for states, groups in ((key_states, key_states.shape[3]), (value_states, PAGE_SIZE)):
+        _, heads, tokens, width = states.shape
+        shape = tokens // PAGE_SIZE, 1, heads
+        made.append(torch.empty(*shape, PAGE_SIZE, width, dtype=torch.int8))
+        made.append(torch.empty(*shape, groups, 2, dtype=torch.int16))
+    target = _Pages(*made)
+    cpu.store_pages(key_states, value_states, target)
+    return target
+
+
+def unsupported_blocks(layout: BlockLayout) -> str | None:
+    """Why the kernels do not cover blocks of this layout, or None."""
+    states = (torch.empty(0, width, dtype=layout.dtype) for width in (layout.head_dim, layout.v_head_dim))
+    return cpu.unsupported(*states)
