@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "docs/moving-from-use-cache-quantization.md": "tests/test_qwen_released.py",
     "docs/getting-started.md": "tests/test_documentation.py",
     "docs/index.md": "tests/test_documentation.py",
+    "docs/serving.md": "tests/test_serve.py",
 }
 """Pages whose snippets another test runs, with more to it."""
 

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 CACHES: Final = ("int8", "default", "static")
+EXTRAS: Final = {
+    "matplotlib": "plot", "datasets": "eval", "lm_eval": "eval",
+    "fastapi": "serve", "openai": "serve", "uvicorn": "serve",
+}  # fmt: skip
+"""The extra that brings a module."""
+
 INTERRUPTED: Final = 130
 """The exit code of what Ctrl-C ended, as shells have it."""
 
@@ -124,7 +130,7 @@ def failing(command: str) -> Iterator[None]:
         typer.echo(f"quantcache {command}: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from interrupt
     except (ValueError, OSError, ImportError) as error:
-        extra = {"matplotlib": "plot", "datasets": "eval", "lm_eval": "eval"}.get(str(getattr(error, "name", "")))
+        extra = EXTRAS.get(str(getattr(error, "name", "")))
         missing = isinstance(error, ModuleNotFoundError) and extra
         advice = f" Install it: pip install 'quantcache[{extra}]'." if missing else ""
         typer.echo(f"quantcache {command}: {in_users_words(error)}{advice}", err=True)

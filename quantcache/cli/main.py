@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from quantcache import __version__
-from quantcache.cli import bench, chat, demo, doctor, evaluate, generate, inspect, lm_eval, plan
+from quantcache.cli import bench, chat, demo, doctor, evaluate, generate, inspect, lm_eval, plan, serve
 from quantcache.cli.arguments import failing
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo.demo,
     "generate": generate.generate,
     "chat": chat.chat,
+    "serve": serve.serve,
     "plan": plan.plan,
     "eval": evaluate.evaluate,
     "lm-eval": lm_eval.lm_eval,

@@ -21,9 +21,9 @@ def request_blocks() -> str:
     return table(header, body)
 
 
-def _jobs(name: str) -> str:
+def serving_gpu() -> str:
     body = []
-    for job in load(name)["jobs"]:
+    for job in load("serving-gpu")["jobs"]:
         ours = job["ways"]["int8 blocks"]
         for way, row in job["ways"].items():
             speed = row.get("whole_job_tokens_per_second", row["new_tokens_per_second"])
@@ -32,12 +32,4 @@ def _jobs(name: str) -> str:
             told = "" if job["share"] == 1 else f", {ours['requests']} of them"
             body.append([f"{job['job']}{told}", f"{way}{part}", number(speed), number(row["peak_gib"]), ratio])
     header = "job | way | new tokens/s | peak over the weights, GiB | int8 blocks, times as fast"
-    return table(header, body) + "\n\n" + where(name)
-
-
-def serving_gpu() -> str:
-    return _jobs("serving-gpu")
-
-
-def serving_cpu() -> str:
-    return _jobs("serving-cpu")
+    return table(header, body) + "\n\n" + where("serving-gpu")
