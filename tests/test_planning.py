@@ -11,9 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends.blocks import BlockLayout
 from quantcache.layers._host import cache_argument
 from quantcache.layers.native import layer_nbytes
 from quantcache.planning import GIB, Geometry, GeometryError, find_geometry, plan, plan_requests, preset_names, sources
+from quantcache.planning.serving import blocks
 from quantcache.planning.sizes import exact_nbytes, int8_nbytes
 
 TOLERANCE = 0.03
@@ -313,3 +315,14 @@ def test_models_that_are_not_served_are_refused_with_their_layers(name: str, mes
 def test_requests_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^plan_requests: {message}"):
         plan_requests(find_geometry("Qwen3-8B"), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_are_those_of_the_pool(dtype: torch.dtype) -> None:
+    layout = BlockLayout(num_kv_heads=2, head_dim=16, v_head_dim=16, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    each = blocks(Geometry.from_config({**SIZES, "model_type": "llama", "dtype": name}), "int8")
+    assert each.nbytes == SIZES["num_hidden_layers"] * layout.page_bytes
+    assert each.num_open == 2 * layout.open_blocks
+    for tokens in range(1, 300):
+        assert each.most_of_request(tokens) == layout.peak_blocks(tokens)
