@@ -14,4 +14,4 @@ TABLES: dict[str, Callable[[], str]] = {
     for module in (memory, quality, serving, speed, summary)
     for name, writer in getmembers(module, isfunction)
     if writer.__module__ == module.__name__ and not name.startswith("_")
-} | {name: lambda name=name: peers.peers(name) for name in ("peers-cpu", "peers-gpu")}  # type: ignore[misc]
+} | {name: lambda name=name: peers.peers(name) for name in ("peers-cpu", "peers-gpu", "peers-generate-gpu")}  # type: ignore[misc]

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, Quantize
 
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.legacy import dequantize_cache_torch, quantize_cache_v
+from tests.benchmarks.peers.quanto import build_unpack
 
 Rule = Callable[[Tensor], Tensor]
 """What a format makes of new states (batch, num_kv_heads, query_len, head_dim): their restored values."""
@@ -105,8 +106,10 @@ def _quantized(backend: str, package: str | None = None, **options: Any) -> Call
         if package is not None and find_spec(package.split(".")[0]) is None:
             raise RefusedError(f"{package} is not installed")
         try:
+            if backend == "quanto" and torch.cuda.is_available():
+                build_unpack()
             return QuantizedCache(backend, config, **options)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, RuntimeError) as error:
             raise RefusedError(str(error).strip().splitlines()[0]) from error
 
     return make

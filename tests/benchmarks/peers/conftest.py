@@ -91,6 +91,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     size = config.getoption("--size")
     by_clock = not str(config.getoption("benchmark_timer")).endswith("process_time")
     options = f"--size {size}" + ("" if by_clock else " --benchmark-timer=time.process_time")
+    if chosen := config.getoption("keyword"):
+        options += f" -k '{chosen}'"
     threads = "" if torch.cuda.is_available() else f"OMP_NUM_THREADS={torch.get_num_threads()} "
     kept = {
         "command": f'{threads}make bench BENCH_ARGS="{options}"',
