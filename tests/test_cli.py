@@ -324,7 +324,7 @@ def test_what_cannot_be_done_is_said(folder: Path, arguments: list[str], code: i
 def test_a_missing_package_is_named_with_its_extra(folder: Path) -> None:
     code, _, error = run("eval", "--model", str(folder), "--dataset", "owner/name:text", "--device", "cpu")
     assert code == 1
-    assert "Install it: pip install 'quantcache[eval]'." in error
+    assert "Install it: pip install '.[eval]' in a clone of quantcache." in error
 
 
 def test_figures_name_the_machine(folder: Path) -> None:

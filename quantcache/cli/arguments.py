@@ -132,7 +132,7 @@ def failing(command: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         extra = EXTRAS.get(str(getattr(error, "name", "")))
         missing = isinstance(error, ModuleNotFoundError) and extra
-        advice = f" Install it: pip install 'quantcache[{extra}]'." if missing else ""
+        advice = f" Install it: pip install '.[{extra}]' in a clone of quantcache." if missing else ""
         typer.echo(f"quantcache {command}: {in_users_words(error)}{advice}", err=True)
         raise typer.Exit(1) from error
 

@@ -37,7 +37,7 @@ class Finding:
 
 
 EXTRAS: Final = {"demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval": ("lm_eval",)}
-"""What ``pip install quantcache[...]`` brings, by extra."""
+"""What ``pip install '.[...]'`` brings, by extra."""
 
 
 def doctor(

@@ -44,7 +44,9 @@ def inspect(
     else:
         facts.add_row("model", "\n".join(f"{name}: {value}" for name, value in found["model"].items()))
     console.print(facts)
-    table = Table("layers", "storage", "tokens", "pages + tail", "heads", "dim", "dtype", "size", box=SIMPLE_HEAD)
+    table = Table(
+        "layers", "storage", "tokens", "pages+tail", "heads", "dim", "dtype", "size", box=SIMPLE_HEAD, pad_edge=False
+    )
     for first, last, row in _runs(found["layers"]):
         storage = row["storage"] + (f", window {row['sliding_window']}" if row.get("sliding_window") else "")
         numbers = [str(first) if first == last else f"{first} to {last}", storage]

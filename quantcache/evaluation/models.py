@@ -195,7 +195,7 @@ def load_model(
             raise ModelError(f"load_model: {label} must run with {attention!r} attention, got: {error}") from error
         raise ModelError(
             f"load_model: reading {label} needs a package that is missing: {error}. "
-            "Install the extra: pip install 'quantcache[demo]'."
+            "Install it: pip install '.[demo]' in a clone of quantcache, or pip install gguf accelerate."
         ) from error
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
