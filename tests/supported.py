@@ -123,7 +123,7 @@ int8 with their windows, softcaps, sinks and padding; a position bias restores.
 ## Causal model types
 
 These are all model types that `AutoModelForCausalLM` of transformers {TESTED["transformers"].newest} knows.
-`tests/test_causal_models.py` makes a tiny random model of each and compares its logits, three windows behind the first
+`tests/test_causal_models.py` makes a tiny random model of each and compares its logits, three windows after the first
 token, with those of `DynamicCache(config=...)`: with `QuantizedInt8Cache(model.config)`, with its windows in int8, with
 `QuantizedInt8Cache()` and with `max_cache_len`. CI runs one of each kind, and all with `-m slow`.
 
