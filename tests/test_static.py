@@ -351,6 +351,25 @@ def test_uncompiled_generate_gives_the_tokens_of_the_growing_cache(num_beams: in
     assert torch.equal(generated(model, cache, ids, **options), expected)
 
 
+@pytest.mark.parametrize("chunk", [None, pytest.param(64, marks=[pytest.mark.slow, pytest.mark.sweep])])
+@pytest.mark.parametrize("device", devices())
+def test_later_turns_around_compiled_steps_give_the_tokens_of_the_growing_cache(device: str, chunk: int | None) -> None:
+    """Prompts, whole or in chunks, behind steps that are compiled."""
+    torch._dynamo.reset()
+    model = tiny_model(device)
+    caches = QuantizedInt8Cache(model.config), QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)
+    said = []
+    for cache in caches:
+        ids = prompt(0, batch=2).to(device)
+        compiling = {"disable_compile": True} if cache is caches[0] else {"compile_config": compiled_with("aot_eager")}
+        for turn in range(3):
+            ids = torch.cat([ids, prompt(100, batch=2, seed=turn).to(device)], dim=1)
+            ids = generated(model, cache, ids, max_new_tokens=12, prefill_chunk_size=chunk, **compiling)
+        said.append(ids)
+    assert torch.equal(*said)
+    assert {row.kernel.endswith(", compiled") for row in caches[1].report().layers} == {True}
+
+
 def test_a_prompt_in_compiled_chunks_gives_the_tokens_of_one_that_is_not(frames: Any) -> None:
     model = tiny_model()
     ids = prompt(200, batch=2)

@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import dispatch
 from quantcache.layers._host import cache_argument
 from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.quantization.errors import FallbackWarning
+from tests.conftest import devices
 from tests.test_generate import SIZES, prompt
 
 CAPACITY = 320
@@ -173,6 +175,41 @@ def test_a_chunk_of_a_prompt_sees_itself_exactly(kind: str) -> None:
             run(prompt(PROMPT), **cache_argument(cache))
             logits.append(run(prompt(90, seed=4), **cache_argument(cache)).logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_later_chunks_and_a_second_turn_are_those_of_an_uncompiled_model(kind: str, device: str) -> None:
+    """A prompt in two chunks, an answer and a second turn, behind left padding; in 16 bits on a GPU."""
+    torch._dynamo.reset()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = tiny_model(hidden_size=256, num_hidden_layers=1).to(device, dtype)
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plain, compiled = (new_cache(kind, model) for _ in range(2))
+    exact = DynamicCache()
+    ids = prompt(300, batch=2).to(device)
+    seen = torch.ones_like(ids)
+    seen[0, :13] = 0
+    start = 0
+    for new in (100, 90, 1, 1, 1, 70, 1):
+        given = {"input_ids": ids[:, start : start + new], "attention_mask": seen[:, : start + new]}
+        with torch.no_grad():
+            want = model(**given, **cache_argument(plain)).logits
+            have = step(**given, **cache_argument(compiled)).logits
+            dense = model(**given, **cache_argument(exact)).logits
+        start += new
+        # Nobody reads the logits of padding.
+        have, want, dense = (logits[:, max(13 - start + new, 0) :].double() for logits in (have, want, dense))
+        assert (have - want).norm() <= (1e-4 if device == "cpu" else 1e-2) * want.norm()
+        assert (want - dense).norm() <= 2e-2 * dense.norm()
+        if new == 70:
+            kernels = {row.kernel for row in compiled.report().layers}
+            suffix = ", compiled" if kind == "fixed" else " prefill" if device == "cuda" else ""
+            assert kernels == {dispatch.choose_backend(torch.device(device)) + suffix}
+            assert {row.kernel for row in plain.report().layers} == {"cuda prefill" if device == "cuda" else "cpu"}
+    assert int(compiled.get_seq_length()) == int(plain.get_seq_length()) == start
+    for ours, theirs in zip(compiled.layers, plain.layers, strict=True):
+        assert ours.pages.num_pages == theirs.pages.num_pages > 0
 
 
 def test_the_cross_attention_of_a_compiled_model_reads_what_is_stored(graphs: Callable[[], int]) -> None:
