@@ -5,6 +5,7 @@ that of ``DynamicCache(config=...)``: a wrong window, position or state moves it
 closed the rest is the loss of int8, which is small.
 """
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -180,6 +181,28 @@ def test_a_fixed_capacity_gives_the_same_wherever_transformers_own_does(exact: E
     if exact.model_type in NO_FIXED_CAPACITY:
         with pytest.raises((KeyError, RuntimeError, AssertionError)):
             exact.compare(StaticCache(config=exact.config, max_cache_len=capacity), ROUNDING)
+
+
+def test_eager_attention_reads_what_the_models_own_reads_of_restored_states(exact: Exact) -> None:
+    """One token and a draft; and where int8 is not read, a report says why."""
+    model = exact.model
+    if not hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
+        pytest.skip("its eager attention is no function that could be routed")
+    used = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        cache = QuantizedInt8Cache(exact.config, residual_length=0)
+        with torch.no_grad():
+            model(IDS[:, : PROMPT - 8], **cache_argument(cache), use_cache=True)
+            for start, stop in ((PROMPT - 8, PROMPT - 7), (PROMPT - 7, PROMPT)):
+                restored, ids = cache.to_dynamic(), IDS[:, start:stop]
+                ours = model(ids, **cache_argument(cache), use_cache=True).logits
+                theirs = model(ids, **cache_argument(restored), use_cache=True).logits
+                assert (ours - theirs).abs().max() <= 10 * ROUNDING * theirs.std()
+        rows = [row for row in cache.report().layers if row.storage.startswith("int8")]
+        assert all(row.reason or row.kernel != "restored" for row in rows)
+    finally:
+        model.set_attn_implementation(used)
 
 
 @pytest.mark.skipif(not IS_NEWEST, reason="says so of the newest transformers that was tested")
