@@ -1,6 +1,7 @@
 """Tables of speed: kernels, decoding, first use."""
 
 import re
+from typing import Final
 
 from tools.measurements import Row, attention_name, best_stock_ms, load, rows, where
 from tools.tables.markdown import number, table
@@ -9,11 +10,23 @@ from tools.tables.markdown import number, table
 def cuda_attention() -> str:
     body = []
     for row in rows("cuda-attention", "attention"):
-        times = dict(row["median_us"])
-        cells = [number(times.pop("int8")), number(min(times.values())), f"**{row['ratio']:.2f}**"]
-        body.append([attention_name(row), *cells, number(row["tb_per_s"]), number(row["relative_error"], 2)])
+        for ending, ratio in (("", "ratio"), (_MASKED, "ratio_with_mask")):
+            if ratio not in row:
+                continue
+            times = {
+                name.removesuffix(_MASKED): time
+                for name, time in row["median_us"].items()
+                if name.endswith(_MASKED) == bool(ending)
+            }
+            rate = row["tb_per_s"] * row["median_us"]["int8"] / times["int8"]
+            cells = [number(times.pop("int8")), number(min(times.values())), f"**{row[ratio]:.2f}**"]
+            name = attention_name(row) + (", with the mask of `generate()`" if ending else "")
+            body.append([name, *cells, number(rate), number(row["relative_error"], 2)])
     header = " | int8, µs | bfloat16 SDPA, µs | times as fast | TB/s | relative error"
     return table(header, body) + "\n\n" + where("cuda-attention")
+
+
+_MASKED: Final = " with mask"
 
 
 def cuda_prefill() -> str:
@@ -213,10 +226,13 @@ def parallel() -> str:
 
 def cpu_attention() -> str:
     body = []
-    for row in rows("cpu-attention", "decode attention"):
+    for row in rows("cpu-attention"):
+        if not row["row"].startswith(("decode attention", "masked attention")):
+            continue
         times = row["median_ms"]
         exact = min(value for name, value in times.items() if name.startswith("sdpa"))
-        ratios = f"**{row['ratio_to_best_sdpa']:.2f}**", f"{row['ratio_to_torch_backend']:.0f}"
+        slow = row.get("ratio_to_torch_backend")
+        ratios = f"**{row['ratio_to_best_sdpa']:.2f}**", "-" if slow is None else f"{slow:.0f}"
         body.append([attention_name(row), number(times["int8"]), number(exact), *ratios])
     header = " | int8, ms | exact, ms | times as fast | times as fast as the torch backend"
     return table(header, body) + "\n\n" + where("cpu-attention")
