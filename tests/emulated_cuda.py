@@ -659,6 +659,9 @@ def become(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     monkeypatch.setattr(PLAN, "_attention_kernel", PLAN._attention_kernel.__wrapped__)
     monkeypatch.setattr(PREFILL, "plan_for", PREFILL.plan_for.__wrapped__)
     monkeypatch.setattr(PREFILL, "kernels_for", PREFILL.kernels_for.__wrapped__)
+    monkeypatch.setattr(BLOCKS, "kernels_for", BLOCKS.kernels_for.__wrapped__)
+    monkeypatch.setattr(BLOCKS, "plan_single", BLOCKS.plan_single.__wrapped__)
+    monkeypatch.setattr(BLOCKS, "_single_kernel", BLOCKS._single_kernel.__wrapped__)
 
 
 def narrow_grids(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

@@ -49,6 +49,15 @@ def test_attention_and_appending(name: str, is_recorded: bool, launched: list[st
     assert torch.equal(pool.memory, expected.memory)
 
 
+@pytest.mark.parametrize("arch", emulated_cuda.GENERATIONS)
+def test_every_gpu_has_room(arch: str, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_cuda.become(monkeypatch, arch)
+    for head_dim in (64, 128, 256):
+        pool = build(replace(MIXED, head_dim=head_dim, v_head_dim=head_dim))
+        assert pool.error(cuda.attend_blocks(*pool.states, pool.pages, CAUSAL)) < 1e-2
+    assert {"attention", "prefill"} <= set(launched)
+
+
 @pytest.mark.parametrize("case", [DECODING, MIXED], ids=["decoding", "mixed"])
 def test_every_option(case: Case, launched: list[str]) -> None:
     pool = build(case)

@@ -61,6 +61,17 @@ def cuda_shared() -> str:
     return table(header, body) + "\n\n" + where("cuda-shared")
 
 
+def cuda_blocks() -> str:
+    body = []
+    for row in rows("cuda-blocks"):
+        times = row["median_us"]
+        if "segments" in times:
+            cells = [number(times[kind]) for kind in ("segments", "ordered", "shuffled")]
+            body.append([row["row"], *cells, f"**{row['ratio']:.2f}**"])
+    header = "µs | one segment | blocks in order | blocks anywhere | times as fast as one segment"
+    return table(header, body) + "\n\n" + where("cuda-blocks")
+
+
 def flashinfer() -> str:
     """Serving engines' kernels: the fastest way of reading each format, and the fastest with pages of 64 tokens."""
     body = []

@@ -10,9 +10,8 @@
 #include "pages/store.cuh"
 
 struct AppendBlocksArgs {
-  const void*
-      states[2];     // keys and values, (num_kv_heads, tokens, HEAD_DIM or V_HEAD_DIM), of all sequences side by side
-  i64 stride[2][2];  // head, token
+  const void* states[2];  // keys and values of all sequences side by side, (num_kv_heads, tokens, width)
+  i64 stride[2][2];       // head, token
   BlockTable block_table;
 };
 static_assert(sizeof(AppendBlocksArgs) == 96, "as backends/cuda/blocks.py packs it");
