@@ -5,7 +5,7 @@ from typing import Final
 import transformers
 from packaging.version import Version
 
-from quantcache.layers._host import Releases
+from quantcache.layers.releases import Releases
 
 KNOWN: Final = Releases("5.21", "5.24")
 """Their patch releases are included. 5.17 and 5.18 have another architecture; 5.24 has models call the cache."""
