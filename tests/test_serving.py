@@ -21,6 +21,7 @@ from quantcache import serving
 from quantcache.layers._host import cache_argument
 from quantcache.quantization import reference
 from quantcache.serving import versions
+from tests.conftest import skip_without_gpu
 from tests.serving_cases import (
     VOCAB,
     check_ledger,
@@ -143,6 +144,30 @@ def test_pages_have_the_bytes_of_the_specification() -> None:
         )
         for part, whole in zip(allocator.layout.parts(allocator._layers[0]), made, strict=True):
             assert torch.equal(part[blocks], whole[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("device", "records"),
+    [("cpu", False), *(pytest.param("cuda", on, marks=[pytest.mark.cuda, skip_without_gpu]) for on in (False, True))],
+)
+def test_tokens_in_16_bits_are_the_best_of_the_exact_model(dtype: torch.dtype, device: str, records: bool) -> None:
+    """But for near ties; on a GPU by the kernels, in steps that are recorded and asynchronous or neither."""
+    model = llama(dtype, head_dim=64, hidden_size=128, initializer_range=0.1).to(device)
+    config = pool(use_cuda_graph=(False, records), max_batch_tokens=1024, max_requests_per_batch=8)
+    with serve(model, config, greedy(70)) as manager:
+        report = manager.report()
+        assert report.records is records
+        if device == "cuda":
+            assert (report.backend, report.reason) == ("cuda", None)
+        for prompts in (PROMPTS[:7], PROMPTS[2:5]):
+            for tokens, new in zip(prompts, tokens_of(model.generate_batch(prompts)), strict=True):
+                with torch.no_grad():
+                    logits = (
+                        model(torch.tensor([tokens + new[:-1]], device=device)).logits[0, len(tokens) - 1 :].float()
+                    )
+                chosen = logits.gather(1, torch.tensor(new, device=device)[:, None])[:, 0]
+                assert float(((logits.amax(-1) - chosen) / logits.std(-1)).max()) < 0.15
 
 
 @pytest.mark.parametrize("length", [1, 2, 65, 200])
