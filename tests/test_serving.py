@@ -455,6 +455,8 @@ def test_versions_are_those_that_are_known(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(versions.transformers, "__version__", release)
         with pytest.raises(NotImplementedError, match=rf"must be 5\.21 to 5\.24.*got {release}\."):
             serving.create_manager(None)
+        with pytest.raises(NotImplementedError, match=r"must be 5\.21 to 5\.24"):
+            serving.__getattr__("Int8BatchingManager")
     for release in ("5.21.0", "5.22.2", "5.24.3"):
         monkeypatch.setattr(versions.transformers, "__version__", release)
         versions.check_version()

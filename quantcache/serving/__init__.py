@@ -41,6 +41,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'quantcache.serving' has no attribute {name!r}")
+    if _HOMES[name] == "quantcache.serving.manager":
+        importlib.import_module("quantcache.serving.versions").check_version()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
