@@ -314,6 +314,34 @@ def test_a_mask_is_looked_at_again_when_it_has_changed(launched: list[str]) -> N
     assert launched.count("scan_mask") == 2 + 2
 
 
+def test_a_later_turn_under_a_window_asks_the_gpu_for_no_more_than_one_without(launched: list[str]) -> None:
+    """A launch for the pages it closes, one for the rest, two to attend; and no copy of a table."""
+    states = torch.randn(1, 1, 5000, 64).bfloat16()
+    turn, asked = states[:, :, :512], []
+    for layer in (Int8Layer(), Int8SlidingLayer(2048)):
+        layer.update(states, states)
+        launched.clear()
+        keys, _ = layer.update(turn, turn)
+        view = keys.pages_view
+        assert len(view.segments) <= cuda.pages.FEW_SEGMENTS
+        mask = torch.ones(512, view.seq_len, dtype=torch.bool).tril(view.seq_len - 512)
+        reads.attention(turn, view, AttentionOptions(mask))
+        assert "_on_device" not in vars(cuda.segment_table(view))
+        asked.append(Counter(launched))
+    assert asked[0] == {"store_pages": 1, "append": 1, "scan_mask": 1, "prefill": 1, "merge_parts": 1}
+    # Its pages begin behind those of the turn before, and so they go to the end of one segment and to the next ones.
+    assert asked[1] - asked[0] <= Counter(store_pages=2)
+
+
+def test_more_segments_than_go_with_a_launch_are_read_from_a_table(launched: list[str]) -> None:
+    segments = (1,) * cuda.pages.FEW_SEGMENTS
+    for more, copied in (((), False), ((2,), True)):
+        stored = build(Case(1, 2, 4, 40, (*segments, *more), 40, 64, 64, torch.bfloat16))
+        check(stored, is_causal=True)
+        assert launched[-1] in ("prefill", "merge_parts")
+        assert ("_on_device" in vars(cuda.segment_table(stored.arguments[1]))) == copied
+
+
 def test_masks_of_two_kinds_of_layers_are_looked_at_once_each(launched: list[str]) -> None:
     """Layers with a window and layers without take turns."""
     stored = build(Case(1, 2, 4, 40, (2,), 40, 64, 64, torch.bfloat16))
