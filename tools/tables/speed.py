@@ -173,6 +173,26 @@ ACCOUNT = {
 """Kinds of kernels in the measurement, and what the table calls them."""
 
 
+def compiled_variants() -> str:
+    (row,) = rows("compiled-variants", "variants")
+    ways = [
+        [
+            name,
+            *(number(found.get(key)) for key in ("first_s", "later_s", "ms")),
+            found.get("why") or ("skipped" if found["cudagraph_skips"] else "recorded"),
+        ]
+        for name, found in row["variants"].items()
+    ]
+    loops = [[name, number(found), number(found - row["step_ms"])] for name, found in row["loops_ms"].items()]
+    return "\n\n".join(
+        [
+            table("`compile_config` | first replayed token, s | in a later call, s | ms per token | CUDA graph", ways),
+            table("the loop, with the default | ms per token | of it not the step", loops),
+            where("compiled-variants"),
+        ]
+    )
+
+
 def compiled_lengths() -> str:
     """One token after contexts of several lengths, eager and compiled."""
     (row,) = (row for row in load("compiled-decode")["rows"] if "ms_by_tokens" in row)
@@ -294,6 +314,19 @@ def generate_gpu() -> str:
 
 def generate_cpu() -> str:
     return _generate("generate-cpu")
+
+
+def wheel() -> str:
+    report = load("wheel")
+    body = [
+        [row["row"].removeprefix("first use, "), name, number(1e3 * took), number(1e3 * again if again else None)]
+        for row in report["rows"]
+        for name, took in row["seconds"].items()
+        if not name.startswith(("import", "again"))
+        for again in [row["seconds"].get(name.replace("attention", "again", 1)) if "attention" in name else None]
+    ]
+    size = f"A wheel of {number(report['wheel_bytes'] / 1e6)} MB."
+    return "\n\n".join([table("device | first call | ms | the same again, ms", body), size, where("wheel")])
 
 
 def first_use() -> str:
