@@ -154,7 +154,7 @@ def test_a_run_goes_on_from_its_record(
     with pytest.raises(KeyboardInterrupt), Record(file, about) as record:
         suite.run(*arguments, record, console, questions)
     assert asked == [10]
-    file.write_text(file.read_text() + '{"task": "mm')
+    file.write_text(file.read_text() + '{"task": "mmlu", "name": "fish 1", "answers": {"int8": {}}')
     with Record(file, about) as record:
         again, _ = suite.run(*arguments, record, console, questions)
     assert sum(asked) == whole["mmlu"][EXACT].asked == 28
@@ -165,6 +165,36 @@ def test_a_run_goes_on_from_its_record(
         fewer, _ = suite.run(*model, few, record, console, questions)
     assert fewer["mmlu"][EXACT].asked == 4
     assert sum(asked) == 28
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [(b"Buy milk.\n", 1), (b'{"shots": 1}\n{"task": "mmlu"}\n', 2), (b'{"shots": 1}\nmilk\n{}\n', 2), (b"\xff\x00", 1)],
+)
+def test_a_file_that_is_no_record_is_refused_and_left_as_it_was(text: bytes, line: int, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=f"line {line} of .*notes.txt is none of a record of answers"):
+        Record(file, {"shots": 1})
+    assert file.read_bytes() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_question_is_asked_again_for_a_cache_that_was_left_out(
+    model: tuple, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(("mmlu",), shots=1, limit=4, caches=("int8",))
+    arguments = (*model, settings)
+    console = Console(quiet=True)
+    about = settings.decisive
+    with Record(tmp_path / "answers.jsonl", about) as record:
+        with monkeypatch.context() as without:
+            without.setattr(suite.baselines, "candidates", lambda *_: ({}, {INT8: "not there"}))
+            scores, left_out = suite.run(*arguments, record, console, questions)
+        assert list(scores["mmlu"]) == [EXACT]
+        assert list(left_out) == [INT8]
+        scores, _ = suite.run(*arguments, record, console, questions)
+    assert scores["mmlu"][INT8].asked == 4
 
 
 def test_a_limit_takes_evenly_from_the_topics(questions: Path) -> None:

@@ -82,7 +82,7 @@ class Record(AbstractContextManager["Record"]):
         about: what an answer depends on; a file of other answers is refused.
 
     Raises:
-        ValueError: the file is of another run.
+        ValueError: the file is of another run, or is no record; it is then as it was.
     """
 
     def __init__(self, file: Path | None, about: dict[str, Any]) -> None:
@@ -90,9 +90,7 @@ class Record(AbstractContextManager["Record"]):
         self._lines: TextIO | None = None
         if file is None:
             return
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        # A run that was killed may have left half a line.
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = _rows_of(file) if file.exists() else []
         if rows and rows[0] != about:
             raise ValueError(
                 f"Record: {file} must be of the same model and settings, {about}, got {rows[0]}. Name another file."
@@ -120,6 +118,27 @@ class Record(AbstractContextManager["Record"]):
         """Close the file."""
         if self._lines is not None:
             self._lines.close()
+
+
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    """What the lines of a record say. A run that was killed may have left half of the last one, which is left out.
+
+    Raises:
+        ValueError: a line that is nothing of the kind.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = file.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # of JSON, or of what is no text
+            row = None
+            if 1 < number == len(lines) and not line.endswith(b"\n"):
+                break
+        if not isinstance(row, dict) or (rows and row.keys() != {"task", "name", "answers"}):
+            raise ValueError(f"Record: line {number} of {file} is none of a record of answers. Name another file.")
+        rows.append(row)
+    return rows
 
 
 def run(
@@ -154,6 +173,8 @@ def run(
     with Progress(*columns, console=console, transient=True) as progress:
         for task in settings.tasks:
             done = record.answers.setdefault(task, {})
+            for name in [name for name, found in done.items() if not models.keys() <= found.keys()]:
+                del done[name]  # a cache that was left out when it was asked
             wanted, groups = _asked(task, tokenizer, settings, models, done, folder)
             bar = progress.add_task(task, total=len(wanted), completed=sum(name in done for name in wanted))
             for found in groups:
