@@ -291,6 +291,12 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(questions: Path, tmp_pa
         data.mmlu(1, tmp_path)
 
 
+def test_tasks_with_a_plot_are_refused_at_once() -> None:
+    code, _, err = run("eval", "--tasks", "mmlu", "--plot", "scores.png")
+    assert code == 2
+    assert "tasks have no plot" in err
+
+
 def test_scores_count_what_is_right_and_what_is_alike() -> None:
     answers = [
         {EXACT: Answer("A", True, 0.0), "other": Answer("A", True, 0.1)},

@@ -71,6 +71,8 @@ def evaluate(
     quantcache eval --tasks humaneval,mmlu --questions 2000 --resume answers.jsonl
     """
     if tasks is not None:
+        if plot is not None:
+            raise typer.BadParameter("tasks have no plot, leave it out or leave out --tasks", param_hint="--plot")
         from quantcache.cli.tasks import evaluate_tasks, task_settings
 
         asked = task_settings(tasks, shots, questions, batch, caches)
