@@ -1,12 +1,17 @@
 """Hypothesis settings, devices, and the guarantee that every test starts with an unpatched transformers."""
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from transformers import AutoModelForCausalLM
+
+from tests.processes import made_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -52,6 +57,24 @@ def nothing_deprecated() -> Iterator[None]:
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in float32 as a folder, which loads in a second where its GGUF file takes many."""
+
+    def save(folder: Path) -> None:
+        from quantcache.evaluation.models import load_model
+
+        model, tokenizer, _ = load_model(None, device=torch.device("cpu"), dtype=torch.float32)
+        config = copy.deepcopy(model.config)
+        del config.quantization_config  # of the file that it comes from, of which the weights have nothing any more
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "SmolLM2-135M-Instruct", save)
 
 
 def devices() -> list[object]:

@@ -1,13 +1,15 @@
 """Programs that tests run beside them, several processes of torch.distributed among them."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +31,21 @@ def finished(
         timeout=timeout,
         check=False,
     )
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make`` fills, once for all processes of the tests. No test may write into it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, unfinished = shared / name, shared / f"{name}.unfinished"
+    with FileLock(shared / f"{name}.lock"):
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def launch(program: Path, *arguments: object, device: str = "cpu", processes: int = 2) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import finished
+from tests.processes import finished, made_once
 
 pytest.importorskip("pytest_benchmark")
 
@@ -14,12 +14,15 @@ pytest.importorskip("pytest_benchmark")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of a run at the smallest size."""
-    out = tmp_path_factory.mktemp("bench") / "peers-cpu.json"
     suite = ["tests/benchmarks/peers/bench_caches.py", "-c", "tests/benchmarks/pytest.ini", "--rootdir", "."]
-    command = [sys.executable, "-m", "pytest", *suite, "-q", "--size", "tiny", f"--benchmark-json={out}"]
-    done = finished(command, timeout=None, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    command = [sys.executable, "-m", "pytest", *suite, "-q", "--size", "tiny"]
+
+    def run(folder: Path) -> None:
+        out = f"--benchmark-json={folder / 'peers-cpu.json'}"
+        done = finished([*command, out], timeout=None, CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return made_once(tmp_path_factory, "peers", run) / "peers-cpu.json"
 
 
 def test_every_cache_is_measured_or_left_out_with_a_reason(measured: Path) -> None:

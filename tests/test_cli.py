@@ -18,9 +18,10 @@ from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from quantcache import QuantizedInt8Cache
+from quantcache import QuantizedInt8Cache, __version__
 from quantcache.backends import processor
 from quantcache.cli import talking, terminal
+from quantcache.cli.arguments import check_target
 from quantcache.cli.main import app
 from quantcache.layers._host import cache_argument
 from quantcache.planning import GIB
@@ -271,6 +272,20 @@ def loaded_by(*arguments: str) -> tuple[set[str], str]:
     exit_code, loaded, output = json.loads(done.stdout)
     assert exit_code == 0, output
     return set(loaded), output
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(PermissionError, match=r"talk must be in a folder that this user can write, got: Permission"):
+        check_target(tmp_path / "talk")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "quantcache", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
 
 
 def test_what_a_header_or_versions_say_is_told_without_torch(folder: Path, tmp_path: Path) -> None:

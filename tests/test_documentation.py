@@ -1,6 +1,5 @@
 """Does the documentation say what is so? Snippets run, tables are those of the measurements, links lead somewhere."""
 
-import copy
 import json
 import pkgutil
 import re
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
 from quantcache.cli.main import app
-from quantcache.evaluation.models import load_model
 from tests.documentation import (
     DOCS,
     PREPARATIONS,
@@ -157,20 +155,6 @@ still stands. Its stones are cut so that each holds the next. Its lamp was first
 from 35 miles away. Keepers lived in it until 1988; since then it has worked by itself.
 """
 QUESTION = "Who built the lighthouse, and when?"
-
-
-@pytest.fixture(scope="module")
-def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a folder, which ``from_pretrained`` takes without more."""
-    folder = tmp_path_factory.mktemp("real") / "SmolLM2-135M-Instruct"
-    model, tokenizer, _ = load_model(None, device="cpu", dtype=torch.float32)
-    config = copy.deepcopy(model.config)
-    del config.quantization_config  # of the file that it comes from, of which the weights have nothing any more
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 On a GPU the kernels of the ``cuda`` backend read and write the cache.
 """
 
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -27,15 +28,15 @@ it would read the newest 32 in steps of one token."""
 
 
 @pytest.fixture(scope="module", params=devices())
-def real_model(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, object]:
-    model, tokenizer, _ = load_model(None, device=request.param, dtype=torch.float32)
+def loaded(request: pytest.FixtureRequest, real_model: Path) -> tuple[torch.nn.Module, object]:
+    model, tokenizer, _ = load_model(str(real_model), device=torch.device(request.param), dtype=torch.float32)
     return model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def texts(real_model: tuple[torch.nn.Module, object]) -> Tensor:
+def texts(loaded: tuple[torch.nn.Module, object]) -> Tensor:
     """Two windows of the Python language reference, real English with code in it: (2, TOKENS)."""
-    model, tokenizer = real_model
+    model, tokenizer = loaded
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text[: 16 * TOKENS], return_tensors="pt").input_ids
     return ids[:, : 2 * TOKENS].view(2, TOKENS).to(model.device)
@@ -43,10 +44,10 @@ def texts(real_model: tuple[torch.nn.Module, object]) -> Tensor:
 
 @pytest.mark.parametrize(("prompt_len", "rows"), [(512, 2), (2, 1)])
 def test_quality_is_that_of_the_exact_cache(
-    real_model: tuple[torch.nn.Module, object], texts: Tensor, prompt_len: int, rows: int
+    loaded: tuple[torch.nn.Module, object], texts: Tensor, prompt_len: int, rows: int
 ) -> None:
     """On some thousand tokens each."""
-    model, _ = real_model
+    model, _ = loaded
     result = compare_teacher_forced(model, texts[:rows], QuantizedInt8Cache, prompt_len=prompt_len, chunk_len=CHUNK)
     print(f"prompt {prompt_len}: {result}")
     assert result.tokens == rows * (TOKENS - prompt_len)
@@ -54,8 +55,8 @@ def test_quality_is_that_of_the_exact_cache(
     assert result.top1_agreement >= MIN_TOP1_AGREEMENT
 
 
-def test_one_token_steps_read_the_same_cache(real_model: tuple[torch.nn.Module, object], texts: Tensor) -> None:
-    model, _ = real_model
+def test_one_token_steps_read_the_same_cache(loaded: tuple[torch.nn.Module, object], texts: Tensor) -> None:
+    model, _ = loaded
     result = compare_teacher_forced(model, texts[:1, :224], QuantizedInt8Cache, prompt_len=160, chunk_len=1)
     assert 0 < result.mean_kl <= MAX_MEAN_KL
     assert result.top1_agreement >= MIN_TOP1_AGREEMENT
@@ -63,9 +64,9 @@ def test_one_token_steps_read_the_same_cache(real_model: tuple[torch.nn.Module, 
 
 @compiler_warnings
 def test_compiled_steps_give_the_tokens_of_the_growing_cache(
-    real_model: tuple[torch.nn.Module, object], texts: Tensor
+    loaded: tuple[torch.nn.Module, object], texts: Tensor
 ) -> None:
-    model, _ = real_model
+    model, _ = loaded
     ids = texts[:1, :100]
     options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False}
     expected = model.generate(ids, **cache_argument(QuantizedInt8Cache(model.config)), **options)

@@ -92,16 +92,16 @@ def check_target(file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} must be a file to write, got a folder.")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file} must be in a folder that exists, got no folder {file.parent}. Make it first.")
     try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
+        if not file.is_dir() and file.parent.is_dir():
+            with tempfile.TemporaryFile(dir=file.parent):
+                return
+    except OSError as error:  # a folder above may not even be looked into
         reason = error.strerror or str(error)
         raise type(error)(f"{file} must be in a folder that this user can write, got: {reason}.") from error
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} must be a file to write, got a folder.")
+    raise FileNotFoundError(f"{file} must be in a folder that exists, got no folder {file.parent}. Make it first.")
 
 
 def open_device(name: str | None, spec: str | None = None) -> "torch.device":
