@@ -39,6 +39,10 @@ from quantcache.serving.manager import Int8BatchingManager
 GRACE_SECONDS: Final = 5
 """What answers at work may take once the server is to end."""
 
+KEEP_ALIVE_SECONDS: Final = 60
+"""How long a connection is kept for another request. Clients give theirs up after 5 s, which is uvicorn's default
+too: a request could then meet a connection that is being closed."""
+
 ROUTES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
 """Those of transformers' server that stay. The others list, load or throw away models, or want an encoder."""
 
@@ -324,7 +328,9 @@ def run(app: FastAPI, listening: socket.socket, log_level: str, tell: Callable[[
         tell: called with the URL once clients are answered.
     """
     host, port = listening.getsockname()[:2]
-    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=GRACE_SECONDS)
+    config = uvicorn.Config(
+        app, log_level=log_level, timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=KEEP_ALIVE_SECONDS
+    )
     _Server(config, lambda: tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")).run([listening])
 
 
