@@ -18,6 +18,7 @@ CASES = {
     "decode": Case(batch=8, group=3, segments=(3, 1, 2), tail_len=40),
     "one head": Case(batch=5, num_kv_heads=1, group=1, segments=(6,), tail_len=1, v_head_dim=80),
     "many queries": Case(batch=3, group=2, query_len=7, segments=(2, 2), tail_len=70, head_dim=20, v_head_dim=24),
+    "long queries": Case(batch=2, group=2, query_len=210, segments=(2, 1), tail_len=220, head_dim=40, v_head_dim=24),
     "no tail": Case(batch=4, group=4, segments=(5,), tail_len=0, head_dim=128, v_head_dim=128),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,21 @@ def test_neighbours_that_share_get_what_each_gets_alone(num_threads: int, backen
         )
         alone = reads.attention(shared.query[row : row + 1], view)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [None, "one row", "runs"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_queries_give_the_same_bits_on_any_number_of_threads(masked: bool, kind: str | None, backend: str) -> None:  # noqa: F811
+    """Each thread has some of the queries and all keys."""
+    case = Case(batch=2, num_kv_heads=2, group=3, query_len=301, segments=(4, 3), tail_len=301, head_dim=20)
+    shared = share(case, kind or "identity")
+    view = shared.view if kind else shared.copies.view
+    mask = torch.rand(2, 1, 301, case.kv_len, generator=torch.Generator().manual_seed(1)) < 0.8 if masked else None
+    outputs = []
+    for num_threads in (1, 2, 3, 5):
+        torch.set_num_threads(num_threads)
+        outputs.append(reads.attention(shared.query, view, AttentionOptions(mask, is_causal=not masked)))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_what_no_sequence_reads_is_not_read(backend: str) -> None:  # noqa: F811

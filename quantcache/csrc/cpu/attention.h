@@ -17,6 +17,7 @@
 namespace {
 
 struct Scratch {
+  RowPlace* places;  // (padded_rows,)
   float *query, *folded, *key_scale, *key_zero, *key_tile, *value_tile, *scores, *value_scale, *value_zero, *output_row;
   Scratch(const AttentionPlan& plan, float* p) {
     auto take = [&p](int64_t n) {
@@ -24,6 +25,7 @@ struct Scratch {
       p += n;
       return taken;
     };
+    places = reinterpret_cast<RowPlace*>(take(plan.padded_rows * kPlaceFloats));
     query = take(plan.padded_rows * plan.width);
     folded = take(kRowTile * plan.width);
     key_scale = take(plan.width);
@@ -42,10 +44,10 @@ struct Scratch {
 struct Partial {
   float *row_max, *row_sum, *value_offset, *output;
   Partial(const AttentionPlan& plan, int64_t head, int64_t split) {
-    row_max = plan.partials + (head * plan.num_splits + split) * plan.partial_size;
+    output = plan.partials + head * plan.head_stride + split * plan.partial_size;
+    row_max = output + plan.padded_rows * plan.v_width;
     row_sum = row_max + plan.padded_rows;
     value_offset = row_sum + plan.padded_rows;
-    output = value_offset + plan.padded_rows;
   }
 };
 
@@ -163,10 +165,11 @@ static void attend_rows(const AttentionPlan& plan, const Block<form>& block, int
                         const Scratch& scratch, Partial state) {
   constexpr bool kIsPage = form != kExact;
   const AttentionArgs& args = *plan.args;
+  const RowPlace* places = scratch.places + row;
   Reach reach[kRowTile];
   bool is_seen = false, is_whole = block.count == kPageSize;
   for (int64_t i = 0; i < kRowTile; ++i) {
-    reach[i] = reach_of(plan, row + (i < kRows ? i : kRows - 1));
+    reach[i] = places[i < kRows ? i : kRows - 1].reach;
     is_seen |= reach[i].first < block.first + block.count && reach[i].last >= block.first;
     is_whole &= reach[i].first <= block.first && reach[i].last >= block.first + block.count - 1;
   }
@@ -179,19 +182,19 @@ static void attend_rows(const AttentionPlan& plan, const Block<form>& block, int
     query = scratch.folded;
   }
   if constexpr (form == kConverted)
-    score_page<kRows>(query, plan.width, block.keys, scratch.scores);
+    score_page<kRows>(query, plan.width, block.keys, bias, scratch.scores);
   else
     score_tokens<kRows>(query, plan.width, block.keys, block.key_stride, block.count, scratch.scores,
                         tile == 0 ? block.own_values : nullptr, block.value_stride);
   int64_t count = round_up(block.count, 4);
-  Vec biases = repeat4(bias), cap = splat(float(args.softcap));
-  if (kIsPage || args.softcap)
+  Vec biases = form == kCodes ? repeat4(bias) : Vec{}, cap = splat(float(args.softcap));
+  if (form == kCodes || args.softcap)
     for (int64_t i = 0; i < count * 4; i += kLanes) {
       Vec score = load(scratch.scores + i) - biases;
       store(scratch.scores + i, args.softcap ? cap * tanh_vec(score / cap) : score);
     }
   if (!is_whole) hide_out_of_reach(scratch.scores, block.first, count, reach);
-  if (args.attn_mask) apply_mask(plan, head, row, kRows, block.first, block.count, scratch.scores);
+  if (args.attn_mask) apply_mask(args, places, kRows, block.first, block.count, scratch.scores);
   {
     KeptRows<kRows> kept(state, row);
     softmax_step<kIsPage>(scratch, count, state, row, rescale);

@@ -165,6 +165,8 @@ static void attend(const AttentionPlan& plan, int64_t head, int64_t split, float
   }
   __builtin_memset(state.output, 0, plan.padded_rows * plan.v_width * sizeof(float));
   read_query(plan, head, scratch.query);
+  int64_t rows = band_of(plan, head).count * plan.rows;
+  for (int64_t row = 0; row < rows; ++row) scratch.places[row] = place_row(plan, head, row);
 
   int64_t num_blocks = plan.end_block - plan.first_block;
   int64_t block = plan.first_block + num_blocks * split / plan.num_splits;

@@ -93,6 +93,10 @@ constexpr int64_t kTasksPerThread = 8;
 // Query floats of one KV head in a pass; with their output they stay in a core's second cache.
 constexpr int64_t kPassFloats = int64_t{1} << 16;
 
+// Query rows of a task that reads all keys: enough to convert each page for, and few enough that they and what each
+// thread has of them are even. With their output they stay in a core's second cache.
+constexpr int64_t kMinTaskRows = 128, kMaxTaskRows = 256;
+
 struct AttentionJob {
   AttentionPlan plan;
   std::atomic<int64_t>* left;  // (num_bands * num_kv_heads,): parts not done
@@ -160,6 +164,7 @@ AttentionPlan plan_attention(const AttentionArgs& args, int64_t first_query, int
   int64_t most = blocks / kMinTaskBlocks > 1 ? blocks / kMinTaskBlocks : 1;
   plan.num_splits = args.num_threads == 1 ? 1 : wanted < most ? wanted : most;
   plan.partial_size = aligned(plan.padded_rows * (3 + plan.v_width));
+  plan.head_stride = plan.num_splits * plan.partial_size;
   return plan;
 }
 
@@ -205,6 +210,58 @@ int attend_queries(const AttentionArgs& args, int64_t first_query, int64_t num_q
   return 0;
 }
 
+struct PassesJob {
+  const AttentionPlan* plans;
+  int64_t num_passes, most_heads;  // of a pass
+  float* scratch;
+  int64_t scratch_stride;
+};
+
+// All keys for the queries of one pass and one KV head: nothing is left to be merged with what other threads found.
+void pass_task(void* context, int64_t task, int64_t worker) {
+  const PassesJob& job = *static_cast<PassesJob*>(context);
+  int64_t head = task % job.most_heads;
+  AttentionPlan plan = job.plans[job.num_passes - 1 - task / job.most_heads];  // the longest first
+  if (head >= plan.num_bands * plan.args->num_kv_heads) return;
+  plan.partials = job.scratch + worker * job.scratch_stride;
+  plan.head_stride = 0;
+  plan.num_splits = 1;
+  float* scratch = plan.partials + plan.partial_size;
+  isa().kernels->attend(plan, head, 0, scratch);
+  isa().kernels->merge(plan, head, scratch);
+}
+
+// In how many passes of alike numbers of queries threads can share a call without dividing keys; 0 if that are too few.
+int64_t count_passes(const AttentionArgs& args) {
+  int64_t heads = args.batch * args.num_kv_heads, rows = args.num_q_heads / args.num_kv_heads * args.query_len;
+  if (rows < 2 * kMinTaskRows) return 0;
+  int64_t wanted = (args.num_threads * kTasksPerThread + heads - 1) / heads, each = rows / wanted;
+  each = each < kMinTaskRows ? kMinTaskRows : each > kMaxTaskRows ? kMaxTaskRows : each;
+  int64_t passes = (rows + each - 1) / each;
+  if (passes > args.query_len) passes = args.query_len;
+  return args.num_threads == 1 || passes * heads >= 2 * args.num_threads ? passes : 0;
+}
+
+int attend_in_passes(const AttentionArgs& args, int64_t passes) {
+  std::unique_ptr<AttentionPlan[]> plans(new (std::nothrow) AttentionPlan[static_cast<size_t>(passes)]);
+  std::unique_ptr<Band[]> bands(args.row_table.rows ? new (std::nothrow) Band[static_cast<size_t>(passes * args.batch)]
+                                                    : nullptr);
+  if (!plans || (args.row_table.rows && !bands)) return 1;
+  PassesJob job{plans.get(), passes, args.batch * args.num_kv_heads, nullptr, 0};
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    int64_t first = args.query_len * pass / passes, end = args.query_len * (pass + 1) / passes;
+    plans[pass] = plan_attention(args, first, end - first, bands ? bands.get() + pass * args.batch : nullptr);
+    int64_t size = aligned(scratch_size(plans[pass])) + plans[pass].partial_size;
+    job.scratch_stride = size > job.scratch_stride ? size : job.scratch_stride;
+  }
+  int64_t tasks = passes * job.most_heads, threads = args.num_threads < tasks ? args.num_threads : tasks;
+  Workspace workspace(threads * job.scratch_stride + kAlignFloats);
+  job.scratch = workspace.data();
+  if (!job.scratch) return 1;
+  run_tasks(args.num_threads, threads, tasks, pass_task, &job);
+  return 0;
+}
+
 }  // namespace
 
 QC_EXPORT const char* quantcache_isa() { return isa().name; }
@@ -221,6 +278,7 @@ QC_EXPORT int quantcache_use_isa(const char* name) {
 
 // See ops.attention.
 QC_EXPORT int quantcache_attention(const AttentionArgs* args) {
+  if (int64_t passes = count_passes(*args)) return attend_in_passes(*args, passes);
   int64_t group = args->num_q_heads / args->num_kv_heads;
   int64_t width = aligned(args->v_head_dim > args->head_dim ? args->v_head_dim : args->head_dim);
   int64_t most = kPassFloats / (group * width) > 1 ? kPassFloats / (group * width) : 1;

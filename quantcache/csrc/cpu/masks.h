@@ -11,11 +11,22 @@ struct Reach {
   int64_t first, last;
 };
 
-QC_INLINE Reach reach_of(const AttentionPlan& plan, int64_t row) {
+// What a row of a band sees, worked out once a task: divisions take as long as a tile's exponentials.
+struct RowPlace {
+  Reach reach;
+  int64_t mask_start;  // element of args.attn_mask for the first key
+};
+static_assert(sizeof(RowPlace) <= kPlaceFloats * sizeof(float), "room for the place of a row");
+
+static RowPlace place_row(const AttentionPlan& plan, int64_t head, int64_t row) {
   const AttentionArgs& args = *plan.args;
-  int64_t position = plan.kv_len - args.query_len + plan.first_query + row % plan.num_queries;
+  int64_t own = row % plan.rows, query = plan.first_query + own % plan.num_queries;
+  int64_t batch = band_of(plan, head).first + row / plan.rows;
+  int64_t q_head = head % args.num_kv_heads * plan.group + own / plan.num_queries;
+  int64_t position = plan.kv_len - args.query_len + query;
   int64_t first = args.window ? position - args.window + 1 : 0;
-  return {first > 0 ? first : 0, args.is_causal ? position : plan.kv_len - 1};
+  return {{first > 0 ? first : 0, args.is_causal ? position : plan.kv_len - 1},
+          batch * args.mask_stride[0] + q_head * args.mask_stride[1] + query * args.mask_stride[2]};
 }
 
 // Hides what lies outside reach[row]; also the rows of a partial block behind the last key.
@@ -46,19 +57,13 @@ static float half_as_float(Dtype dtype, uint16_t bits) {
   return sign ? -value : value;
 }
 
-// Applies args.attn_mask to `count` tokens of the rows `row` to row + num_rows of a band.
-static void apply_mask(const AttentionPlan& plan, int64_t head, int64_t row, int64_t num_rows, int64_t first,
+// Applies args.attn_mask to `count` tokens of `num_rows` rows of a band.
+static void apply_mask(const AttentionArgs& args, const RowPlace* places, int64_t num_rows, int64_t first,
                        int64_t count, float* scores) {
-  const AttentionArgs& args = *plan.args;
   Dtype dtype = static_cast<Dtype>(args.mask_dtype);
-  int64_t first_sequence = band_of(plan, head).first, first_q_head = head % args.num_kv_heads * plan.group;
   int64_t stride = args.mask_stride[3], previous = -1;
   for (int64_t i = 0; i < num_rows; ++i) {
-    int64_t batch = first_sequence + (row + i) / plan.rows, own = (row + i) % plan.rows;
-    int64_t q_head = first_q_head + own / plan.num_queries;
-    int64_t query = plan.first_query + own % plan.num_queries;
-    int64_t start =
-        batch * args.mask_stride[0] + q_head * args.mask_stride[1] + query * args.mask_stride[2] + first * stride;
+    int64_t start = places[i].mask_start + first * stride;
     if (dtype == kBool) {
       const uint8_t* mask = static_cast<const uint8_t*>(args.attn_mask) + start;
       if (start == previous || all_true(mask, stride, count)) {

@@ -3,8 +3,9 @@
 
 #include "interface.h"
 
-constexpr int64_t kRowTile = 4;     // query rows that share every loaded key and value
-constexpr int64_t kWidthStep = 16;  // rows of scratch are padded to the widest vector
+constexpr int64_t kRowTile = 4;      // query rows that share every loaded key and value
+constexpr int64_t kPlaceFloats = 8;  // floats that a RowPlace takes, so that what lies behind a tile's stays aligned
+constexpr int64_t kWidthStep = 16;   // rows of scratch are padded to the widest vector
 
 // Neighbouring sequences of the batch that share pages: a task reads each page once for all that read it.
 struct Band {
@@ -25,7 +26,8 @@ struct AttentionPlan {
   int64_t num_pages, kv_len;
   int64_t first_block, end_block;  // blocks of 64 tokens that some row may see; the tail starts a block
   int64_t num_splits;              // parts the blocks are divided in
-  int64_t partial_size;            // floats of a Partial: row_max, row_sum, value_offset, output
+  int64_t partial_size;            // floats of a Partial: output, row_max, row_sum, value_offset
+  int64_t head_stride;             // floats from the partials of a head to those of the next
   float* partials;                 // (num_bands * num_kv_heads, num_splits, partial_size)
 };
 
@@ -42,7 +44,8 @@ static inline int64_t stored_row(const RowTableArgs& table, int64_t sequence, in
 // Floats of scratch for one thread.
 static inline int64_t scratch_size(const AttentionPlan& plan) {
   int64_t wider = plan.width > plan.v_width ? plan.width : plan.v_width;
-  return plan.padded_rows * plan.width                        // query
+  return plan.padded_rows * kPlaceFloats                      // places of rows
+         + plan.padded_rows * plan.width                      // query
          + (kRowTile + 2) * plan.width                        // folded query, key scale, key zero point
          + kPageSize * plan.width + kPageSize * plan.v_width  // tail tile, or two pages of padded codes or of floats
          + kPageSize * kRowTile                               // scores, then weights

@@ -114,12 +114,17 @@ QC_INLINE void interleave_rows(const Vec* rows, Vec* tokens) {
 #undef QC_HIGH_PAIRS
 }
 
-// scores (64, 4) = query (kRows, width) . keys (width, 64), a page's; rows past kRows get zeros. No sum goes across lanes.
+// scores (64, 4) = query (kRows, width) . keys (width, 64), a page's, - bias (4,); rows past kRows get zeros. No sum goes
+// across lanes.
 template <int kRows>
-static void score_page(const float* query, int64_t width, const float* keys, float* scores) {
+static void score_page(const float* query, int64_t width, const float* keys, const float* bias, float* scores) {
   constexpr int kVectors = kLanes == 16 ? 4 : 2;  // what 32 or 16 registers hold for 4 rows
   for (int64_t token = 0; token < kPageSize; token += kVectors * kLanes) {
     Vec sums[kVectors][4] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) sums[v][row] = splat(-bias[row]);
     for (int64_t d = 0; d < width; ++d) {
       Vec key[kVectors];
 #pragma GCC unroll 4

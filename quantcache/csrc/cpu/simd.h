@@ -195,10 +195,9 @@ QC_INLINE Reduced reduce_exponent(Vec x) {
 // e^x for x <= 0, within 2 ulp; zero below -87.3, where the result would lose bits; NaN stays NaN.
 QC_INLINE Vec exp_negative(Vec x) {
   const Vec lowest = splat(-87.3f);
-  Reduced reduced = reduce_exponent(larger(x, lowest));
+  Reduced reduced = reduce_exponent(larger(lowest, x));  // in this order NaN goes through
   Vec e = reduced.power * expm1_reduced(reduced.remainder) + reduced.power;
-  e = select(x < lowest, Vec{}, e);
-  return select(x == x, e, x);
+  return select(x < lowest, Vec{}, e);
 }
 
 // tanh(x) = t / (t + 2) with t = e^(2|x|) - 1, which is accurate near zero too. Past 10 it is 1 in float32.
