@@ -331,7 +331,9 @@ def attended(
     dense = []
     for which, (address, strides) in enumerate(tails(args)):
         width = args.widths[which]
-        tail = args.states(address, (*heads, tail_len, width), strides)
+        # Who reads nothing of the tail is not told where it is.
+        tail = args.states(address, (*heads, tail_len, width), strides) if address else torch.zeros(1)
+        tail = tail.expand(*heads, tail_len, width)
         pages = restored(args, which == 0, num_pages, math.prod(heads), torch.float32)
         dense.append(torch.cat([pages.view(*heads, -1, width), tail.float()], dim=2))
     num_q_heads, kv_len = given.num_kv_heads * given.group, num_pages * PAGE_SIZE + tail_len
@@ -407,7 +409,7 @@ def attend_merging(args: Arguments, num_pages: int, tail_len: int) -> None:
 def leave_parts(args: Arguments, num_pages: int, tail_len: int) -> None:
     """The parts of what neighbours share: all in the first split, and nothing in the others."""
     given, shape = args.given, built_as(args)
-    assert not given.sinks
+    assert not any([given.sinks, given.key_tail, given.value_tail])
     assert 1 < given.sequences <= SHARED.MAX_SEQUENCES
     rows_each = given.group * given.query_len
     assert given.sequences * rows_each <= shape.rows

@@ -72,9 +72,10 @@ def decode(
     key_tail, key_address, key0, key1, key2 = readable(key_tail)
     value_tail, value_address, value0, value1, value2 = readable(value_tail)
     group = num_q_heads // num_kv_heads
+    sizes = batch, num_kv_heads, group, query_len, head_dim, v_head_dim
     kind = (
         index,
-        (batch, num_kv_heads, group, query_len, head_dim, v_head_dim),
+        sizes,
         query.dtype,
         attn_mask is not None,
         softcap is not None,
@@ -106,8 +107,9 @@ def decode(
         new_key, new_key_address, *new_key_strides = readable(view.pending[0])
         _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
-    looks = shares_pages and table.has_row_table and view.may_share
-    shared = attend_shared(query, view, options) if looks else NOTHING_SHARED
+    shared = NOTHING_SHARED
+    if shares_pages and table.has_row_table and view.may_share:
+        shared = attend_shared(query, view, table, sizes, options)
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,

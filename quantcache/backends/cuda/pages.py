@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda import nvrtc
-from quantcache.backends.cuda.launch import DTYPES, MAX_GRID, Kernel, folded, launch, load_kernel, readable
+from quantcache.backends.cuda.launch import (
+    DTYPES,
+    MAX_GRID,
+    Kernel,
+    current_stream,
+    folded,
+    launch,
+    load_kernel,
+    readable,
+)
 from quantcache.backends.devices import check_pages
 from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -121,9 +130,8 @@ class SegmentTable:
 
     @cached_property
     def _on_device(self) -> Tensor:
-        entries = [*self.entries, 0, 0, 0, 0, self.num_pages]
-        # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-        return torch.tensor(entries, dtype=torch.int64).to(self.device, non_blocking=True)
+        entries = *self.entries, 0, 0, 0, 0, self.num_pages
+        return _entries_on(self.device, current_stream(self.device.index), entries)
 
     def address_beyond(self, most: int) -> int:
         """Of an int64 (segments + 1, 5) on the device, made when first asked for; 0 where there are at most ``most``.
@@ -172,6 +180,16 @@ def _where(segment: SegmentLike, device: torch.device) -> tuple[list[Tensor], li
         if all(part is given for part, given in zip(whole, parts, strict=True)):  # a copy is of what is there now
             segment.memo["cuda"] = found
     return found[1:]
+
+
+@functools.lru_cache(maxsize=512)
+def _entries_on(device: torch.device, stream: int, entries: tuple[int, ...]) -> Tensor:
+    """Entries of a table on the device, as kernels of a stream read them.
+
+    Reordering beams makes a table of every layer in every step, of the same entries for a page's worth of them.
+    """
+    # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
+    return torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def restore(view: View, is_key: bool) -> Tensor:

@@ -21,7 +21,7 @@ from quantcache.backends.cuda.launch import (
     load_kernel,
     readable,
 )
-from quantcache.backends.cuda.pages import FEW_SEGMENTS, segment_table
+from quantcache.backends.cuda.pages import FEW_SEGMENTS, SegmentTable, segment_table
 from quantcache.backends.protocol import View
 from quantcache.quantization.errors import BuildError
 from quantcache.quantization.options import AttentionOptions
@@ -277,20 +277,20 @@ def prefill(
     asked = options.attn_mask is not None, options.softcap is not None, table.has_row_table
     plan = plan_for(query.device.index, sizes_of(query, view), query.dtype, *asked, num_blocks, shape, splits)
     output = query.new_empty(batch, query_len, num_q_heads, view.buffers[1].shape[3])
-    launch_plan(plan, query, view, options, output)
+    launch_plan(plan, query, view, table, options, output)
     return output
 
 
 def launch_plan(
-    plan: Plan, query: Tensor, view: View, options: AttentionOptions, output: Tensor | None
+    plan: Plan, query: Tensor, view: View, table: SegmentTable, options: AttentionOptions, output: Tensor | None
 ) -> Tensor | None:
-    """Attend as planned, into ``output``, or, if that is None, leaving the parts as they are.
+    """Attend as planned, into ``output``, or, if that is None, leaving the parts as they are, and the tail to others.
 
     Returns:
         float32: the parts of the rows, (KV heads, row tiles, splits, rows, v_head_dim), those not normalised, then
         largest logit in units of log2 and sum of weights of each, (..., 2). None where there are none.
     """
-    table, lengths = segment_table(view), view.lengths
+    lengths = view.lengths
     kernels, row_tiles, num_splits, sequences = plan
     attn_mask, is_causal, _, window, softcap, sinks = options
     _, num_q_heads, query_len, head_dim = query.shape
@@ -298,8 +298,10 @@ def launch_plan(
     batch, num_kv_heads, _, v_head_dim = value_tail.shape
     index, group = query.device.index, num_q_heads // num_kv_heads
     query, query_address, query0, query1, query2 = readable(query)
-    key_tail, key_address, key0, key1, key2 = readable(key_tail)
-    value_tail, value_address, value0, value1, value2 = readable(value_tail)
+    key_address = key0 = key1 = key2 = value_address = value0 = value1 = value2 = 0
+    if output is not None:
+        key_tail, key_address, key0, key1, key2 = readable(key_tail)
+        value_tail, value_address, value0, value1, value2 = readable(value_tail)
 
     mask = blocks = sighted = mask_dtype = 0
     mask_strides, block_strides, sighted_strides, found = [0] * 4, [0] * 3, [0] * 3, None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends.cuda.launch import gpu
-from quantcache.backends.cuda.pages import segment_table
+from quantcache.backends.cuda.pages import SegmentTable
 from quantcache.backends.cuda.prefill import (
     MAX_SPLITS,
     MIN_BLOCKS,
@@ -17,7 +17,6 @@ from quantcache.backends.cuda.prefill import (
     choose_shape,
     kernels_for,
     launch_plan,
-    sizes_of,
 )
 from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
@@ -75,23 +74,29 @@ def plan_for(
     return Plan(kernels, row_tiles, splits, sequences)
 
 
-def attend_shared(query: Tensor, view: View, options: AttentionOptions) -> SharedParts:
+def attend_shared(
+    query: Tensor, view: View, table: SegmentTable, sizes: Sizes, options: AttentionOptions
+) -> SharedParts:
     """Attention to what neighbours share, as a row table says when the kernel runs, and to nothing else.
 
     Args:
-        query: see ``reads.attention``, with few query rows, as for every argument.
+        query: see ``reads.attention``, with few query rows.
         view: what is read, with a row table; its tail is not.
+        table: the view's.
+        sizes: of the call.
         options: see ``AttentionOptions``. Sinks are not counted.
     """
     if query.dtype not in PREFILL_DTYPES:
         return NOTHING_SHARED
-    sizes, asked = sizes_of(query, view), (options.attn_mask is not None, options.softcap is not None)
-    plan = plan_for(query.device.index, sizes, query.dtype, *asked, segment_table(view).num_pages)
+    asked = options.attn_mask is not None, options.softcap is not None
+    plan = plan_for(query.device.index, sizes, query.dtype, *asked, table.num_pages)
     if plan is None:
         return NOTHING_SHARED
-    parts = launch_plan(plan, query, view, options._replace(sinks=None), None)
+    if options.sinks is not None:
+        options = options._replace(sinks=None)
+    parts = launch_plan(plan, query, view, table, options, None)
     assert parts is not None
+    _, num_kv_heads, *_, v_head_dim = sizes
     rows, partial = plan.kernels.shape.rows, parts.data_ptr()
-    _, num_kv_heads, _, v_head_dim = view.buffers[1].shape
     sums = partial + 4 * num_kv_heads * plan.row_tiles * plan.num_splits * rows * v_head_dim
     return SharedParts(partial, sums, plan.sequences, plan.num_splits, rows, parts)
