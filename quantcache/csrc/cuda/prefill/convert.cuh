@@ -53,10 +53,12 @@ DEVICE void store_piece(u32 tile, const Piece<kChunks>& piece, const u32 (&pairs
 template <int kPieces, int kChunks>
 DEVICE void copy_codes(u32 target, const i8* codes) {
   if (codes == nullptr) return;
+  const u32 place = 16 * maker();
+  codes += place, target += place;
 #pragma unroll
   for (int number = 0; number < kPieces; number++)
     if (Piece<kChunks>(number).exists)
-      copy_async(target + 16 * (number * kMakerThreads + maker()), codes + 16 * (number * kMakerThreads + maker()));
+      copy_async(target + 16 * number * kMakerThreads, codes + 16 * number * kMakerThreads);
 }
 // Where the codes of a tile go.
 DEVICE u32 codes_of(const Memory& memory, int number) {

@@ -18,36 +18,51 @@ DEVICE void store_shared_16(u32 address, const uint4& x) {
                : "memory");
 }
 
+// One row of the query as eight elements of each lane: divided by the power of two of its largest element.
+template <int kLanes>
+DEVICE void store_query_row(const Memory& memory, int row, int piece, const uint2 (&loaded)[2]) {
+  const u32 word[4] = {loaded[0].x, loaded[0].y, loaded[1].x, loaded[1].y};
+  float x[8], largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    x[2 * j] = element_low(word[j]), x[2 * j + 1] = element_high(word[j]);
+    largest = fmaxf(largest, fmaxf(fabsf(x[2 * j]), fabsf(x[2 * j + 1])));
+  }
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  const int exponent = exponent_of(largest, -100);
+  const float shrink = power_of_two(-min(exponent, 120));
+  if (piece < HEAD_DIM / 8)
+    store_shared_16(memory.query + query_offset(row, place_of<kKeyChunks>(piece)),
+                    make_uint4(pack_half2(x[0] * shrink, x[1] * shrink), pack_half2(x[2] * shrink, x[3] * shrink),
+                               pack_half2(x[4] * shrink, x[5] * shrink), pack_half2(x[6] * shrink, x[7] * shrink)));
+  if (piece == 0) memory.shared->row_factor[row] = power_of_two(min(exponent, 120));
+}
+
 // Every warp brings its own rows, each divided by the power of two of its largest element. Rows that are only padding
 // become zero.
 DEVICE void load_query(const PrefillArgs& args, const QueryRows& rows, const Memory& memory) {
   constexpr int pieces = HEAD_DIM / 8;  // of eight elements
   constexpr int lanes = pieces <= 2 ? 2 : pieces <= 4 ? 4 : pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32;  // of a row
+  constexpr int rows_each = kWarpRows * lanes / 32;                                                    // of a lane
+  constexpr int at_once = rows_each < 8 ? rows_each : 8;  // that are loaded before one is used
   const int lane = threadIdx.x & 31, piece = lane % lanes;
   const int first = (threadIdx.x >> 5) * kWarpRows + lane / lanes;
-#pragma unroll 4
-  for (int row = first; row < first + kWarpRows; row += 32 / lanes) {
-    u32 word[4] = {0, 0, 0, 0};
-    if (row < rows.num_rows && piece < pieces) {
-      const uint2* source = reinterpret_cast<const uint2*>(
-          static_cast<const u16*>(args.query) + query_start(args, rows, row_of(args, rows, row)) + 8 * piece);
-      const uint2 a = source[0], b = source[1];
-      word[0] = a.x, word[1] = a.y, word[2] = b.x, word[3] = b.y;
-    }
-    float x[8], largest = 0.0f;
+#pragma unroll 1
+  for (int start = 0; start < rows_each; start += at_once) {
+    uint2 loaded[at_once][2];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      x[2 * j] = element_low(word[j]), x[2 * j + 1] = element_high(word[j]);
-      largest = fmaxf(largest, fmaxf(fabsf(x[2 * j]), fabsf(x[2 * j + 1])));
+    for (int n = 0; n < at_once; n++) {
+      const int row = first + (start + n) * (32 / lanes);
+      loaded[n][0] = loaded[n][1] = make_uint2(0, 0);
+      if (row < rows.num_rows && piece < pieces) {
+        const uint2* source = reinterpret_cast<const uint2*>(
+            static_cast<const u16*>(args.query) + query_start(args, rows, row_of(args, rows, row)) + 8 * piece);
+        loaded[n][0] = source[0], loaded[n][1] = source[1];
+      }
     }
 #pragma unroll
-    for (int step = 1; step < lanes; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    const int exponent = exponent_of(largest, -100);
-    const float shrink = power_of_two(-min(exponent, 120));
-    if (piece < pieces)
-      store_shared_16(memory.query + query_offset(row, place_of<kKeyChunks>(piece)),
-                      make_uint4(pack_half2(x[0] * shrink, x[1] * shrink), pack_half2(x[2] * shrink, x[3] * shrink),
-                                 pack_half2(x[4] * shrink, x[5] * shrink), pack_half2(x[6] * shrink, x[7] * shrink)));
-    if (piece == 0) memory.shared->row_factor[row] = power_of_two(min(exponent, 120));
+    for (int n = 0; n < at_once; n++)
+      store_query_row<lanes>(memory, first + (start + n) * (32 / lanes), piece, loaded[n]);
   }
 }

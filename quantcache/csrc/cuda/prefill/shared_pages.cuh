@@ -13,13 +13,20 @@ static_assert(kQueue - kAhead >= kMaxSequences / 2 * kTilesPerPage, "the queue h
 
 // A bit for each sequence of the CTA: whether it reads the row of a page that the one before it reads.
 DEVICE u64 joined_sequences(const PrefillArgs& args, const QueryRows& rows, int page) {
+  constexpr int kAtOnce = 16;  // entries that are loaded before one is used
   u64 joined = 0;
   int before = args.row_table.row_of(rows.batch, page);
-#pragma unroll 16
-  for (int n = 1; n < rows.num_sequences; n++) {
-    const int row = args.row_table.row_of(rows.batch + n, page);
-    joined |= static_cast<u64>(row == before) << n;
-    before = row;
+#pragma unroll 1
+  for (int first = 1; first < rows.num_sequences; first += kAtOnce) {
+    int row[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++)
+      row[n] = args.row_table.row_of(rows.batch + min(first + n, rows.num_sequences - 1), page);
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      if (first + n < rows.num_sequences) joined |= static_cast<u64>(row[n] == before) << (first + n);
+      before = row[n];
+    }
   }
   return joined;
 }
