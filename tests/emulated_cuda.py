@@ -432,7 +432,8 @@ def leave_parts(args: Arguments, num_pages: int, tail_len: int) -> None:
 
 
 def built_as(args: Arguments) -> Any:
-    return PREFILL.Shape(*(args.macros[name] for name in ("ROW_TILES", "WARPS", "TILE_KEYS", "BUFFERS", "WARPGROUP")))
+    names = "ROW_TILES", "WARPS", "TILE_KEYS", "BUFFERS", "WARPGROUP", "AT_ONCE"
+    return PREFILL.Shape(*(args.macros[name] for name in names))
 
 
 def prefill(args: Arguments) -> None:
@@ -618,7 +619,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Have CPU tensors go to the CUDA backend, and its launches here; the kernels, by name, as they are launched."""
     launched: list[str] = []
 
-    def recorded(kernel: Kernel, *arguments: Any) -> None:
+    def recorded(kernel: Kernel, *arguments: Any, begins_early: bool = False) -> None:
+        # What may begin beside the kernel before it is the one that waits for that itself.
+        assert not begins_early or [*launched[-1:], kernel.function[0]] == ["prefill", "attention"]
         launched.append(kernel.function[0])
         launch(kernel, *arguments)
 

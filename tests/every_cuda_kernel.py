@@ -7,6 +7,7 @@ With ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` every tensor is an allocation of its o
 """
 
 import importlib
+import math
 import sys
 from dataclasses import replace
 
@@ -184,7 +185,7 @@ if __name__ == "__main__":
         torch.cuda.synchronize()
         print("ok")
         sys.exit()
-    importlib.import_module("quantcache.backends.cuda.shared").WORTH_SHARING = 0
+    importlib.import_module("quantcache.backends.cuda.shared").EACH_PAGE = math.inf
     for each in KINDS:
         run(Int8Layer(), each)
         run(StaticInt8Layer(CAPACITY), each)

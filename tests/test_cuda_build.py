@@ -225,6 +225,7 @@ def test_the_sources_compile_for_every_architecture(
         ("sm_90a", Shape(1, 8, 64, 2, True), (128, 128)),
         ("sm_90a", Shape(1, 12, 64, 2, True), (64, 64)),
         ("sm_90a", Shape(1, 8, 32, 2, True), (256, 256)),
+        ("sm_90a", Shape(1, 4, 64, 2, True, 2), (128, 112)),
         ("sm_100", Shape(2, 8, 64, 2), (96, 80)),
         ("sm_120", Shape(1, 2, 32, 1), (256, 256)),
     ],
@@ -284,12 +285,35 @@ def test_every_gpu_has_room_for_the_prefill_kernel(
     assert shape.shared_bytes(head_dim, head_dim) <= shared_per_block
 
 
+@pytest.mark.parametrize(
+    ("arch", "driver", "expected"),
+    [("sm_89", 13000, False), ("sm_90", 12020, False), ("sm_90", 12030, True), ("sm_100", 13000, True)],
+)
+def test_a_kernel_begins_early_where_gpu_and_driver_can(arch: str, driver: int, expected: bool) -> None:
+    assert Gpu(arch, 100, 1 << 17, 1 << 17, driver).begins_early == expected
+
+
 @pytest.mark.parametrize(("rows", "warps"), [(65, 8), (128, 8), (192, 12), (256, 8), (2048, 12)])
 def test_narrow_heads_have_as_many_rows_in_a_cta_as_waste_the_least(
     rows: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(emulated_cuda.PREFILL, "gpu", lambda index: emulated_cuda.H200)
     assert emulated_cuda.PREFILL.choose_shape(0, rows, 64, 64).warps == warps
+
+
+@pytest.mark.parametrize("head_dim", range(HEAD_DIM_STEP, MAX_HEAD_DIM + 1, HEAD_DIM_STEP))
+@pytest.mark.parametrize(("batch", "rows_each", "rows"), [(2, 1, 64), (70, 4, 64), (9, 16, 64), (9, 17, 128)])
+def test_pages_that_are_shared_are_read_by_two_ctas_of_a_processor_where_they_fit(
+    batch: int, rows_each: int, rows: int, head_dim: int
+) -> None:
+    device = emulated_cuda.H200
+    shape = emulated_cuda.SHARED.shape_on(device, batch, rows_each, head_dim, head_dim)
+    assert shape.at_once == (2 if rows == 64 and head_dim <= 128 else 1)
+    needed = shape.shared_bytes(head_dim, head_dim, True)
+    assert needed <= device.shared_per_block
+    assert shape.at_once * (needed + 1024) <= device.shared_per_processor
+    if head_dim in range(80, 129, 16):  # else there are more rows in a CTA
+        assert shape.rows == rows
 
 
 @pytest.mark.parametrize(

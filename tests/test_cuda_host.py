@@ -1,7 +1,11 @@
 """Does the host ask the CUDA kernels for what it should? A stand-in for the driver carries it out, without a GPU."""
 
+import json
+import math
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
+from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads
 from quantcache.store.buffer import FOLLOWS_TABLE, SHARES_READS
 from quantcache.store.fixed import StaticInt8Pages
@@ -184,7 +189,7 @@ def test_a_row_table_is_followed(kind: str, query_len: int, launched: list[str])
 @pytest.fixture
 def shares_any_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """What neighbours share is read once, however little it is."""
-    monkeypatch.setattr(emulated_cuda.SHARED, "WORTH_SHARING", 0)
+    monkeypatch.setattr(emulated_cuda.SHARED, "EACH_PAGE", math.inf)
     monkeypatch.setattr(emulated_cuda.SHARED, "plan_for", emulated_cuda.SHARED.plan_for.__wrapped__)
 
 
@@ -234,7 +239,10 @@ def test_every_option_of_pages_that_are_shared(options: dict[str, Any], kind: st
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "batch"),
-    [("one row", torch.float16, 3), ("one row", torch.float32, 30), (None, torch.float16, 30)],
+    [
+        *(("one row", torch.float16, 3), ("one row", torch.float16, 1)),
+        *(("one row", torch.float32, 30), (None, torch.float16, 30)),
+    ],
 )
 def test_where_there_is_little_to_share_one_kernel_is_launched(
     kind: str | None, dtype: torch.dtype, batch: int, launched: list[str]
@@ -540,3 +548,26 @@ def test_a_reordered_fixed_capacity_is_read_through_its_table(launched: list[str
     assert static.layout.shape.sharing == SHARES_READS
     assert torch.equal(static.buffers.pages.key_qdata[:2], pages)
     assert_same_bytes(static, growing)
+
+
+ONCE, EACH = "shared, read once", "shared, read by each"
+MEASURED = [
+    row
+    for name in ("cuda-shared", "cuda-shared-profile")
+    for row in json.loads((Path(__file__).parents[1] / f"docs/benchmarks/{name}.json").read_text())["rows"]
+    if ONCE in row["median_us"]
+]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["row"])
+def test_pages_are_read_once_where_that_was_measured_to_be_faster(
+    row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every case of the benchmark on an H200, so that what saves memory does not cost time."""
+    emulated_cuda.emulate(monkeypatch)
+    once, each = (row["median_us"][name] for name in (ONCE, EACH))
+    sequences, num_q_heads, num_kv_heads, tokens, own = map(int, re.findall(r"\d+", row["row"]))
+    sizes = sequences, num_kv_heads, num_q_heads // num_kv_heads, 1, 128, 128
+    plan_for = emulated_cuda.SHARED.plan_for.__wrapped__
+    plan = plan_for(0, sizes, torch.bfloat16, "mask" in row["row"], False, (tokens + own) // PAGE_SIZE, False)
+    assert (each if plan is None else once) <= 1.03 * min(each, once)

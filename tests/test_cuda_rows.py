@@ -1,6 +1,7 @@
 """Do the CUDA kernels read of every page the row that a table names, and pages that neighbours share once?"""
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,10 +36,10 @@ TAILS = "key_tail", "value_tail"
 CAUSAL = AttentionOptions(is_causal=True)
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 40], ids=["read once", "read by each"])
-def worth_sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+@pytest.fixture(autouse=True, params=[math.inf, 0.0], ids=["read once", "read by each"])
+def cost_of_reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
     """Everything here with what neighbours share read once, however little it is, and read by each sequence."""
-    monkeypatch.setattr(SHARED, "WORTH_SHARING", request.param)
+    monkeypatch.setattr(SHARED, "EACH_PAGE", request.param)
     SHARED.plan_for.cache_clear()
     yield request.param
     SHARED.plan_for.cache_clear()

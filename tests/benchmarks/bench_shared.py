@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_shared [--rows WORD ...] [--out FILE]
 
 Times are those of ``bench_attention.py``: the GPU's, in turn, behind a flush of the L2 cache. "copies" has no row
-table, "copies in another order" a table in which no neighbours read the same page; "shared" reads what neighbours share
-once, "shared, read by each" does not. A row with a mask has the one that a compiled step of ``generate()`` makes.
+table, "copies in another order" a table in which no neighbours read the same page; "shared, read once" reads what
+neighbours share once, "shared, read by each" does not, and "shared" is the one of both that the kernels take. A row
+with a mask has the one that a compiled step of ``generate()`` makes.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def shared_row(
     mask = torch.ones(sequences, 1, 1, shared.seq_len, dtype=torch.bool, device="cuda") if has_mask else None
     options = AttentionOptions(mask)
 
-    def reading(view: PagesView, shares_pages: bool = True) -> Callable[[], Tensor]:
+    def reading(view: PagesView, shares_pages: bool | None = None) -> Callable[[], Tensor]:
         return lambda: cuda.decode(query, view, options, shares_pages=shares_pages)
 
     candidates = {
@@ -90,11 +91,12 @@ def shared_row(
         "copies in another order": reading(shuffled),
         "copies in another order, not looked at": reading(shuffled, False),
         "shared": reading(shared),
+        "shared, read once": reading(shared, True),
         "shared, read by each": reading(shared, False),
     }
     expected = candidates["copies"]()
     errors = {"copies": check(copies, query, expected, mask)}
-    for name in ("shared", "shared, read by each"):
+    for name in ("shared", "shared, read once", "shared, read by each"):
         errors[name] = relative_error(candidates[name](), expected.double())
     assert max(errors.values()) <= 4e-3, errors
     times = interleaved(candidates, repeats=20)

@@ -54,7 +54,8 @@ def cuda_shared() -> str:
     body = []
     for row in rows("cuda-shared"):
         times = row["median_us"]
-        cells = [number(times[kind]) for kind in ("copies", "shared, read by each", "shared")]
+        once = times.get("shared, read once", times["shared"])
+        cells = [*(number(times[kind]) for kind in ("copies", "shared, read by each")), number(once)]
         error = number(max(row["relative_error"].values()), 2)
         body.append([row["row"], *cells, f"**{row['ratio']:.2f}**", error])
     header = "µs | copies | shared, read by each | shared, read once | times as fast as copies | relative error"
@@ -70,6 +71,17 @@ def cuda_blocks() -> str:
             body.append([row["row"], *cells, f"**{row['ratio']:.2f}**"])
     header = "µs | one segment | blocks in order | blocks anywhere | times as fast as one segment"
     return table(header, body) + "\n\n" + where("cuda-blocks")
+
+
+def cuda_shared_profile() -> str:
+    body = []
+    for row in rows("cuda-shared-profile"):
+        for kind, times in row["parts_us"].items():
+            cycles = number(row["cycles_a_page"][kind])
+            body.append([row["row"].split(" tokens")[0], kind, *(number(time) for time in times.values()), cycles])
+    parts = " | ".join(load("cuda-shared-profile")["rows"][0]["parts_us"]["two"])
+    header = f"µs | CTAs a processor | {parts} | cycles a page and processor"
+    return table(header, body) + "\n\n" + where("cuda-shared-profile")
 
 
 def flashinfer() -> str:

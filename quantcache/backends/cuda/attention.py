@@ -50,7 +50,7 @@ def decode(
     options: AttentionOptions,
     shape: Shape | None = None,
     splits: tuple[int, int] | None = None,
-    shares_pages: bool = True,
+    shares_pages: bool | None = None,
 ) -> Tensor:
     """Attention of any number of query rows, few in a CTA.
 
@@ -60,7 +60,7 @@ def decode(
         options: see ``AttentionOptions``.
         shape: instead of the one chosen for the call.
         splits: instead of those chosen: splits of the pages, splits in all.
-        shares_pages: whether what neighbouring sequences share is read once for all of them, where that is worth it.
+        shares_pages: whether what neighbouring sequences share is read once for all of them; None where that pays.
     """
     table, lengths, scratch = segment_table(view), view.lengths, view.scratch
     attn_mask, is_causal, _, window, softcap, sinks = options
@@ -108,8 +108,8 @@ def decode(
         _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
     shared = NOTHING_SHARED
-    if shares_pages and table.has_row_table and view.may_share:
-        shared = attend_shared(query, view, table, sizes, options)
+    if table.has_row_table and view.may_share and shares_pages is not False:
+        shared = attend_shared(query, view, table, sizes, options, always=bool(shares_pages))
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,
@@ -136,6 +136,7 @@ def decode(
         *table.row_table,
         *shared[:5],
         *NO_BLOCK_TABLE,
+        begins_early=shared.parts > 0 and gpu(index).begins_early,
     )
     return output
 

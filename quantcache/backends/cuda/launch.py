@@ -50,6 +50,15 @@ class Gpu(NamedTuple):
     processors: int
     shared_per_processor: int
     shared_per_block: int
+    driver: int = 13000
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether a kernel can begin while the one before it runs, in a graph as well.
+
+        From compute capability 9.0 on, and with a driver of CUDA 12.3: an older one refuses to record such a launch.
+        """
+        return int(self.arch.removeprefix("sm_")) >= 90 and self.driver >= 12030
 
 
 @functools.cache
@@ -64,6 +73,7 @@ def gpu(index: int) -> Gpu:
         properties.multi_processor_count,
         properties.shared_memory_per_multiprocessor,
         _check(driver.cuDeviceGetAttribute(attribute, index)),
+        _check(driver.cuDriverGetVersion()),
     )
 
 
@@ -144,6 +154,18 @@ class _Launches(threading.local):
 
         return driver.cuLaunchKernel
 
+    @functools.cached_property
+    def early(self) -> Any:
+        """What ``launch`` needs for a kernel that begins while the one before it runs."""
+        from cuda.bindings import driver
+
+        attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        config.blockDimY = config.blockDimZ = 1
+        return driver.cuLaunchKernelEx, config, driver.CUstream
+
 
 _launches: Final = _Launches()
 
@@ -154,15 +176,38 @@ def current_stream(index: int) -> int:
     return stream
 
 
-def launch(kernel: Kernel, grid: tuple[int, int, int], index: int, form: struct.Struct, *values: Any) -> None:
-    """Queue ``kernel`` with the structure of ``values`` on the current stream of device ``index``."""
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    index: int,
+    form: struct.Struct,
+    *values: Any,
+    begins_early: bool = False,
+) -> None:
+    """Queue ``kernel`` with the structure of ``values`` on the current stream of device ``index``.
+
+    Args:
+        kernel: what is launched.
+        grid: its CTAs.
+        index: of the device.
+        form: of the structure.
+        values: in it.
+        begins_early: whether it may begin while the kernel queued before it runs, where that one lets it; what it reads
+            of that one it then has to wait for itself.
+    """
     if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
-            launch(kernel, grid, index, form, *values)
+            launch(kernel, grid, index, form, *values, begins_early=begins_early)
         return
     launches = _launches
     form.pack_into(launches.buffer, 0, *values)
     x, y, z = grid
+    if begins_early:
+        launch_ex, config, stream = launches.early
+        config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = x, y, z, kernel.threads
+        config.sharedMemBytes, config.hStream = kernel.shared_bytes, stream(current_stream(index))
+        _check(launch_ex(config, kernel.function, launches.address, 0))
+        return
     (status,) = launches.launch(
         kernel.function, x, y, z, kernel.threads, 1, 1, kernel.shared_bytes, current_stream(index), launches.address, 0
     )

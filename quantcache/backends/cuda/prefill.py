@@ -41,8 +41,9 @@ class Shape(NamedTuple):
         warps: of a CTA with query rows, each its own.
         tile_keys: keys attended to at once, a page or half of one.
         buffers: converted tiles in shared memory.
-        is_warpgroup: whether it multiplies by the instructions that only compute capability 9.0 has; four further
-            warps then make tiles.
+        is_warpgroup: whether it multiplies by the instructions that only compute capability 9.0 has; further warps then
+            make tiles.
+        at_once: CTAs that a processor shall hold.
     """
 
     row_tiles: int
@@ -50,6 +51,7 @@ class Shape(NamedTuple):
     tile_keys: int
     buffers: int
     is_warpgroup: bool = False
+    at_once: int = 1
 
     @property
     def rows(self) -> int:
@@ -63,13 +65,13 @@ class Shape(NamedTuple):
 
     def shared_bytes(self, head_dim: int, v_head_dim: int, shares_pages: bool = False) -> int:
         """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
-        code_stages = 2 if shares_pages and self.is_warpgroup else 1
+        code_stages = 2 if shares_pages and self.is_warpgroup and self.at_once == 1 else 1
         keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
         makers = 128 if self.is_warpgroup else self.threads
         pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
         pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
         tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces * code_stages
-        queue = 40 * 64 * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
+        queue = 40 * (48 if self.at_once > 1 else 64) * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
         tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
         metadata = _SLOTS // 2 * 4 * (head_dim + keys)
         return tiles + -(-queue // 16) * 16 + tables + self.rows * 20 + metadata
@@ -137,6 +139,7 @@ def macros_for(
         *(("HEAD_DIM", head_dim), ("V_HEAD_DIM", v_head_dim), ("DTYPE", DTYPES[dtype])),
         *(("ROW_TILES", shape.row_tiles), ("WARPS", shape.warps)),
         *(("TILE_KEYS", shape.tile_keys), ("BUFFERS", shape.buffers), ("WARPGROUP", int(shape.is_warpgroup))),
+        ("AT_ONCE", shape.at_once),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
         *(("SHARES_PAGES", int(shares_pages)), ("HAS_BLOCK_TABLE", int(has_block_table))),
         ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim, shares_pages)),

@@ -6,18 +6,19 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantcache.backends.cuda.launch import gpu
+from quantcache.backends.cuda.launch import Gpu, gpu
 from quantcache.backends.cuda.pages import SegmentTable
 from quantcache.backends.cuda.prefill import (
     MAX_SPLITS,
     MIN_BLOCKS,
     PREFILL_DTYPES,
     Plan,
+    Shape,
     Sizes,
-    choose_shape,
     kernels_for,
     launch_plan,
 )
+from quantcache.backends.cuda.prefill import shape_on as prefill_shape_on
 from quantcache.backends.protocol import View
 from quantcache.quantization.options import AttentionOptions
 
@@ -47,35 +48,68 @@ NOTHING_SHARED: Final = SharedParts(0, 0, 1, 0, 0, None)
 MAX_SEQUENCES: Final = 64
 """Neighbours that are looked at together; the kernel has a bit for each."""
 
-WORTH_SHARING: Final = 32
-"""Pages for each processor that could be read once instead of again, below which a launch takes longer than that."""
+
+def shape_on(device: Gpu, batch: int, rows_each: int, head_dim: int, v_head_dim: int) -> Shape:
+    """The shape for sequences that are looked at together, with ``rows_each`` query rows of a KV head each.
+
+    Who reads a page once for few rows waits, for what is copied, converted and multiplied one after the other. Two CTAs
+    of 64 rows wait at different times: on an H200 as fast for 256 rows as half as many of 128, and faster for fewer.
+    """
+    shape = prefill_shape_on(device, batch * rows_each, head_dim, v_head_dim)
+    if not shape.is_warpgroup:
+        return shape
+    if rows_each * LEAST_SEQUENCES <= 64 and max(head_dim, v_head_dim) <= 128:
+        small = shape._replace(warps=4, at_once=2)
+        if 2 * (small.shared_bytes(head_dim, v_head_dim, True) + 1024) <= device.shared_per_processor:
+            return small
+    return shape._replace(warps=min(shape.warps, 4 * -(-batch * rows_each // 64)))  # no more of them than have rows
+
+
+LEAST_SEQUENCES: Final = 4
+"""Neighbours that a CTA of 64 query rows should have room for; with fewer, one of more rows reads a page less often."""
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_for(
-    index: int, sizes: Sizes, dtype: torch.dtype, has_mask: bool, has_softcap: bool, num_pages: int
+    index: int, sizes: Sizes, dtype: torch.dtype, has_mask: bool, has_softcap: bool, num_pages: int, always: bool
 ) -> Plan | None:
-    """The launch for a kind of call, ``sizes`` as unpacked; None if there is nothing to win."""
+    """The launch for a kind of call, ``sizes`` as unpacked; None if there is none or, unless ``always``, it costs time.
+
+    It does if it takes longer than reading pages again for every sequence, were all of them shared. The kernel for few
+    query rows has the rest to do either way.
+    """
     batch, num_kv_heads, group, query_len, head_dim, v_head_dim = sizes
-    device = gpu(index)
-    if (batch - 1) * num_kv_heads * num_pages < WORTH_SHARING * device.processors:
-        return None
-    rows_each = group * query_len
-    shape = choose_shape(index, batch * rows_each, head_dim, v_head_dim)
-    if shape.is_warpgroup:  # no more of them than have rows
-        shape = shape._replace(warps=min(shape.warps, 4 * -(-batch * rows_each // 64)))
+    device, rows_each = gpu(index), group * query_len
+    shape = shape_on(device, batch, rows_each, head_dim, v_head_dim)
     most = min(shape.rows // rows_each, MAX_SEQUENCES)
-    if most < 2:
+    if min(batch, most) < 2 or not num_pages:
         return None
     row_tiles = -(-batch // most)
     sequences = -(-batch // row_tiles)
-    splits = max(1, min(device.processors // (num_kv_heads * row_tiles), num_pages // MIN_BLOCKS, MAX_SPLITS))
+    tiles, slots = num_kv_heads * row_tiles, device.processors * shape.at_once
+    splits = max(1, min(slots // tiles, num_pages // MIN_BLOCKS, MAX_SPLITS))
+    if not always:
+        rounds, pages_each = -(-tiles * splits // slots), -(-num_pages // splits)
+        once = ONCE_START + rounds * pages_each * ONCE_PAGE
+        if once >= EACH_PAGE * batch * num_kv_heads * num_pages / device.processors:
+            return None
     kernels = kernels_for(index, shape, head_dim, v_head_dim, dtype, has_mask, has_softcap, True, True)
     return Plan(kernels, row_tiles, splits, sequences)
 
 
+EACH_PAGE: Final = 0.44
+"""Microseconds of a processor for a page that a sequence reads alone; this and the next two of an H200, fitted to
+``docs/benchmarks/cuda-shared.json`` and ``cuda-shared-profile.json``."""
+
+ONCE_START: Final = 15.0
+"""Microseconds of the launch that reads pages once, and of merging what it finds, but for the pages."""
+
+ONCE_PAGE: Final = 1.9
+"""Microseconds of one of its CTAs for a page: of one of 128 query rows, or of each of two that have 64."""
+
+
 def attend_shared(
-    query: Tensor, view: View, table: SegmentTable, sizes: Sizes, options: AttentionOptions
+    query: Tensor, view: View, table: SegmentTable, sizes: Sizes, options: AttentionOptions, always: bool
 ) -> SharedParts:
     """Attention to what neighbours share, as a row table says when the kernel runs, and to nothing else.
 
@@ -85,11 +119,12 @@ def attend_shared(
         table: the view's.
         sizes: of the call.
         options: see ``AttentionOptions``. Sinks are not counted.
+        always: whether or not that pays.
     """
     if query.dtype not in PREFILL_DTYPES:
         return NOTHING_SHARED
     asked = options.attn_mask is not None, options.softcap is not None
-    plan = plan_for(query.device.index, sizes, query.dtype, *asked, table.num_pages)
+    plan = plan_for(query.device.index, sizes, query.dtype, *asked, table.num_pages, always)
     if plan is None:
         return NOTHING_SHARED
     if options.sinks is not None:

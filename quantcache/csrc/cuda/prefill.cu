@@ -24,7 +24,9 @@ static_assert(kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeS
                   SHARED_BYTES,
               "as Shape.shared_bytes of backends/cuda/prefill.py");
 
-constexpr int kMinBlocks = WARPS == 4 && BUFFERS == 1 ? 2 : 1;
+constexpr int kMinBlocks = WARPS == 4 && BUFFERS == 1 ? 2 : AT_ONCE;
+// While one warp waits for the table of rows, those with query rows can wait for these.
+constexpr bool kLoadsQueryFirst = SHARES_PAGES && WARPGROUP;
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const __grid_constant__ PrefillArgs args) {
   extern __shared__ __align__(1024) u8 bytes[];
@@ -36,6 +38,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 #endif
   const BlockRange range = blocks_of_cta(args, rows);
 
+#if SHARES_PAGES && __CUDA_ARCH__ >= 900
+  // The kernel that merges what is found here may begin with what it has to do itself.
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
   if (threadIdx.x == 0) {
     shared.filled = 0, shared.next_block = range.first;
     shared.tail_largest[0] = shared.tail_largest[1] = 0;
@@ -45,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 #pragma unroll 1
     for (int turn = -kNotice; turn < 0; turn++) fill_queue(args, rows, range, shared, turn);
   }
+  if (kLoadsQueryFirst && threadIdx.x < kRowThreads) load_query(args, rows, memory);
 #if HAS_BLOCK_TABLE
   const int tail_len = min(rows.kv_len, range.end * kPageSize) - rows.num_pages * kPageSize;  // that is seen
 #else
@@ -67,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
     if (queued > 0) make_tiles(args, rows, range, memory, queued);
   } else {
     take_registers<kRowRegisters>();
-    load_query(args, rows, memory);
+    if (!kLoadsQueryFirst) load_query(args, rows, memory);
     __syncwarp();
     OnlineSoftmax softmax;
     start_softmax(args, rows, softmax);

@@ -46,6 +46,10 @@ DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row
   const i64 first =
       tile * args.shared_parts * args.shared_rows + rows.batch % args.sequences * rows_each + rows.first_row + row;
   constexpr int kAtOnce = 16;  // parts that are loaded before one is used
+#if __CUDA_ARCH__ >= 900
+  // Until here this kernel may have run beside the one whose parts these are.
+  if (args.shared_parts) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 #pragma unroll 1
   for (int part = 0; part < args.shared_parts; part += kAtOnce) {
     float2 sums[kAtOnce];

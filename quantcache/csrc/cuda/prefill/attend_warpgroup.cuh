@@ -67,13 +67,16 @@ DEVICE void start_outputs(OnlineSoftmax& softmax, const Weights& weights, u32 va
   }
 }
 
-// Brings a tile's codes to the L2 cache, a line for each thread.
+// Brings a tile's codes to the L2 cache, a line for each thread or two.
 DEVICE void fetch_tile(const Memory& memory, int number, int queued) {
   if (number >= queued) return;
+  constexpr u32 key_lines = TILE_KEYS * HEAD_DIM / 128, lines = key_lines + TILE_KEYS * V_HEAD_DIM / 128;
   const Tile& tile = memory.shared->queue[number % kQueue];
-  for (int line = maker(); line < TILE_KEYS * (HEAD_DIM + V_HEAD_DIM) / 128; line += kMakerThreads) {
-    const int of_values = line - TILE_KEYS * HEAD_DIM / 128;
-    const i8* codes = of_values < 0 ? tile.key_qdata + 128 * line : tile.value_qdata + 128 * of_values;
+#pragma unroll
+  for (u32 first = 0; first < lines; first += kMakerThreads) {
+    const u32 line = first + maker();
+    if (line >= lines) break;
+    const i8* codes = line < key_lines ? tile.key_qdata + 128 * line : tile.value_qdata + 128 * (line - key_lines);
     asm volatile("prefetch.global.L2 [%0];" ::"l"(codes));
   }
 }
@@ -110,10 +113,9 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
   constexpr bool is_early = kCodeStages > 1;  // copies start a turn before they are waited for
   copy_metadata(memory, 0, queued);
   copy(0, 0);
-  if (is_early) {
-    copy(1, 1);
-    for (int number = 2; number < kFetched; number++) fetch_tile(memory, number, queued);
-  }
+  if (is_early) copy(1, 1);
+  if (SHARES_PAGES)
+    for (int number = kCodeStages; number < kFetched; number++) fetch_tile(memory, number, queued);
   wait_for_copies<kCodeStages - 1>();
   prepare_group(memory, 0, queued);
   copy_metadata(memory, kGroup, queued);
@@ -133,10 +135,8 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
   for (int number = 0; number + 1 < queued; number++) {
     wait_at_barrier<kThreads>(0);
     queued = shared.queued[number % kTurns];
-    if (is_early) {
-      fetch_tile(memory, number + kFetched, queued);
-      copy(number + 3, number + 2);
-    }
+    if (SHARES_PAGES) fetch_tile(memory, number + kFetched, queued);
+    if (is_early) copy(number + 3, number + 2);
     wait_for_copies<kCodeStages - 1>();
     make_keys(number + 2), make_values(number + 1);
     if (!is_early) copy(number + 3, number + 2);

@@ -5,6 +5,7 @@
 //   BUFFERS      converted tiles in shared memory: with two the next is converted between the products of the current
 //   WARPGROUP    whether products are those of common/warpgroup.cuh, of sm_90a alone (0 or 1): of one row tile then, with
 //                two buffers, and four further warps that convert
+//   AT_ONCE      CTAs that a processor of 9.0 shall hold at once (1 or 2): two of up to 64 query rows and 128 channels
 //   HAS_MASK     whether there is a mask (0 or 1)
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
 //   SHARES_PAGES whether a CTA has the rows of neighbouring sequences, and attends to the pages that some of them share and
@@ -24,6 +25,7 @@ static_assert(WARPS == 2 || WARPS == 4 || WARPS == 8 || (WARPGROUP && WARPS == 1
 static_assert(TILE_KEYS == 32 || TILE_KEYS == 64, "parts of a page");
 static_assert(BUFFERS == 1 || BUFFERS == 2, "the tile attended to, and the next");
 static_assert(WARPGROUP == 0 || (WARPS % 4 == 0 && ROW_TILES == 1 && BUFFERS == 2), "warpgroups");
+static_assert(AT_ONCE == 1 || (AT_ONCE == 2 && WARPGROUP && WARPS == 4), "registers for two are those of 512 threads");
 static_assert((HAS_MASK == 0 || HAS_MASK == 1) && (HAS_SOFTCAP == 0 || HAS_SOFTCAP == 1), "a yes or a no");
 static_assert(HAS_BLOCK_TABLE == 0 || HAS_BLOCK_TABLE == 1, "a yes or a no");
 static_assert(!HAS_BLOCK_TABLE || !(HAS_MASK || HAS_ROW_TABLE), "what serving asks for");
@@ -33,15 +35,15 @@ constexpr int kRowThreads = 32 * WARPS;             // that have query rows
 constexpr int kFirstMaker = WARPGROUP ? WARPS : 0;  // warp of those that make tiles
 constexpr int kMakers = WARPGROUP ? 4 : WARPS;      // such warps
 constexpr int kThreads = kRowThreads + (WARPGROUP ? 128 : 0);
-// Of a thread, in warpgroups: what 65536 leave those with query rows.
+// Of a thread, in warpgroups: what 65536 leave those with query rows, or half as many where two CTAs have them.
 constexpr int kMakerRegisters = WARPS == 12 ? 80 : 72;
-constexpr int kRowRegisters = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 240;
+constexpr int kRowRegisters = AT_ONCE == 2 ? 184 : WARPS == 12 ? 144 : WARPS == 8 ? 216 : 240;
 constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
 constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
-// Tiles whose codes are on their way to a thread that converts them. Few rows wait for memory: with two a copy has a turn
-// of the loop to arrive, from the L2 cache, where the tile is brought kFetched turns before.
-constexpr int kCodeStages = SHARES_PAGES && WARPGROUP ? 2 : 1, kFetched = 8;
+// Tiles whose codes are on their way to a thread that converts them. Few rows wait for memory: a tile is brought to the
+// L2 cache kFetched turns of the loop before, and with two stages a copy from there has a turn to arrive.
+constexpr int kCodeStages = SHARES_PAGES && WARPGROUP && AT_ONCE == 1 ? 2 : 1, kFetched = 8;
 constexpr int kKeyBlocks = TILE_KEYS / 8;  // of eight keys
 
 // Rows in shared memory are an odd number of 16 bytes apart: the eight that are read at once lie in different banks.

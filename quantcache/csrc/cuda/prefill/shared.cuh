@@ -2,12 +2,13 @@
 
 #include "prefill/args.cuh"
 
-constexpr int kGroup = 4;                   // tiles whose metadata is prepared together: two columns of an MMA for each
-constexpr int kSlots = 2 * kGroup;          // tiles whose metadata is kept
-constexpr int kQueue = 64 * kTilesPerPage;  // tiles that are known
-constexpr int kTurns = 8;                   // of the loop, whose numbers of tiles are kept
-constexpr int kNotice = 2;                  // turns after which all use a number
-constexpr int kAhead = 16;                  // of those that are ahead at least, but for the last ones
+// Tiles that are known; two CTAs of a processor, with head_dims of 128, have no room for more than 48.
+constexpr int kQueue = (AT_ONCE == 1 ? 64 : 48) * kTilesPerPage;
+constexpr int kGroup = 4;           // tiles whose metadata is prepared together: two columns of an MMA for each
+constexpr int kSlots = 2 * kGroup;  // tiles whose metadata is kept
+constexpr int kTurns = 8;           // of the loop, whose numbers of tiles are kept
+constexpr int kNotice = 2;          // turns after which all use a number
+constexpr int kAhead = 16;          // of those that are ahead at least, but for the last ones
 static_assert(kAhead > 3 * kGroup + kNotice, "metadata is copied for up to the third group");
 
 // A tile of keys that some row of the CTA sees.
