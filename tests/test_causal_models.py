@@ -188,6 +188,8 @@ def test_eager_attention_reads_what_the_models_own_reads_of_restored_states(exac
     model = exact.model
     if not hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
         pytest.skip("its eager attention is no function that could be routed")
+    if exact.model_type == "recurrent_gemma":
+        pytest.skip("it keeps recurrent states in the model, so that a second run goes on from others")
     used = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
