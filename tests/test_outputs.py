@@ -74,7 +74,9 @@ def inspect_is_that(lines: list[str], command: str, model: Path) -> None:
 
 def doctor_is_that(lines: list[str], command: str, model: Path) -> None:
     have = run("doctor")
-    assert words(lines[2:]) - {"cache", "quantcache"} <= words(have)
+    told, printed = (next(words([line]) for line in some if "device" in line) for some in (lines, have))
+    assert told == printed == {"device", "backend", "why", "kernels"}
+    assert words(lines[2:]) - {"cache", "quantcache", "built", "avx"} <= words(have)
     assert (
         re.sub(r"\S*\d\S*", "", " ".join(lines[:2])).split()
         == re.sub(r"\S*\d\S*", "", " ".join(have[: 1 + have[0].endswith("on")])).split()
