@@ -31,6 +31,7 @@ class _SequenceView:
     pending: tuple[Tensor, Tensor] | None = None
     lengths: Tensor | None = None
     scratch: Tensor | None = None
+    may_share: bool = False
 
     @property
     def segments(self) -> tuple[Any, ...]:
@@ -78,6 +79,11 @@ class _Pages(NamedTuple):
     key_metadata: Tensor
     value_qdata: Tensor
     value_metadata: Tensor
+
+    @property
+    def memo(self) -> dict[object, Any]:
+        """Nothing is remembered of it."""
+        return {}
 
     def narrow(self, start: int, stop: int | None) -> "_Pages":
         """The pages ``start`` to ``stop``."""
