@@ -111,7 +111,7 @@ class StaticInt8Pages(Pages):
     @property
     def rows_stored(self) -> int:
         """See ``Pages.rows_stored``: those that are read, in memory for one of each sequence. Waits for the device."""
-        if not self.is_reordered:
+        if not self.is_reordered or self.memory.is_meta:
             return self.batch_size * self.num_pages
         return sum(len(rows.unique()) for rows in self.buffers.row_table[:, : self.num_pages].T.cpu())
 
