@@ -204,6 +204,30 @@ async def load(served: Served, requests: int, at_once: int) -> dict[str, Any]:
     return {**became, "memory": memory, "report": report}
 
 
+def check(found: dict[str, Any], requests: int, growth: int) -> None:
+    """Whether each request was answered, refused or cancelled as it must, and nothing was left behind.
+
+    Args:
+        found: of ``load``.
+        requests: how many were sent.
+        growth: bytes that the server may have more at the end.
+
+    Raises:
+        AssertionError: it was not.
+    """
+    kinds = [KINDS[index % len(KINDS)] for index in range(requests)]
+    refused = sum(kind in ("not JSON", "refused field", "too long") for kind in kinds)
+    left = sum(kind in ("cancelled stream", "gone") for kind in kinds)
+    assert found["refused"] == refused
+    assert 0 < found.get("cancelled", 0) <= left
+    assert found["answered"] == requests - refused - found["cancelled"]
+    report = found["report"]
+    assert report["blocks_used"] == 0, "a block is lost"
+    assert report["tokens_free"] == report["tokens"]
+    begin, end = found["memory"]
+    assert end - begin <= growth
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -217,6 +241,7 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    check(found, options.requests, growth=16 << 20)
     return 0
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from quantcache.cli.main import app  # noqa: E402
 from quantcache.serving import asked, server  # noqa: E402
 from tests.documentation import make_tokenizer, names, snippets  # noqa: E402
-from tests.serving_load import KINDS, NAME, Served, load, served  # noqa: E402
+from tests.serving_load import NAME, Served, check, load, served  # noqa: E402
 from tests.test_documentation import PAGES, run  # noqa: E402
 
 TURNS = [{"role": "user", "content": "Hello!"}]
@@ -211,29 +211,15 @@ def test_what_would_change_the_model_is_not_there(running: Served, path: str) ->
     assert post(running, b"{}", path)[0] == 404
 
 
-def check_load(found: dict[str, Any], requests: int, growth: int) -> None:
-    kinds = [KINDS[index % len(KINDS)] for index in range(requests)]
-    refused = sum(kind in ("not JSON", "refused field", "too long") for kind in kinds)
-    left = sum(kind in ("cancelled stream", "gone") for kind in kinds)
-    assert found["refused"] == refused
-    assert 0 < found.get("cancelled", 0) <= left
-    assert found["answered"] == requests - refused - found["cancelled"]
-    report = found["report"]
-    assert report["blocks_used"] == 0, "a block is lost"
-    assert report["tokens_free"] == report["tokens"]
-    begin, end = found["memory"]
-    assert end - begin <= growth
-
-
 def test_hundreds_of_requests_leave_nothing_behind(running: Served) -> None:
-    check_load(asyncio.run(load(running, 200, at_once=64)), 200, growth=64 << 20)
+    check(asyncio.run(load(running, 200, at_once=64)), 200, growth=64 << 20)
 
 
 @pytest.mark.sweep
 @pytest.mark.slow
 def test_ten_thousand_requests_leave_nothing_behind(running: Served) -> None:
     """From the 2,000th to the 10,000th, two KB each would be 16 MB."""
-    check_load(asyncio.run(load(running, 10_000, at_once=64)), 10_000, growth=16 << 20)
+    check(asyncio.run(load(running, 10_000, at_once=64)), 10_000, growth=16 << 20)
 
 
 def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
