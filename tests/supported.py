@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.models.gptj import modeling_gptj
+
 from quantcache.layers.releases import TESTED
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.causal_models import LEFT_OUT, NEEDS_CONFIG, NO_CONFIG_NEEDED, NO_FIXED_CAPACITY
@@ -26,6 +28,15 @@ def reading(architecture: Architecture, implementation: str) -> str:
     if not any("int8" in storage for storage in architecture.storage):
         return "own"
     return "restored" if architecture.restores or (implementation == "eager" and architecture.eager) else "int8"
+
+
+def reading_here(architecture: Architecture, implementation: str) -> str:
+    """``reading`` with the transformers that is installed: in older ones GPT-J has attention of its own."""
+    if (architecture.name, implementation) == ("GPT-J", "eager") and not hasattr(
+        modeling_gptj, "eager_attention_forward"
+    ):
+        return "restored"
+    return reading(architecture, implementation)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

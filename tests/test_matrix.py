@@ -13,7 +13,7 @@ from tests.cases import NEWEST, Case, WithExactCache, host_warnings, quiet_flex
 from tests.conftest import devices
 from tests.matrix import BY_IMPLEMENTATION, OPERATIONS, RESTORING
 from tests.refusals import OLDER_REFUSED, REFUSED
-from tests.supported import reading
+from tests.supported import reading_here
 
 SHORT = ("forward pass", "greedy decoding", "fixed capacity", "beam search", "prompt lookup")
 """Operations of the short form, each by another way into transformers, with a model's first implementation."""
@@ -101,7 +101,7 @@ def test_the_operation_keeps_its_promise(
     with quiet_flex() if implementation == "flex_attention" else nullcontext():
         if refusal is None:
             OPERATIONS[operation](case)
-            restores = operation in RESTORING or reading(architecture, implementation) == "restored"
+            restores = operation in RESTORING or reading_here(architecture, implementation) == "restored"
             assert restores or not restored_reads
             return
         with pytest.raises(refusal.error, match=refusal.match):

@@ -24,6 +24,7 @@ from quantcache.store.fixed import StaticInt8Pages
 from quantcache.store.growing import Int8Pages
 from quantcache.store.tensor import Int8Tensor, read_recorded
 from quantcache.store.view import PagesView
+from tests.cases import NEWEST
 from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.strategies import random_states
 from tests.test_generate import SIZES, prompt
@@ -355,6 +356,8 @@ def test_uncompiled_generate_gives_the_tokens_of_the_growing_cache(num_beams: in
 @pytest.mark.parametrize("device", devices())
 def test_later_turns_around_compiled_steps_give_the_tokens_of_the_growing_cache(device: str, chunk: int | None) -> None:
     """Prompts, whole or in chunks, behind steps that are compiled."""
+    if chunk and not NEWEST:
+        pytest.skip("older transformers begins its chunks from the front, which is refused")
     torch._dynamo.reset()
     model = tiny_model(device)
     caches = QuantizedInt8Cache(model.config), QuantizedInt8Cache(model.config, max_cache_len=CAPACITY)

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers.models.gptj import modeling_gptj
 
 from quantcache import FallbackWarning, QuantizedInt8Cache
 from quantcache.backends import dispatch
@@ -12,7 +11,7 @@ from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.cases import NEWEST, PROMPT, Case, host_warnings, int8_layers, parts, quiet_flex, tokens
-from tests.supported import PAGE, page, reading
+from tests.supported import PAGE, page, reading_here
 
 
 def name(value: object) -> str:
@@ -47,11 +46,7 @@ def test_attention_reads_as_the_page_says_and_warns_only_where_more_was_wanted(
     architecture: Architecture, implementation: str
 ) -> None:
     case = Case(architecture, implementation)
-    expected = reading(architecture, implementation)
-    if (architecture.name, implementation) == ("GPT-J", "eager") and not hasattr(
-        modeling_gptj, "eager_attention_forward"
-    ):
-        expected = "restored"  # older ones have code of their own
+    expected = reading_here(architecture, implementation)
     cache = case.cache()
     with quiet_flex() if implementation == "flex_attention" else nullcontext():
         case.logits(tokens(PROMPT), cache)

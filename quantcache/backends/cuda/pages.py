@@ -230,10 +230,14 @@ def macros_for(head_dim: int, v_head_dim: int, dtype: torch.dtype, has_row_table
     )
 
 
+MAKES_PAGES: Final = ("store_pages", "advance", "append_blocks")
+"""Kernels of ``pages.cu`` that are launched with kStoreThreads, the others with 256."""
+
+
 @functools.cache
 def _kernel_of_pages(
     name: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, index: int, has_row_table: bool
 ) -> Kernel:
     macros = macros_for(head_dim, v_head_dim, dtype, has_row_table)
-    threads = max(256, 2 * head_dim) if name in ("store_pages", "advance") else 256
+    threads = max(256, 2 * head_dim) if name in MAKES_PAGES else 256
     return load_kernel("pages.cu", macros, name, index, threads, 0)

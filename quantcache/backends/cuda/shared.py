@@ -99,9 +99,9 @@ def plan_for(
 
 EACH_PAGE: Final = 0.44
 """Microseconds of a processor for a page that a sequence reads alone; this and the next two of an H200, fitted to
-``docs/benchmarks/cuda-shared.json`` and ``cuda-shared-profile.json``."""
+``docs/benchmarks/cuda-shared.json``."""
 
-ONCE_START: Final = 15.0
+ONCE_START: Final = 21.0
 """Microseconds of the launch that reads pages once, and of merging what it finds, but for the pages."""
 
 ONCE_PAGE: Final = 1.9
