@@ -139,21 +139,6 @@ def test_memory_stays_below_the_limit_at_2048_tokens(head_dim: int, limit: float
     assert layer.nbytes <= limit * (exact.keys.nbytes + exact.values.nbytes)
 
 
-def test_decoding_makes_two_tail_buffers_for_64_tokens() -> None:
-    layer, buffers = Int8Layer(), []
-    key, value = random_states(1, HEADS, 256, HEAD_DIM)
-    layer.update(key, value)
-    for _ in range(4 * 64):
-        layer.update(key[:, :, :1], value[:, :, :1])
-        assert layer.pages is not None
-        held = layer.pages.key_tail
-        assert held.untyped_storage().nbytes() <= 96 * HEADS * HEAD_DIM * held.element_size()
-        if not buffers or held.untyped_storage().data_ptr() != buffers[-1].untyped_storage().data_ptr():
-            buffers.append(held)  # kept alive, so that no address comes again
-    # The first is one for 96 tokens, behind the prompt's own, which has no room.
-    assert len(buffers) == 2 * 4
-
-
 def test_nbytes_counts_every_tensor_the_layer_holds() -> None:
     layer = Int8Layer()
     for step in range(5):

@@ -8,8 +8,8 @@ from quantcache.quantization.scheme import (
     DEFAULT_RESIDUAL_LENGTH,
     PAGE_SIZE,
     SEGMENT_GROWTH,
+    TAIL_STEP,
     WINDOW_SEGMENTS,
-    tail_capacity,
 )
 
 METADATA_BYTES = 4
@@ -71,20 +71,24 @@ def _capacities(prompt: int, new_tokens: int, residual_length: int, keep_tokens:
     held = closed - skipped
     segments = [held] * bool(held) if keep_tokens is None else [rings] * -(-held // rings)
     seen, first = prompt, skipped
-    buffer = tail_capacity(tail)
+    buffer = _rounded(tail)
     for _ in range(new_tokens // PAGE_SIZE + 1):
         # To the next token that closes a page, or to the end.
         step = min(PAGE_SIZE + residual_length - tail, prompt + new_tokens - seen)
         seen, tail = seen + step, tail + step
-        while buffer < tail:
-            buffer = tail_capacity(buffer + 1, residual_length)
+        if step:
+            buffer = max(buffer, _rounded(tail))
         if tail < PAGE_SIZE + residual_length:
             break
         if sum(segments) == held:
             segments.append(rings if keep_tokens is not None else max(1, held // SEGMENT_GROWTH))
         held, tail = held + 1, tail - PAGE_SIZE
-        buffer = tail_capacity(tail, residual_length)
+        buffer = _rounded(tail)
         while keep_tokens is not None and segments and first + segments[0] <= (seen - keep_tokens) // PAGE_SIZE:
             first, held = first + segments[0], held - segments[0]
             segments.pop(0)
     return sum(segments), buffer
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // TAIL_STEP) * TAIL_STEP

@@ -44,13 +44,7 @@ MAX_NATIVE_WINDOW: Final = 1024
 that is half out of the window, int8 saves least where there is least to save."""
 
 TAIL_STEP: Final = 16
-"""A buffer of the tail holds a multiple of so many tokens; that of a prompt has room for fewer than these."""
-
-TAIL_ROOM: Final = 48
-"""Room for new tokens in a tail's buffer that is made while decoding: at the default residual length two buffers are
-made in 64 tokens, one of them when a page closes. A buffer for each 16 tokens cost all layers of a 7B model together
-some 5 ms a time, and in the end took as much memory, since before a page closes 95 tokens must fit. Room for 64 at once
-would put a head_dim of 128 above 0.55 of bfloat16 at 2048 tokens."""
+"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
 
 SEGMENT_GROWTH: Final = 16
 """A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
@@ -59,16 +53,3 @@ Two pages at least would put a head_dim of 128 above 0.55 of bfloat16 at 2048 to
 WINDOW_SEGMENTS: Final = 8
 """Segments that hold a window's pages; what fell out of it is given back a segment at a time. Each takes the host a
 launch and four allocations to fill, which with sixteen took a quarter of the host's time for 512 new tokens."""
-
-
-def tail_capacity(tokens: int, residual_length: int | None = None) -> int:
-    """Tokens that a buffer of the tail is made for.
-
-    Args:
-        tokens: that it must hold.
-        residual_length: of a tail that grows, which gets room, but for no more than can come before a page closes; None
-            for no room.
-    """
-    if residual_length is not None:
-        tokens = max(tokens, min(tokens + TAIL_ROOM, PAGE_SIZE + residual_length))
-    return -(-tokens // TAIL_STEP) * TAIL_STEP

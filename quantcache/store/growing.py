@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from quantcache.backends import dispatch
-from quantcache.quantization.scheme import (
-    DEFAULT_RESIDUAL_LENGTH,
-    PAGE_SIZE,
-    SEGMENT_GROWTH,
-    WINDOW_SEGMENTS,
-    tail_capacity,
-)
+from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, WINDOW_SEGMENTS
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Pages, Selection, no_tokens
@@ -282,8 +276,7 @@ class Int8Pages(Pages):
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed.
             start, rest = closing * PAGE_SIZE, total - closing * PAGE_SIZE
             tails = key_tail.narrow(2, start, rest), value_tail.narrow(2, start, rest)
-            waits = None if is_empty else self.residual_length  # of a prompt nothing may follow
-            buffers = copied(*tails, self._append_backend, waits)
+            buffers = copied(*tails, self._append_backend)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and not skipped and not self._room():
             held = self._without_room()
@@ -321,8 +314,7 @@ class Int8Pages(Pages):
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
         """The tail's buffers, or others with the same tokens if ``total`` do not fit or a fork reads them."""
         if self._shares_tail or total > self._buffers[0].shape[2]:
-            capacity = tail_capacity(total, self.residual_length)
-            return roomier(*self._buffers, self.tail_len, capacity, self._append_backend)
+            return roomier(*self._buffers, self.tail_len, total, self._append_backend)
         return self._buffers
 
     def crop(self, tokens_to_remove: int) -> None:

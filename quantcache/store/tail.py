@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcache.quantization.scheme import tail_capacity
+from quantcache.quantization.scheme import TAIL_STEP
 from quantcache.store import writes
 from quantcache.store.offloading import write_access
 
@@ -19,8 +19,9 @@ def write_tail(
         writes.append_tail(key_states, value_states, key_buffer, value_buffer, used, backend)
 
 
-def roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, capacity: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Other buffers, for ``capacity`` tokens, that begin with the first ``used`` of these."""
+def roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, tokens: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Larger buffers, for at least ``tokens`` tokens, that begin with the first ``used`` of these."""
+    capacity = -(-tokens // TAIL_STEP) * TAIL_STEP
     key_made, value_made = (
         buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in (key_buffer, value_buffer)
     )
@@ -29,12 +30,10 @@ def roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, capacity: int, 
     return key_made, value_made
 
 
-def copied(
-    key_states: Tensor, value_states: Tensor, backend: str = "torch", residual_length: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Buffers of their own for some tokens; ``residual_length`` as ``tail_capacity`` takes it."""
+def copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    """Buffers of their own for some tokens."""
     tokens = key_states.shape[2]
-    return roomier(key_states, value_states, tokens, tail_capacity(tokens, residual_length), backend)
+    return roomier(key_states, value_states, tokens, tokens, backend)
 
 
 def gathers_together(device: torch.device) -> bool:
