@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from quantcache import QuantizedInt8Cache, __version__
 from quantcache.cli import chat
 from quantcache.cli.main import app
+from quantcache.serving.report import ServingReport
 from tests.documentation import ROOT, pages
 from tests.strategies import random_states
 from tests.test_cli import folder  # noqa: F401 - a fixture
@@ -100,6 +101,19 @@ def chat_is_that(lines: list[str], command: str, model: Path) -> None:
     assert "\n".join(lines[2:]) == chat.HELP
 
 
+def serve_is_that(lines: list[str], command: str, model: Path) -> None:
+    """The report of a pool, cut off by dots, and what a server says when it listens."""
+
+    def form(text: str) -> str:
+        return re.sub(r"\d[\d.,]*", "0", " ".join(text.split()))
+
+    told, _, said = " ".join(lines).partition(" ... ")
+    report = str(ServingReport(9, 0, 0, 9, 9, 9, 9, 9, 9, 2, 0, 0, "float32", "cpu", None, 0, 0, False))
+    assert form(report).startswith(form(told))
+    source = (ROOT / "quantcache/cli/serve.py").read_text(encoding="utf-8")
+    assert form(said).partition("v0; ")[2] in form(source.replace("{most_tokens:,}", "0"))
+
+
 def nothing_is_shown(lines: list[str], command: str, model: Path) -> None:
     assert [line for line in lines if not line.startswith("$ ")] == []
 
@@ -112,6 +126,7 @@ CHECKS: dict[str, Callable[[list[str], str, Path], None]] = {
     "eval": eval_is_that,
     "chat": chat_is_that,
     "generate": nothing_is_shown,
+    "serve": serve_is_that,
 }
 """By command. A page that shows the output of another command needs a check of its own."""
 
@@ -127,7 +142,7 @@ def test_the_lines_behind_an_answer_are_those_of_generate(folder: Path) -> None:
     (block,) = _LINES_OF_GENERATE.findall((ROOT / "docs/command-line.md").read_text(encoding="utf-8"))
 
     def form(text: str) -> str:
-        return re.sub(r"[\d.,]+ ?(KiB|MiB)?", "0 ", text.replace(", interrupted", "")).strip()
+        return re.sub(r"[\d.,]+ ?(KiB|MiB|GiB)?", "0 ", text.replace(", interrupted", "")).strip()
 
     lines = run("generate", "abc " * 40, "--model", str(folder), "--device", "cpu", "-n", "9")
     assert form(" ".join(block.split())) == form(" ".join(" ".join(lines[-3:]).split()))

@@ -62,6 +62,16 @@ def cuda_shared() -> str:
     return table(header, body) + "\n\n" + where("cuda-shared")
 
 
+def reorder_cpu() -> str:
+    body = []
+    for row in rows("reorder-cpu"):
+        (baseline, ratio), *_ = row["ratios"].items()
+        times = (number(row["median_ms"][name]) for name in ("int8", baseline))
+        body.append([row["row"], *times, baseline, f"**{ratio:.1f}**"])
+    header = "ms, all layers | int8 | stock | which stock cache | times as fast"
+    return table(header, body) + "\n\n" + where("reorder-cpu")
+
+
 def cuda_blocks() -> str:
     body = []
     for row in rows("cuda-blocks"):
