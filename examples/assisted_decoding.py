@@ -1,4 +1,4 @@
-"""A small model drafts, a large one checks; rejected drafts are taken back from the int8 cache without a trace.
+"""A small model drafts, a large one checks; rejected drafts are cropped from the int8 cache, which is then as before.
 
     python examples/assisted_decoding.py "Write a haiku about memory."
 

@@ -29,7 +29,7 @@ def main() -> None:
     answers = [""] * len(prompts)
     for start in range(0, len(order), options.batch_size):
         places = order[start : start + options.batch_size]
-        # An instruct model answers a turn of a chat; text without its template it only goes on with.
+        # An instruct model answers a turn of a chat; without its template it would only continue the text.
         turns = [[{"role": "user", "content": prompts[place]}] for place in places]
         batch = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True

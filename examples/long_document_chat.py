@@ -4,11 +4,10 @@
 
 The first run reads the document and writes ``manual.txt.safetensors``; later runs load that file, which takes a
 fraction of the time. A document that was edited since, or another model, is read again. Every question starts from its
-own copy of the document's cache, so that answers do not depend on each other.
+own fork of the document's cache, which shares the stored bytes, so that answers do not depend on each other.
 """
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ def load(file: Path, model: PreTrainedModel, document: torch.Tensor) -> Quantize
     try:
         cache = QuantizedInt8Cache.load(file, model=model)
     except CacheFileError as error:
-        print(f"{file} is left aside: {error}", file=sys.stderr)
+        print(f"{file} is not used: {error}", file=sys.stderr)
         return None
     if cache.input_ids is None or not torch.equal(cache.input_ids, document.cpu()):
         print(f"{file} is of another text: the document is read again.", file=sys.stderr)
@@ -72,7 +71,7 @@ def main() -> None:
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            cache=copy.deepcopy(cache),
+            cache=cache.fork(),
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
         )

@@ -294,7 +294,7 @@ def test_the_tested_releases_are_those_that_are_pinned_and_required() -> None:
 
 
 def test_a_newer_host_is_said_to_be_untested(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = {"torch": torch.__version__, "transformers": transformers.__version__}
+    here = {name: metadata.version(name) for name in ("torch", "transformers")}
     for name, version in here.items():
         release = Version(str(version)).base_version
         for tested in TESTED:
