@@ -322,7 +322,7 @@ def _generate(name: str) -> str:
         what = row["row"] + ("" if row["cudnn"] is not False else ", no cuDNN")
         stock = [cache for cache in row["seconds"] if cache != "int8"]
         times = [[number(factor * row["seconds"][cache]) for cache in caches] for caches in (["int8"], stock)]
-        peaks = [[number(row["peak_gib"][cache]) for cache in caches] for caches in (["int8"], stock)]
+        peaks = [[number(row["peak_gib"][cache] or None) for cache in caches] for caches in (["int8"], stock)]
         cells = [*map(" / ".join, times), f"**{row['ratio']:.2f}**", *map(" / ".join, peaks)]
         body.append([what, f"{unit}, {row['unit']}", " / ".join(stock), *cells, row["path"]])
     header = " |  | against | int8 | stock cache | times as fast | int8, peak GiB | stock cache | read by"
