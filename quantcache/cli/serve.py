@@ -94,8 +94,7 @@ def serve(
         try:
             manager.warmup()
             manager.start()
-            longest = getattr(model.config.get_text_config(), "max_position_embeddings", manager.most_tokens)
-            most_tokens = min(manager.most_tokens, longest)
+            most_tokens = min(manager.most_tokens, manager.max_positions or manager.most_tokens)
             app = server.build_app(manager, model, tokenizer, name or label, most_tokens)
 
             def tell(url: str) -> None:

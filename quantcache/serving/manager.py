@@ -68,7 +68,7 @@ class Int8BatchingManager(_host.Manager):
     def _resolve(self) -> None:
         """Settle what transformers decides by the name of the attention function."""
         config, model, asked = self.continuous_batching_config, self.model, self._asked
-        text, layout = model.config.get_text_config(), self._layout()
+        layout = self._layout()
         name, _ = dispatch.block_backend_for(model.device, layout)
         records = model.device.type == "cuda" and dispatch.BLOCK_BACKENDS[name].READS_LENGTHS
         wanted = asked.use_cuda_graph[1] if isinstance(asked.use_cuda_graph, tuple) else asked.use_cuda_graph
@@ -78,8 +78,7 @@ class Int8BatchingManager(_host.Manager):
         if asked.use_async_batching is None:
             config.use_async_batching = records and config.cpu_offload_space == 0
         if asked.max_blocks_per_request is None:
-            limit = getattr(text, "max_position_embeddings", None) or TABLE_TOKENS
-            tokens = min(limit, TABLE_TOKENS)
+            tokens = min(self.max_positions or TABLE_TOKENS, TABLE_TOKENS)
             config.max_blocks_per_request = layout.peak_blocks(tokens)
         elif asked.max_blocks_per_request:
             config.max_blocks_per_request = asked.max_blocks_per_request + 2 * layout.open_blocks
@@ -301,10 +300,8 @@ class Int8BatchingManager(_host.Manager):
             return int(config.max_new_tokens)
         if config.max_length is not None:
             return int(config.max_length) - len(prompt)
-        positions = (
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.most_tokens + 1
-        )
-        return min(positions, self.most_tokens + 1) - len(prompt)
+        room = self.most_tokens + 1
+        return min(self.max_positions or room, room) - len(prompt)
 
     @property
     def _vocab_size(self) -> int:
@@ -328,6 +325,11 @@ class Int8BatchingManager(_host.Manager):
         allocator = self._allocator()
         spare = allocator.num_blocks - 2 * allocator.layout.open_blocks
         return spare * PAGE_SIZE + PAGE_SIZE - 1 if spare >= 0 else 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model was made for, None if its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
 
     def _allocator(self) -> Int8Allocator:
         if self.batch_processor is None:

@@ -59,8 +59,8 @@ def attend_blocks(
                 blocks = blocks_of(pages, index, stored)
                 new = torch.cat([open_page(pages, blocks[full:], rest, is_key)[None], new], dim=2)
             tails.append(new)
-        view = _SequenceView(full, pages.batch.block_table[index : index + 1, :full], (tails[0], tails[1]), 0)
-        view.tail_len = tails[0].shape[2]
+        row = pages.batch.block_table[index : index + 1, :full]
+        view = _SequenceView(full, row, (tails[0], tails[1]), tails[0].shape[2])
         segment = (ctypes.c_int64 * 8)(*(part.data_ptr() for part in parts), full, 1, *strides)
         view.memo["cpu"] = ctypes.addressof(segment), segment
         output[:, tokens] = cpu.attention(query[:, :, tokens], view, options)

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantcache.backends.blocks import BlockBatch, BlockLayout, BlockPages
 from quantcache.backends.cuda.attention import ATTENTION_ARGS, NUM_COUNTERS
 from quantcache.backends.cuda.launch import Kernel, gpu, launch, load_kernel, readable
-from quantcache.backends.cuda.pages import FEW_SEGMENTS, pages_kernel
+from quantcache.backends.cuda.pages import FEW_SEGMENTS, NO_ENTRY, pages_kernel
 from quantcache.backends.cuda.plan import MAX_SPLITS, SHORT, Shape, choose_shape, choose_splits, macros_for
 from quantcache.backends.cuda.prefill import PREFILL_ARGS, kernels_for
 from quantcache.backends.cuda.prefill import Shape as SeveralShape
@@ -29,7 +29,7 @@ _APPEND_BLOCKS_ARGS: Final = struct.Struct("2P 4q PqPqPP")
 MAX_CLOSING_BLOCKS: Final = 64
 """CTAs of one head that share the new pages of a sequence."""
 
-_NO_SEGMENT, _NO_NEW_STATES, _NO_ROW_TABLE = (0,) * 5, (0,) * 9, (0,) * 2
+_NO_NEW_STATES, _NO_ROW_TABLE = (0,) * 9, (0,) * 2
 
 
 def attend_blocks(
@@ -122,7 +122,7 @@ def attend_single(call: _Call, plan: SinglePlan | None = None) -> None:
         *(plan.num_splits, plan.num_splits, options.is_causal, options.window or 0, 0, sequences),
         options.scale(layout.head_dim),
         options.softcap or 0.0,
-        *_NO_SEGMENT,
+        *NO_ENTRY,
         *_NO_NEW_STATES,
         *_NO_ROW_TABLE,
         *(0, 0, 1, 0, 0),
@@ -162,7 +162,7 @@ def attend_several(call: _Call, shape: SeveralShape | None = None, splits: int |
         *(splits, options.is_causal, options.window or 0, 0, 1, row_tiles),
         options.scale(layout.head_dim),
         options.softcap or 0.0,
-        *_NO_SEGMENT * FEW_SEGMENTS,
+        *NO_ENTRY * FEW_SEGMENTS,
         *_NO_ROW_TABLE,
         sequences,
         *_block_table(pages),

@@ -120,13 +120,13 @@ class SegmentTable:
     @cached_property
     def only(self) -> tuple[int, ...]:
         """The entry of the first segment, zeros if there is none."""
-        return tuple(self.entries[:5]) if self.entries else _NO_ENTRY
+        return tuple(self.entries[:5]) if self.entries else NO_ENTRY
 
     @cached_property
     def few(self) -> tuple[int, ...]:
         """The entries of ``FEW_SEGMENTS``, zeros behind the last; of more segments zeros."""
         missing = FEW_SEGMENTS - self.num_segments
-        return (*self.entries, *_NO_ENTRY * missing) if missing >= 0 else _NO_ENTRY * FEW_SEGMENTS
+        return (*self.entries, *NO_ENTRY * missing) if missing >= 0 else NO_ENTRY * FEW_SEGMENTS
 
     @cached_property
     def _on_device(self) -> Tensor:
@@ -141,7 +141,8 @@ class SegmentTable:
         return self._on_device.data_ptr() if self.num_segments > most else 0
 
 
-_NO_ENTRY: Final = (0, 0, 0, 0, 0)
+NO_ENTRY: Final = (0, 0, 0, 0, 0)
+"""Of a segment that there is not."""
 
 
 def segment_table(view: View) -> SegmentTable:
