@@ -36,11 +36,13 @@ test test-oldest test-newest test-serving: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop", TEST_ARGS="-n 0" for one process)
 	$(BIN)/python $(RUN_TESTS) $(TEST_ARGS)
 
+SERVING_TESTS := tests/test_serving.py tests/test_serving_host.py tests/test_serving_refusals.py
+
 # What shows a host that is not as assumed: its contract, generate, the matrix and all causal models in their short forms,
-# Qwen v1, prompt caches, routing; four minutes at most.
+# Qwen v1, prompt caches, routing, serving where it knows the host; four minutes at most.
 HOST_TESTS := tests/test_host.py tests/test_host_private.py tests/test_layer_contract.py tests/test_generate.py tests/test_matrix.py \
 	tests/test_causal_models.py \
-	tests/test_qwen_model.py tests/test_qwen_chat.py tests/test_files.py tests/test_attention.py
+	tests/test_qwen_model.py tests/test_qwen_chat.py tests/test_files.py tests/test_attention.py $(SERVING_TESTS)
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 NEWEST := .venv-newest
@@ -55,7 +57,6 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 
 # Continuous batching changes from release to release: the others that serving knows, laid over .venv. 5.22 is as 5.21.
 SERVING_RELEASES := 5.21.0 5.23.0
-SERVING_TESTS := tests/test_serving.py tests/test_serving_host.py tests/test_serving_refusals.py
 
 test-serving: $(STAMP) ## run the tests of serving on the other releases of transformers that it knows
 	set -e; for release in $(SERVING_RELEASES); do \

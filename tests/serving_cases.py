@@ -1,5 +1,7 @@
 """Models, prompts and managers of the tests of serving, small enough to run on a CPU in moments."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +77,7 @@ def generated(model: Any, tokens: list[int], max_new_tokens: int = 24) -> list[i
 
 
 @contextmanager
-def serve(model: Any, *args: Any) -> "Iterator[serving.Int8BatchingManager]":
+def serve(model: Any, *args: Any) -> Iterator[serving.Int8BatchingManager]:
     """``int8_batching`` that leaves no block behind."""
     with serving.int8_batching(model, *args) as manager:
         yield manager
