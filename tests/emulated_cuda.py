@@ -242,14 +242,14 @@ def attend_blocks(args: Arguments, sequences: int, is_single: bool) -> None:
     ):
         token, head, _ = strides
         assert strides == (token, head, token)
-        states.append(args.states(address, (1, heads, starts[-1], width), (0, head, token)))
+        states.append(args.states(address, (1, heads, starts[-1], width), (0, head, token))[:, :, starts[0] :])
     sinks = memory(given.sinks, torch.float32, (states[0].shape[1],)) if given.sinks else None
     asked = AttentionOptions(None, True, given.softmax_scale, given.window or None, given.softcap or None, sinks)
     found = torch_blocks.attend_blocks(*states, pages, asked)
-    output = memory(given.output, args.dtype, found.shape)
+    output = memory(given.output, args.dtype, (1, starts[-1], *found.shape[2:]))
     for first, last in itertools.pairwise(starts):
         if last > first and (last - first == 1) == is_single:
-            output[:, first:last] = found[:, first:last]
+            output[:, first:last] = found[:, first - starts[0] : last - starts[0]]
 
 
 def append_blocks(args: Arguments) -> None:

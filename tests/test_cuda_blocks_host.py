@@ -7,6 +7,7 @@ import torch
 
 from quantcache.backends import cuda, torch_blocks
 from quantcache.backends.blocks import BlockLayout
+from quantcache.backends.cuda import blocks as cuda_blocks
 from tests import emulated_cuda
 from tests.block_cases import CAUSAL, CHUNKS, DECODING, MIXED, Case, build
 
@@ -18,7 +19,7 @@ CASES = {
     "one long": Case((5000,), (1,), 1, 4),
     "many heads": Case((900, 40), (1, 1), 8, 20, 64, 64, torch.float16),
     "unequal head_dims": replace(MIXED, head_dim=192, v_head_dim=208, dtype=torch.float16),
-    "one prompt": Case((0,), (300,), 2, 7, 96, 96),
+    "one prompt": Case((0,), (200,), 2, 7, 96, 96),
     "long after long": Case((3000,), (300,), 1, 1),
 }
 
@@ -47,6 +48,38 @@ def test_attention_and_appending(name: str, is_recorded: bool, launched: list[st
     torch_blocks.append_blocks(*pool.states[1:], expected.pages)
     assert launched == ["append_blocks"]
     assert torch.equal(pool.memory, expected.memory)
+
+
+PROMPTS = {
+    "alone": ((0,), (300,), 0),
+    "two, and one that decodes": ((70, 0, 0), (1, 256, 400), 0),
+    "behind a chunk": ((5, 64, 0), (1, 300, 300), 1),
+    "between chunks": ((200, 0, 640, 0), (5, 256, 300, 1), 3),
+    "too short": ((0, 0), (255, 90), 2),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_long_prompt_with_nothing_stored_goes_to_torch(
+    name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no sequence outside of those that the kernel has to take goes to the kernel."""
+    stored, new, of_kernel = PROMPTS[name]
+    taken = []
+    attend = cuda_blocks.attend_several
+
+    def noted(call: cuda_blocks._Call) -> None:
+        taken.append(len(call.pages.batch.block_table))
+        attend(call)
+
+    monkeypatch.setattr(cuda_blocks, "attend_several", noted)
+    pool = build(Case(stored, new, 1, 3, 64, 64))
+    assert pool.error(cuda.attend_blocks(*pool.states, pool.pages, CAUSAL)) < 1e-2
+    assert taken == [of_kernel] * (of_kernel > 0)
+    for options in (CAUSAL._replace(softcap=5.0), CAUSAL._replace(sinks=torch.linspace(-1, 2, 3))):
+        taken.clear()
+        assert pool.error(cuda.attend_blocks(*pool.states, pool.pages, options), options) < 1e-2
+        assert taken == [len(new)]
 
 
 @pytest.mark.parametrize("arch", emulated_cuda.GENERATIONS)

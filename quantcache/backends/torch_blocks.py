@@ -39,7 +39,7 @@ def attend_blocks(
             blocks = blocks_of(pages, index, stored)
             key = torch.cat([_restore(pages, blocks, stored, is_key=True), key], dim=2)
             value = torch.cat([_restore(pages, blocks, stored, is_key=False), value], dim=2)
-        output[:, tokens] = _attend_causal(query[:, :, tokens], key, value, options)
+        output[:, tokens] = attend_causal(query[:, :, tokens], key, value, options)
     return output
 
 
@@ -128,7 +128,7 @@ def _write_open(exact: Tensor, blocks: Tensor, position: int, states: Tensor) ->
             exact[block, :, first - place * tokens : last - place * tokens] = written
 
 
-def _attend_causal(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """Causal attention of the newest tokens; (1, tokens, num_q_heads, v_head_dim)."""
     query_len, kv_len = query.shape[2], key.shape[2]
     if query_len == kv_len and options.softcap is None and options.sinks is None:
