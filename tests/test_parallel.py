@@ -108,7 +108,7 @@ def test_each_rank_holds_and_counts_its_own_heads(both: Both) -> None:
         assert cache["nbytes"] == sum(row[2] for row in cache["rows"])
         assert cache["nbytes"] == both.alone["nbytes"] * HEADS[both.name] // 2
         assert [row[:2] for row in cache["rows"]] == [row[:2] for row in both.alone["rows"]]
-        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch", "cuda"}
+        assert {row[3] for row in cache["rows"]} <= {"cpu", "torch", "cuda decode"}
         assert cache["stored"]["0.key_qdata"].shape[0] == both.alone["stored"]["0.key_qdata"].shape[0] > 0
 
 
