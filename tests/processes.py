@@ -22,10 +22,11 @@ def finished(
     """What became of ``command`` in the repository, with the package on its path and what it wrote as text."""
     # A pytest that is run here is none of the processes that the tests are spread over.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
