@@ -95,7 +95,8 @@ DEVICE void attend_tile(const PrefillArgs& args, const QueryRows& rows, const Me
   multiply_keys(memory, scores, keys, following);
   Rescale rescale = weigh(args, rows, memory, softmax, scores, number);
   Weights weights;
-  scale_weights(memory, softmax, scores, number % kSlots, weights, rescale);
+  fit_value_factor(memory, softmax, number % kSlots, rescale);
+  scale_weights(memory, softmax, scores, number % kSlots, weights);
   rescale_output(softmax, rescale);
   multiply_values(memory, softmax, weights, values, following);
 }

@@ -169,7 +169,8 @@ DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, cons
   wait_for_products<0>();
   settle(scores[0]);
   Rescale rescale = weigh(args, rows, memory, softmax, scores, 0);
-  scale_weights(memory, softmax, scores, 0, weights, rescale);
+  fit_value_factor(memory, softmax, 0, rescale);
+  scale_weights(memory, softmax, scores, 0, weights);
 
   int number = 0;
 #pragma unroll 1
@@ -187,9 +188,12 @@ DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, cons
     wait_for_products<1>();
     settle(scores[0]);
     rescale = weigh(args, rows, memory, softmax, scores, number + 1);
+    const int slot = (number + 1) % kSlots;
+    // The branch in here keeps the wait behind the exponentials, which the tensor cores multiply beside.
+    fit_value_factor(memory, softmax, slot, rescale);
     wait_for_products<0>();
     settle(softmax.output[0]), settle(scores[0]);
-    scale_weights(memory, softmax, scores, (number + 1) % kSlots, weights, rescale);
+    scale_weights(memory, softmax, scores, slot, weights);
     rescale_output(softmax, rescale);
   }
   wait_at_barrier<kThreads>(0);

@@ -46,10 +46,8 @@ DEVICE void map_scores(const PrefillArgs& args, Scores& scores, float (&factor)[
     }
 }
 
-// The weights times the values' scales, as the operand A.
-DEVICE void scale_weights(const Memory& memory, OnlineSoftmax& softmax, const Scores& scores, int slot,
-                          Weights& weights, Rescale& rescale) {
-  const int t = threadIdx.x & 3;
+// Has value_factor fit a tile's scales; the output is to follow.
+DEVICE void fit_value_factor(const Memory& memory, OnlineSoftmax& softmax, int slot, Rescale& rescale) {
   const float widest = memory.shared->widest[slot];
   if (!(widest * softmax.value_factor <= 128.0f) || softmax.value_factor == 0.0f) {
     // The largest scale becomes 64..128, and with the largest weight half of what 16-bit floats hold.
@@ -62,6 +60,12 @@ DEVICE void scale_weights(const Memory& memory, OnlineSoftmax& softmax, const Sc
 #pragma unroll
       for (int h = 0; h < 2; h++) rescale.factor[i][h] *= change;
   }
+}
+
+// The weights times the values' scales, as the operand A.
+DEVICE void scale_weights(const Memory& memory, OnlineSoftmax& softmax, const Scores& scores, int slot,
+                          Weights& weights) {
+  const int t = threadIdx.x & 3;
 #pragma unroll
   for (int n = 0; n < kKeyBlocks; n++) {
     const float4 two = *reinterpret_cast<const float4*>(memory.shared->values[slot][8 * n + 2 * t]);
