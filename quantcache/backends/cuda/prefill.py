@@ -65,12 +65,11 @@ class Shape(NamedTuple):
 
     def shared_bytes(self, head_dim: int, v_head_dim: int, shares_pages: bool = False) -> int:
         """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
-        code_stages = 2 if shares_pages and self.is_warpgroup and self.at_once == 1 else 1
         keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
         makers = 128 if self.is_warpgroup else self.threads
         pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
         pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
-        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces * code_stages
+        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces
         queue = 40 * (48 if self.at_once > 1 else 64) * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
         tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
         metadata = _SLOTS // 2 * 4 * (head_dim + keys)

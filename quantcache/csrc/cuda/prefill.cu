@@ -20,8 +20,7 @@
 #include "prefill/output.cuh"
 #include "prefill/scan.cuh"
 
-static_assert(kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeStages * kCodeBytes + sizeof(Shared) ==
-                  SHARED_BYTES,
+static_assert(kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes + sizeof(Shared) == SHARED_BYTES,
               "as Shape.shared_bytes of backends/cuda/prefill.py");
 
 constexpr int kMinBlocks = WARPS == 4 && BUFFERS == 1 ? 2 : AT_ONCE;
@@ -52,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
     for (int turn = -kNotice; turn < 0; turn++) fill_queue(args, rows, range, shared, turn);
   }
   if (kLoadsQueryFirst && threadIdx.x < kRowThreads) load_query(args, rows, memory);
+#if !SHARES_PAGES
 #if HAS_BLOCK_TABLE
   const int tail_len = min(rows.kv_len, range.end * kPageSize) - rows.num_pages * kPageSize;  // that is seen
 #else
@@ -64,16 +64,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
                                args.value_tail_stride[2], tail_len, &shared.tail_largest[1]);
   }
   __syncthreads();
+#endif
   if (threadIdx.x == 0) set_tail_factors(shared);
   __syncthreads();
-  const int queued = shared.queued[0];
 
 #if WARPGROUP
   if (threadIdx.x >= kRowThreads) {
     give_registers<kMakerRegisters>();
+    const int queued = shared.queued[0];
     if (queued > 0) make_tiles(args, rows, range, memory, queued);
   } else {
     take_registers<kRowRegisters>();
+    const int queued = shared.queued[0];
     if (!kLoadsQueryFirst) load_query(args, rows, memory);
     __syncwarp();
     OnlineSoftmax softmax;
@@ -82,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
     write_output(args, rows, softmax);
   }
 #else
+  const int queued = shared.queued[0];
   load_query(args, rows, memory);
   __syncwarp();
   OnlineSoftmax softmax;

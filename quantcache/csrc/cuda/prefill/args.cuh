@@ -1,5 +1,6 @@
 // What a launch is given, and which part of it a CTA works on.
 
+#include "common/floats.cuh"
 #include "prefill/build.cuh"
 
 constexpr int kFewSegments = 16;
@@ -145,8 +146,9 @@ struct Row {
 DEVICE Row row_of(const PrefillArgs& args, const QueryRows& rows, int row) {
   const int index = rows.first_row + min(row, rows.num_rows - 1);
 #if SHARES_PAGES
-  const int rows_each = args.group * args.query_len, sequence = index / rows_each, rest = index % rows_each;
-  return {rest % args.query_len, rest / args.query_len, rows.batch + sequence};
+  const int rows_each = args.group * args.query_len, sequence = quotient(index, rows_each);
+  const int rest = index - sequence * rows_each, head = quotient(rest, args.query_len);
+  return {rest - head * args.query_len, head, rows.batch + sequence};
 #else
 #if HAS_BLOCK_TABLE
   return {index % rows.query_len, index / rows.query_len, rows.batch};

@@ -110,12 +110,16 @@ DEVICE void attend_tiles(const PrefillArgs& args, const QueryRows& rows, const B
   auto convert = [&](int number, u32 keys, u32 values, bool is_tail_only) {
     if (number >= queued) return;
     const Tile& tile = shared.queue[number % kQueue];
-    if (tile.key_qdata == nullptr) {
+    if (!tile.is_page()) {
       convert_tail_keys(args, rows, memory, tile.first_key, keys);
       convert_tail_values(args, rows, memory, tile.first_key, values);
     } else if (!is_tail_only) {
-      convert_all_keys(memory, number % kSlots, keys);
-      convert_all_values(memory, number, values);
+      KeyCodes key_codes;
+      load_key_codes(memory, key_codes);
+      convert_all_keys(memory, key_codes, number % kSlots, keys);
+      ValueCodes value_codes;
+      load_value_codes(memory, value_codes);
+      convert_all_values(value_codes, values);
     }
   };
   auto copy = [&](int number) {

@@ -82,70 +82,63 @@ DEVICE void fetch_tile(const Memory& memory, int number, int queued) {
 }
 
 // The loop of warps that make tiles. In the turn of tile `number` they make the keys of the tile behind the next and the
-// next tile's values, while the others attend to the next tile's keys and to this tile's values.
+// next tile's values, while the others attend to the next tile's keys and to this tile's values; the first two turns are
+// theirs alone. As soon as codes are in registers, those of the tile behind are on their way, and have a turn for it.
 DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const BlockRange& range, const Memory& memory,
                        int queued) {
   Shared& shared = *memory.shared;
   auto make_keys = [&](int number) {
-    if (number >= queued) return;
     const Tile& tile = shared.queue[number % kQueue];
     const u32 target = memory.keys + (number & 1) * kKeyTileBytes;
-    if (tile.key_qdata == nullptr)
+    const bool exists = number < queued, is_page = exists && tile.is_page();
+    KeyCodes codes;
+    if (is_page) load_key_codes(memory, codes);
+    if (number + 1 < queued) copy_keys(memory, number + 1);
+    commit_copies();
+    if (is_page)
+      convert_all_keys(memory, codes, number % kSlots, target);
+    else if (exists)
       convert_tail_keys(args, rows, memory, tile.first_key, target);
-    else
-      convert_all_keys(memory, number % kSlots, target);
   };
   auto make_values = [&](int number) {
-    if (number >= queued) return;
     const Tile& tile = shared.queue[number % kQueue];
     const u32 target = memory.values + (number & 1) * kValueTileBytes;
-    if (tile.key_qdata == nullptr)
-      convert_tail_values(args, rows, memory, tile.first_key, target);
-    else
-      convert_all_values(memory, number, target);
-  };
-  auto copy = [&](int keys, int values) {
-    if (keys < queued) copy_keys(memory, keys);
-    if (values < queued) copy_values(memory, values);
+    const bool exists = number >= 0 && number < queued, is_page = exists && tile.is_page();
+    ValueCodes codes;
+    if (is_page) load_value_codes(memory, codes);
+    if (number + 1 < queued) copy_values(memory, number + 1);
     commit_copies();
+    if (is_page)
+      convert_all_values(codes, target);
+    else if (exists)
+      convert_tail_values(args, rows, memory, tile.first_key, target);
   };
 
-  constexpr bool is_early = kCodeStages > 1;  // copies start a turn before they are waited for
   copy_metadata(memory, 0, queued);
-  copy(0, 0);
-  if (is_early) copy(1, 1);
+  copy_keys(memory, 0);
+  commit_copies();
   if (SHARES_PAGES)
-    for (int number = kCodeStages; number < kFetched; number++) fetch_tile(memory, number, queued);
-  wait_for_copies<kCodeStages - 1>();
+    for (int number = 0; number < kFetched - 2; number++) fetch_tile(memory, number, queued);
+  wait_for_copies<0>();
   prepare_group(memory, 0, queued);
-  copy_metadata(memory, kGroup, queued);
+  copy_metadata(memory, kGroup, queued);  // arrives with the keys that are copied next, as further ones
   wait_at_barrier<kMakerThreads>(1);
-  make_keys(0), make_values(0);
-  if (is_early)
-    copy(2, queued);
-  else
-    copy(1, 1);
-  show_to_tensor_cores();
-  wait_at_barrier<kThreads>(0);
-  wait_for_copies<kCodeStages - 1>();
-  make_keys(1);
-  if (!is_early) copy(2, queued);
-  show_to_tensor_cores();
-
-  for (int number = 0; number + 1 < queued; number++) {
-    wait_at_barrier<kThreads>(0);
-    queued = shared.queued[number % kTurns];
+#pragma unroll 1
+  for (int number = -2; number + 1 < queued; number++) {
+    if (number > -2) wait_at_barrier<kThreads>(0);
+    if (number >= 0) queued = shared.queued[number % kTurns];
     if (SHARES_PAGES) fetch_tile(memory, number + kFetched, queued);
-    if (is_early) copy(number + 3, number + 2);
-    wait_for_copies<kCodeStages - 1>();
-    make_keys(number + 2), make_values(number + 1);
-    if (!is_early) copy(number + 3, number + 2);
-    if (number % kGroup == 0) {
-      prepare_group(memory, number + kGroup, queued);
-      copy_metadata(memory, number + 2 * kGroup, queued);
-      commit_copies();
+    wait_for_copies<1>();  // the keys' codes; those of the values are behind them
+    make_keys(number + 2);
+    wait_for_copies<1>();
+    make_values(number + 1);
+    if (number >= 0) {
+      if (number % kGroup == 0) {
+        prepare_group(memory, number + kGroup, queued);
+        copy_metadata(memory, number + 2 * kGroup, queued);
+      }
+      if (maker() < 32) fill_queue(args, rows, range, shared, number);
     }
-    if (maker() < 32) fill_queue(args, rows, range, shared, number);
     show_to_tensor_cores();
   }
   wait_at_barrier<kThreads>(0);

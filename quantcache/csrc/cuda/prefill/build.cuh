@@ -41,9 +41,8 @@ constexpr int kRowRegisters = AT_ONCE == 2 ? 184 : WARPS == 12 ? 144 : WARPS == 
 constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
 constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
-// Tiles whose codes are on their way to a thread that converts them. Few rows wait for memory: a tile is brought to the
-// L2 cache kFetched turns of the loop before, and with two stages a copy from there has a turn to arrive.
-constexpr int kCodeStages = SHARES_PAGES && WARPGROUP && AT_ONCE == 1 ? 2 : 1, kFetched = 8;
+// Few rows wait for memory: where SHARES_PAGES a tile is brought to the L2 cache so many turns of the loop before.
+constexpr int kFetched = 8;
 constexpr int kKeyBlocks = TILE_KEYS / 8;  // of eight keys
 
 // Rows in shared memory are an odd number of 16 bytes apart: the eight that are read at once lie in different banks.
@@ -54,7 +53,7 @@ template <int kChunks>
 constexpr int kTileBytes = WARPGROUP ? (kChunks + 3) / 4 * kPanelBytes : TILE_KEYS * (32 * kChunks + 16);
 // Where 16 bytes of a row of a tile lie.
 template <int kChunks>
-DEVICE u32 tile_offset(int row, int place) {
+DEVICE u32 tile_offset(u32 row, u32 place) {
   if (WARPGROUP) return place / 8 * kPanelBytes + row * 128 + ((place ^ row) & 7) * 16;
   return row * (32 * kChunks + 16) + place * 16;
 }

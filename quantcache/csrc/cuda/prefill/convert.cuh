@@ -26,16 +26,19 @@ constexpr u32 kMagic = 0x64646464u;      // the high byte of 1024..1279 as 16-bi
 constexpr u32 kValueBias = 0x64806480u;  // 1152 = 1024 + 128, a pair
 
 // Which of the threads that make tiles this one is.
-DEVICE int maker() { return threadIdx.x - 32 * kFirstMaker; }
+DEVICE u32 maker() { return threadIdx.x - 32 * kFirstMaker; }
 
 // Where a thread's piece of 16 codes is in a tile of rows of kChunks.
 template <int kChunks>
 struct Piece {
-  int row, chunk;
+  u32 row, chunk;
   bool exists;
   DEVICE explicit Piece(int number) {
-    const int index = number * kMakerThreads + maker();
-    row = index / kChunks, chunk = index % kChunks;
+    const u32 index = number * kMakerThreads + maker();
+    if (kMakerThreads % kChunks == 0)  // said so that all pieces of a thread are known to lie a constant apart
+      row = number * (kMakerThreads / kChunks) + maker() / kChunks, chunk = maker() % kChunks;
+    else
+      row = index / kChunks, chunk = index % kChunks;
     exists = TILE_KEYS * kChunks % kMakerThreads == 0 || index < TILE_KEYS * kChunks;
   }
 };
@@ -52,7 +55,6 @@ DEVICE void store_piece(u32 tile, const Piece<kChunks>& piece, const u32 (&pairs
 // A thread copies what it will itself convert, so that it has nobody to wait for.
 template <int kPieces, int kChunks>
 DEVICE void copy_codes(u32 target, const i8* codes) {
-  if (codes == nullptr) return;
   const u32 place = 16 * maker();
   codes += place, target += place;
 #pragma unroll
@@ -60,16 +62,15 @@ DEVICE void copy_codes(u32 target, const i8* codes) {
     if (Piece<kChunks>(number).exists)
       copy_async(target + 16 * number * kMakerThreads, codes + 16 * number * kMakerThreads);
 }
-// Where the codes of a tile go.
-DEVICE u32 codes_of(const Memory& memory, int number) {
-  return memory.codes + (kCodeStages > 1 ? (number & 1) * kCodeBytes : 0);
-}
+// Those of a tile, if it is of a page.
 DEVICE void copy_keys(const Memory& memory, int number) {
-  copy_codes<kKeyPieces, kKeyChunks>(codes_of(memory, number), memory.shared->queue[number % kQueue].key_qdata);
+  const Tile& tile = memory.shared->queue[number % kQueue];
+  if (tile.is_page()) copy_codes<kKeyPieces, kKeyChunks>(memory.codes, tile.key_qdata);
 }
 DEVICE void copy_values(const Memory& memory, int number) {
-  copy_codes<kValuePieces, kValueChunks>(codes_of(memory, number) + 16 * kMakerThreads * kKeyPieces,
-                                         memory.shared->queue[number % kQueue].value_qdata);
+  const Tile& tile = memory.shared->queue[number % kQueue];
+  if (tile.is_page())
+    copy_codes<kValuePieces, kValueChunks>(memory.codes + 16 * kMakerThreads * kKeyPieces, tile.value_qdata);
 }
 
 // The factors of 16 channels, and their products with the bias of the codes as unsigned bytes.
@@ -110,30 +111,37 @@ DEVICE uint4 value_codes(u32 codes, int number) {
 // One piece, where others follow later.
 DEVICE void convert_keys(const Memory& memory, int number, int slot, u32 target) {
   const Piece<kKeyChunks> piece(number);
-  const uint4 codes = key_codes(codes_of(memory, slot), number);
+  const uint4 codes = key_codes(memory.codes, number);
   convert_keys(piece, codes, ChannelScales(memory, slot, piece.chunk), target);
 }
 DEVICE void convert_values(const Memory& memory, int number, u32 target) {
   convert_values(Piece<kValueChunks>(number), value_codes(memory.codes, number), target);
 }
-// All of a tile, of which `slot` and `number` have the same last bit.
-DEVICE void convert_all_keys(const Memory& memory, int slot, u32 target) {
-  if constexpr (kMakerThreads % kKeyChunks == 0) {
-    uint4 codes[kKeyPieces];
+// All of a tile, of which a thread has its codes in registers: those of the next one may then be on their way.
+using KeyCodes = uint4[kKeyPieces];
+using ValueCodes = uint4[kValuePieces];
+DEVICE void load_key_codes(const Memory& memory, KeyCodes& codes) {
 #pragma unroll
-    for (int i = 0; i < kKeyPieces; i++) codes[i] = key_codes(codes_of(memory, slot), i);
+  for (int i = 0; i < kKeyPieces; i++) codes[i] = key_codes(memory.codes, i);
+}
+DEVICE void load_value_codes(const Memory& memory, ValueCodes& codes) {
+#pragma unroll
+  for (int i = 0; i < kValuePieces; i++) codes[i] = value_codes(memory.codes, i);
+}
+DEVICE void convert_all_keys(const Memory& memory, const KeyCodes& codes, int slot, u32 target) {
+  if constexpr (kMakerThreads % kKeyChunks == 0) {
     const ChannelScales scales(memory, slot, Piece<kKeyChunks>(0).chunk);  // the same of all pieces
 #pragma unroll
     for (int i = 0; i < kKeyPieces; i++) convert_keys(Piece<kKeyChunks>(i), codes[i], scales, target);
   } else {
 #pragma unroll
-    for (int i = 0; i < kKeyPieces; i++) convert_keys(memory, i, slot, target);
+    for (int i = 0; i < kKeyPieces; i++) {
+      const Piece<kKeyChunks> piece(i);
+      convert_keys(piece, codes[i], ChannelScales(memory, slot, piece.chunk), target);
+    }
   }
 }
-DEVICE void convert_all_values(const Memory& memory, int number, u32 target) {
-  uint4 codes[kValuePieces];
-#pragma unroll
-  for (int i = 0; i < kValuePieces; i++) codes[i] = value_codes(codes_of(memory, number), i);
+DEVICE void convert_all_values(const ValueCodes& codes, u32 target) {
 #pragma unroll
   for (int i = 0; i < kValuePieces; i++) convert_values(Piece<kValueChunks>(i), codes[i], target);
 }

@@ -13,7 +13,7 @@ DEVICE void copy_metadata(const Memory& memory, int first, int queued) {
   for (int job = maker() / 32; job < kGroup; job += kMakers) {
     if (first + job >= queued) return;
     const Tile& tile = memory.shared->queue[(first + job) % kQueue];
-    if (tile.key_qdata == nullptr) continue;
+    if (!tile.is_page()) continue;
     const u32 target = shared_address(memory.shared->metadata[job]);
     for (int i = lane; i < HEAD_DIM / 4; i += 32) copy_async(target + 16 * i, tile.key_metadata + 4 * i);
     if (lane < TILE_KEYS / 4) copy_async(target + 4 * HEAD_DIM + 16 * lane, tile.value_metadata + 4 * lane);
@@ -102,7 +102,7 @@ DEVICE void prepare_values(const Memory& memory, bool is_page, u32 words, int sl
 DEVICE void prepare_group(const Memory& memory, int first, int queued) {
   for (int job = maker() / 32; job < kGroup; job += kMakers) {
     const int slot = (first + job) % kSlots;
-    const bool is_page = first + job < queued && memory.shared->queue[(first + job) % kQueue].key_qdata != nullptr;
+    const bool is_page = first + job < queued && memory.shared->queue[(first + job) % kQueue].is_page();
     const u32 words = shared_address(memory.shared->metadata[job]);
     prepare_keys(memory, is_page, words, slot);
     prepare_values(memory, is_page, words, slot);

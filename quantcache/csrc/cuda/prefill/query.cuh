@@ -53,12 +53,14 @@ DEVICE void load_query(const PrefillArgs& args, const QueryRows& rows, const Mem
     uint2 loaded[at_once][2];
 #pragma unroll
     for (int n = 0; n < at_once; n++) {
+      // What does not exist reads what does, for without a branch one row's address is not found behind another's.
       const int row = first + (start + n) * (32 / lanes);
-      loaded[n][0] = loaded[n][1] = make_uint2(0, 0);
-      if (row < rows.num_rows && piece < pieces) {
-        const uint2* source = reinterpret_cast<const uint2*>(
-            static_cast<const u16*>(args.query) + query_start(args, rows, row_of(args, rows, row)) + 8 * piece);
-        loaded[n][0] = source[0], loaded[n][1] = source[1];
+      const i64 place = query_start(args, rows, row_of(args, rows, row)) + 8 * min(piece, pieces - 1);
+      const uint2* source = reinterpret_cast<const uint2*>(static_cast<const u16*>(args.query) + place);
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        loaded[n][j] = source[j];
+        if (row >= rows.num_rows || piece >= pieces) loaded[n][j] = make_uint2(0, 0);
       }
     }
 #pragma unroll

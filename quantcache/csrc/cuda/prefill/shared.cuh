@@ -13,7 +13,7 @@ static_assert(kAhead > 3 * kGroup + kNotice, "metadata is copied for up to the t
 
 // A tile of keys that some row of the CTA sees.
 struct Tile {
-  const i8* key_qdata;        // (TILE_KEYS, HEAD_DIM); null of the tail
+  const i8* key_qdata;        // (TILE_KEYS, HEAD_DIM); null of the tail, which there is none of where SHARES_PAGES
   const i8* value_qdata;      // (TILE_KEYS, V_HEAD_DIM)
   const u32* key_metadata;    // (HEAD_DIM,)
   const u32* value_metadata;  // (TILE_KEYS,)
@@ -24,6 +24,7 @@ struct Tile {
 #else
   int first_key, is_partly;  // seen by some rows only, or some of its keys
 #endif
+  DEVICE bool is_page() const { return SHARES_PAGES || key_qdata != nullptr; }
 };
 
 static_assert(sizeof(Tile) == 40, "as Shape.shared_bytes of backends/cuda/prefill.py");
@@ -53,7 +54,7 @@ constexpr int kValuePieces = (TILE_KEYS * kValueChunks + kMakerThreads - 1) / kM
 constexpr int kQueryBytes = WARPGROUP ? (kKeyChunks + 3) / 4 * 128 * kRows : kRows * kKeyPitch;
 constexpr int kKeyTileBytes = kTileBytes<kKeyChunks>, kValueTileBytes = kTileBytes<kValueChunks>;
 static_assert(WARPGROUP == 0 || kQueryBytes % 1024 == 0, "panels begin at a multiple of 1024");
-constexpr int kCodeBytes = 16 * kMakerThreads * (kKeyPieces + kValuePieces);  // of a stage
+constexpr int kCodeBytes = 16 * kMakerThreads * (kKeyPieces + kValuePieces);
 
 // Addresses in shared memory.
 struct Memory {
@@ -65,7 +66,7 @@ struct Memory {
     keys = query + kQueryBytes;
     values = keys + BUFFERS * kKeyTileBytes;
     codes = values + BUFFERS * kValueTileBytes;
-    shared = reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) +
-                                       kCodeStages * kCodeBytes);
+    shared =
+        reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes);
   }
 };
