@@ -36,7 +36,7 @@ test test-oldest test-newest test-serving: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the tests (TEST_ARGS="-k crop", TEST_ARGS="-n 0" for one process)
 	$(BIN)/python $(RUN_TESTS) $(TEST_ARGS)
 
-SERVING_TESTS := tests/test_serving.py tests/test_serving_host.py tests/test_serving_refusals.py
+SERVING_TESTS := tests/test_serving.py tests/test_serving_host.py tests/test_serving_refusals.py tests/test_stopping.py
 
 # What shows a host that is not as assumed: its contract, generate, the matrix and all causal models in their short forms,
 # Qwen v1, prompt caches, routing, serving where it knows the host; four minutes at most.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,15 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quantcache import QuantizedInt8Cache, serving
 from quantcache.layers._host import cache_argument
@@ -67,11 +76,11 @@ def pool(num_blocks: int = 60, **changes: Any) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(**{**settings, **changes})
 
 
-def generated(model: Any, tokens: list[int], max_new_tokens: int = 24) -> list[int]:
+def generated(model: Any, tokens: list[int], max_new_tokens: int = 24, **options: Any) -> list[int]:
     """What ``generate`` continues with, one prompt at a time, by the cache whose format the blocks have."""
     cache = QuantizedInt8Cache(residual_length=0)
     ids = torch.tensor([tokens])
-    output = model.generate(ids, **cache_argument(cache), generation_config=greedy(max_new_tokens))
+    output = model.generate(ids, **cache_argument(cache), generation_config=greedy(max_new_tokens), **options)
     new: list[int] = output[0, len(tokens) :].tolist()
     return new
 
@@ -97,3 +106,18 @@ def check_ledger(manager: serving.Int8BatchingManager) -> None:
     sectors = processor.cache.pool.free_sectors
     assert len(sectors) == len(set(sectors)) == processor.cache.num_sectors
     assert manager.report().tokens_free == report.tokens
+
+
+def tokenizer_of_pieces(seed: int = 0) -> PreTrainedTokenizerFast:
+    """A token for each of 211 texts of one to three letters out of three, so that a string ends in many ways in many
+    tokens; some are halves of a character of two bytes."""
+    letters = random.Random(seed)
+    texts = {"<s>": 0, "</s>": 1}
+    for byte in "é".encode():
+        texts[bytes_to_unicode()[byte]] = len(texts)
+    while len(texts) < VOCAB:
+        texts.setdefault("".join(letters.choices("abc", k=letters.choice((1, 2, 3, 4, 5, 6)))), len(texts))
+    core = Tokenizer(models.BPE(texts, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<s>")

@@ -1,22 +1,25 @@
 """What breaks when transformers changes what ``serving/_host.py`` touches of its continuous batching?"""
 
 import inspect
+import pickle
 import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 
-from tests.serving_cases import greedy, llama, needs_known_host, pool, prompt
+from tests.serving_cases import VOCAB, greedy, llama, needs_known_host, pool, prompt, tokenizer_of_pieces
 
 pytestmark = needs_known_host
 
 if not needs_known_host.args[0]:
     from transformers.generation.continuous_batching import cache as host_cache
-    from transformers.generation.continuous_batching import continuous_api, initialization
+    from transformers.generation.continuous_batching import continuous_api, initialization, input_outputs
     from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
-    from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+    from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 
     from quantcache.serving import _host, attention
     from quantcache.serving.pool import Int8Allocator, MemoryHandler
@@ -197,15 +200,22 @@ def test_a_model_takes_the_manager_that_it_has() -> None:
         asked.append((args, kwargs))
         return manager
 
+    own, calls = greedy(2), []
+
+    @contextmanager
+    def calling(*args: Any) -> Any:
+        calls.append(args)
+        yield args[0] or own
+
     assert _host.cached_manager(model) is None
-    own = greedy(2)
-    _host.cache_manager(model, manager, begin, own)
+    _host.cache_manager(model, manager, begin, calling)
     assert _host.cached_manager(model) is manager
     assert len(model.generate_batch([prompt(3)])) == 1
     assert asked[0][1]["generation_config"] is own
     given = greedy(3)
-    model.generate_batch([prompt(3)], given)
+    model.generate_batch([prompt(3)], given, stop_strings=["a"], tokenizer="b")
     assert asked[1][1]["generation_config"] is given
+    assert calls == [(None, None, None), (given, ["a"], "b")]
     assert set(asked[0][1]) == {"generation_config", "continuous_batching_config", "workload_hints"}
     _host.forget_manager(model)
     assert _host.cached_manager(model) is None
@@ -225,6 +235,73 @@ def test_answers_are_named_as_transformers_names_them() -> None:
     assert _host.names_of_answers("a", 3) == ["a__child#0", "a__child#1", "a"]
     source = inspect.getsource(continuous_api.ContinuousMixin.generate_batch)
     assert 'f"{request_id}__child#{i}"' in source
+
+
+def test_stop_strings_go_with_a_request_wherever_it_goes() -> None:
+    state = RequestState("a", [1, 2, 3], max_new_tokens=9, logit_processor_kwargs={_host.STOP_STRINGS: ("x", "y")})
+    state.generated_tokens = [4, 5]
+    forked, again = state.fork("b"), state.create_equivalent_initial_request()
+    sent = pickle.loads(pickle.dumps(again))
+    for each in (forked, again, sent):
+        assert each.logit_processor_kwargs[_host.STOP_STRINGS] == ("x", "y")
+    assert forked._eos_token_ids is not state._eos_token_ids
+    for each in (state, again, sent):
+        assert list(_host.tokens_before(each, with_prompt=True)) == [5, 4, 3, 2, 1]
+        assert list(_host.tokens_before(each, with_prompt=False)) == [5, 4]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_new_token_is_looked_at_before_its_request_is_updated(manager: Any, asynchronous: bool) -> None:
+    kinds = (input_outputs.ContinuousBatchingIOs, input_outputs.ContinuousBatchingAsyncIOs)
+    tokens, names, asked = [7, 8, 9, 6], ["a", "b", "c", "d"], []
+    states = [RequestState(name, [1], logit_processor_kwargs={_host.STOP_STRINGS: ("x",)}) for name in names]
+    for state in states:
+        state.status = RequestStatus.DECODING
+    states[2].status = RequestStatus.PENDING  # it has lost its blocks
+    states.append(RequestState("e", [1]))
+    states[4].status = RequestStatus.PREFILLING
+    futures = [FutureRequestState(state, state is not states[4], {}, 1) for state in states]
+
+    class Batches(kinds[asynchronous]):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        def prepare_batch_update(self) -> Any:
+            return futures, tokens, None
+
+    processor = run(manager, [])
+    active = {state.request_id: state for state in states if state.request_id != "d"}  # which was cancelled
+    watched = SimpleNamespace(
+        inputs_and_outputs=Batches(),
+        scheduler=SimpleNamespace(active_requests=active),
+        logit_processor=processor.logit_processor,
+    )
+    for _ in range(2):  # as often as the loop starts
+        _host.watch_new_tokens(watched, lambda state, token: asked.append((state.request_id, token)) or token == 8)
+    assert watched.inputs_and_outputs.prepare_batch_update() == (futures, tokens, None)
+    assert asked == [("a", 7), ("b", 8)]
+    assert states[3].status == RequestStatus.FINISHED
+    assert not states[0].update_and_check_completion(7, None)
+    assert states[1].update_and_check_completion(8, None)
+    assert states[1].generated_tokens == [8]
+    watched.logit_processor.check_kwargs({_host.STOP_STRINGS: ("x",)})
+    with pytest.raises(ValueError, match=r"Unknown logit_processor_kwargs: \{'other'\}"):
+        watched.logit_processor.check_kwargs({_host.STOP_STRINGS: ("x",), "other": 1})
+    for kind in kinds:
+        assert list(inspect.signature(kind.prepare_batch_update).parameters) == ["self"]
+    source = inspect.getsource(continuous_api.ContinuousBatchProcessor)
+    for name in ("self.inputs_and_outputs.prepare_batch_update()", "self.logit_processor.check_kwargs("):
+        assert name in source, name
+
+
+def test_a_token_has_the_text_that_generate_looks_at() -> None:
+    tokenizer = tokenizer_of_pieces()
+    texts = _host.text_of_tokens(tokenizer)
+    assert texts.keys() == set(range(VOCAB))
+    assert texts[0] == b"<s>"
+    assert texts[2] + texts[3] == "é".encode()
+    spelt = next(token for token, text in texts.items() if len(text) == 4 and token)
+    assert texts[spelt].decode() == tokenizer.decode([spelt])
 
 
 def test_settings_are_where_they_are_read_and_set() -> None:

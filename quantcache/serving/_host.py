@@ -6,18 +6,19 @@ after ``versions.check_version``.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, Final
 from unittest import mock
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation.continuous_batching import cache as host_cache
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler as MemoryHandler
 from transformers.generation.continuous_batching.cache_allocators import CachePool
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator as Allocator
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as Manager
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
 __all__ = ["Allocator", "CachePool", "GenerationOutput", "Manager", "MemoryHandler", "RequestState"]
 
@@ -26,6 +27,16 @@ _CACHED: Final = "_cached_continuous_batching_manager"
 
 _STORE: Final = "int8_store"
 """Under which name the store of a layer goes from ``update`` to the attention function."""
+
+STOP_STRINGS: Final = "stop_strings"
+"""Under which name the stop strings of a request lie among what a request tells the processors of its logits. This goes
+with it everywhere: to other ranks, to its forks, and to what it is when it is started again."""
+
+CHILD: Final = "__child#"
+"""What the names of further answers to a request have in them."""
+
+_LEFT: Final = (RequestStatus.FINISHED, RequestStatus.PENDING)
+"""What a request is that has left an asynchronous batch in which it still is."""
 
 _patching = threading.Lock()
 
@@ -110,7 +121,54 @@ def has_request(processor: Any, request_id: str) -> bool:
 
 def names_of_answers(request_id: str, number: int) -> list[str]:
     """Under which names a request gets so many answers."""
-    return [*(f"{request_id}__child#{index}" for index in range(number - 1)), request_id]
+    return [*(f"{request_id}{CHILD}{index}" for index in range(number - 1)), request_id]
+
+
+def text_of_tokens(tokenizer: Any) -> dict[int, bytes]:
+    """The text of each token, as ``generate`` takes it for its stop strings: UTF-8, or a part of a character in it."""
+    mode = StopStringCriteria._get_stop_string_matching_mode(tokenizer)
+    pieces, tokens = StopStringCriteria.clean_tokenizer_vocab(tokenizer, stop_string_matching_mode=mode)
+    texts = (piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
+    return dict(zip(tokens, texts, strict=True))
+
+
+def tokens_before(state: RequestState, with_prompt: bool) -> Iterator[int]:
+    """The tokens of a request, the newest first, with or without those of its prompt."""
+    yield from reversed(state.generated_tokens)
+    prompt_len = state._true_initial_tokens or len(state.initial_tokens)
+    yield from islice(reversed(state.initial_tokens), None if with_prompt else len(state.initial_tokens) - prompt_len)
+
+
+def watch_new_tokens(processor: Any, is_completed: Callable[[RequestState, int], bool]) -> None:
+    """Have a request end with a token as with one that ends answers, and one that was cancelled get no more.
+
+    Args:
+        processor: a batch processor.
+        is_completed: asked of each request that brought stop strings, with its new token.
+    """
+    batches, scheduler, logits = processor.inputs_and_outputs, processor.scheduler, processor.logit_processor
+
+    def prepare_batch_update() -> Any:
+        requests, tokens, logprobs = type(batches).prepare_batch_update(batches)
+        for request in requests:
+            # One whose blocks went while an asynchronous batch was under way: the host would look for them and fail.
+            state = request.state
+            if state.status not in _LEFT and scheduler.active_requests.get(state.request_id) is not state:
+                state.status = RequestStatus.FINISHED
+        states = [request.state for request in requests if request.has_new_token]
+        for state, token in zip(states, tokens, strict=False):
+            if (
+                STOP_STRINGS in state.logit_processor_kwargs
+                and state.status not in _LEFT
+                and is_completed(state, token)
+            ):
+                state._eos_token_ids.add(token)
+        return requests, tokens, logprobs
+
+    def check_kwargs(kwargs: dict[str, Any]) -> None:
+        type(logits).check_kwargs(logits, {name: kwargs[name] for name in kwargs if name != STOP_STRINGS})
+
+    batches.prepare_batch_update, logits.check_kwargs = prepare_batch_update, check_kwargs
 
 
 def cached_manager(model: Any) -> Any:
@@ -118,19 +176,33 @@ def cached_manager(model: Any) -> Any:
     return getattr(model, _CACHED, None)
 
 
-def cache_manager(model: Any, manager: Manager, begin: Callable[..., Manager], config: GenerationConfig) -> None:
+def cache_manager(
+    model: Any,
+    manager: Manager,
+    begin: Callable[..., Manager],
+    calling: Callable[..., AbstractContextManager[GenerationConfig]],
+) -> None:
     """Have ``generate_batch`` of a model and whatever else asks it for a manager take this one.
 
     Args:
         model: the model.
         manager: the manager.
         begin: called with what ``init_continuous_batching`` is; it returns the manager.
-        config: what ``generate_batch`` is called with where a call has none; it counts answers by its own argument.
+        calling: called with what a call of ``generate_batch`` asks for, a generation config, ``stop_strings`` and a
+            ``tokenizer``, each None where it does not say; it has the config of the call while that lasts.
     """
     generate_batch = model.generate_batch
 
-    def with_config(inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return generate_batch(inputs, config if generation_config is None else generation_config, *args, **kwargs)
+    def with_config(
+        inputs: Any,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        stop_strings: Any = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        with calling(generation_config, stop_strings, tokenizer) as config:
+            return generate_batch(inputs, config, *args, **kwargs)
 
     setattr(model, _CACHED, manager)
     model.init_continuous_batching, model.generate_batch = begin, with_config

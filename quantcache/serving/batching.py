@@ -25,11 +25,15 @@ def check(model: Any, continuous_batching_config: ContinuousBatchingConfig | Non
         ValueError: a setting cannot work; the model has a manager.
     """
     check_version()
-    from quantcache.serving import _host
-
+    _check_has_no_manager(model)
     check_model(model)
     if continuous_batching_config is not None:
         check_config(continuous_batching_config, model.device)
+
+
+def _check_has_no_manager(model: Any) -> None:
+    from quantcache.serving import _host
+
     if _host.cached_manager(model) is not None:
         raise ValueError(
             f"{PLACE}: a model must have one manager, {type(model).__name__} has one. Leave its context first, or call "
@@ -41,9 +45,12 @@ def create_manager(
     model: Any,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> "Int8BatchingManager":
     """Make a manager of int8 blocks that the model has until ``remove_manager``; see ``int8_batching``."""
-    check(model, continuous_batching_config)
+    check_version()
+    _check_has_no_manager(model)
     from quantcache.serving import _host
     from quantcache.serving.manager import Int8BatchingManager, with_end
 
@@ -51,9 +58,8 @@ def create_manager(
         continuous_batching_config = ContinuousBatchingConfig(page_size=PAGE_SIZE)
     if generation_config is None:
         generation_config = model.generation_config
-    generation_config = with_end(generation_config)
-    manager = Int8BatchingManager(model, generation_config, continuous_batching_config)
-    _host.cache_manager(model, manager, manager.adopt, generation_config)
+    manager = Int8BatchingManager(model, with_end(generation_config), continuous_batching_config, tokenizer)
+    _host.cache_manager(model, manager, manager.adopt, manager.calling)
     return manager
 
 
@@ -82,6 +88,8 @@ def int8_batching(
     model: Any,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
 ) -> Iterator["Int8BatchingManager"]:
     """Have transformers' continuous batching keep keys and values of ``model`` in int8 blocks, within the context.
 
@@ -97,6 +105,8 @@ def int8_batching(
             mean the bytes that they mean there, which hold 1.9 times the tokens of bfloat16. None for transformers'
             own choices.
         generation_config: how to sample, and how long answers are; None for the model's.
+        tokenizer: of the model, for ``stop_strings``, of the config or of a request. A call of ``generate_batch`` can
+            bring it, too.
 
     Yields:
         The manager: ``add_request``, ``request_id_iter``, ``cancel_request`` and the like are transformers',
@@ -107,10 +117,10 @@ def int8_batching(
         NotImplementedError: transformers is none of 5.21 to 5.24; a layer of the model is not full attention; a setting
             is not served.
         TypeError: the model's dtype is none of float16, bfloat16 and float32.
-        ValueError: a setting cannot work; the model has a manager.
+        ValueError: a setting cannot work; the model has a manager; ``stop_strings`` have no tokenizer.
         MemoryError: the pool does not fit.
     """
-    manager = create_manager(model, continuous_batching_config, generation_config)
+    manager = create_manager(model, continuous_batching_config, generation_config, tokenizer=tokenizer)
     hard_stop = True
     try:
         yield manager
@@ -124,6 +134,8 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     generation_config: GenerationConfig | None = None,
+    *,
+    tokenizer: Any = None,
     **options: Any,
 ) -> dict[str, "GenerationOutput"]:
     """Generate for many prompts at once over int8 blocks: ``model.generate_batch`` in a context of its own.
@@ -133,7 +145,9 @@ def generate_batch(
         prompts: tokens of each prompt.
         continuous_batching_config: see ``int8_batching``.
         generation_config: see ``int8_batching``.
-        options: others of ``generate_batch``: ``max_new_tokens``, ``progress_bar``, ``record_timestamps``.
+        tokenizer: see ``int8_batching``.
+        options: others of ``generate_batch``: ``max_new_tokens``, ``stop_strings``, ``progress_bar``,
+            ``record_timestamps``.
 
     Returns:
         By the name of the request, in the order of the prompts, what transformers returns: ``generated_tokens``, and an
@@ -142,6 +156,6 @@ def generate_batch(
     Raises:
         As ``int8_batching`` does.
     """
-    with int8_batching(model, continuous_batching_config, generation_config):
+    with int8_batching(model, continuous_batching_config, generation_config, tokenizer=tokenizer):
         outputs: dict[str, GenerationOutput] = model.generate_batch([list(prompt) for prompt in prompts], **options)
         return outputs

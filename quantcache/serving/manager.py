@@ -3,7 +3,8 @@
 import gc
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Final
 
@@ -17,12 +18,13 @@ from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.serving import _host, attention, refusals
 from quantcache.serving.pool import Int8Allocator, MemoryHandler
 from quantcache.serving.report import ServingReport
+from quantcache.serving.stopping import StopStrings
 
 TABLE_TOKENS: Final = 32768
 """Tokens of a request up to which it decodes by the block table; a table of 1,024 requests then has 2 MB. Longer ones
 are read as batches with prompts are."""
 
-_LENGTHS: Final = ("max_length", "max_new_tokens", "num_return_sequences", "cache_implementation")
+_OF_REQUESTS: Final = ("max_length", "max_new_tokens", "num_return_sequences", "stop_strings", "cache_implementation")
 """What of a generation config a request brings along, or what is for another cache."""
 
 
@@ -31,16 +33,24 @@ class Int8BatchingManager(_host.Manager):
 
     ``add_request`` starts it where it is not running, and what ``generate_batch`` starts it also stops; blocks that are
     kept for prompts that begin alike outlive that. The methods that are not here are transformers'.
+
+    Attributes:
+        stop_strings: finds the strings that end answers; has the ``tokenizer`` for that.
     """
 
     def __init__(
-        self, model: Any, generation_config: GenerationConfig, continuous_batching_config: ContinuousBatchingConfig
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        tokenizer: Any = None,
     ) -> None:
         refusals.check_model(model)
         refusals.check_config(continuous_batching_config, model.device)
-        refusals.check_generation(generation_config)
+        self.stop_strings = StopStrings(tokenizer)
+        self._check_generation(generation_config)
         self._running = threading.RLock()
-        self._adding = threading.local()
+        self._call = threading.local()
         self._steps = {True: 0, False: 0}
         self._asked, self._own_config = deepcopy(continuous_batching_config), generation_config
         self._make(model, generation_config)
@@ -110,6 +120,7 @@ class Int8BatchingManager(_host.Manager):
         allocator = _host.allocator_of(processor)
         allocator.prompt_len = lambda request_id: _host.prompt_len(processor, request_id)
         _host.hand_stores_to_layers(processor.cache)
+        _host.watch_new_tokens(processor, self.stop_strings.end)
         # A row of the table has room for the open page, too.
         width = processor.cache.max_blocks_per_request
         processor.cache.max_decode_fast_path_length = max(0, width - 2 * allocator.layout.open_blocks) * PAGE_SIZE
@@ -147,8 +158,37 @@ class Int8BatchingManager(_host.Manager):
             self._adopt(self._own_config if generation_config is None else generation_config)
         return self
 
-    def _adopt(self, generation_config: GenerationConfig) -> None:
+    @contextmanager
+    def calling(
+        self, generation_config: GenerationConfig | None, stop_strings: Any, tokenizer: Any
+    ) -> Iterator[GenerationConfig]:
+        """Within it, requests of this thread are of one call of ``generate_batch``.
+
+        Args:
+            generation_config: of the call, None for the manager's own.
+            stop_strings: of the call, None for those of the config.
+            tokenizer: of the model, None for the one that there is.
+
+        Yields:
+            The config, with the strings in it.
+        """
+        if tokenizer is not None:
+            self.stop_strings.tokenizer = tokenizer
+        config = deepcopy(self._own_config if generation_config is None else generation_config)
+        if stop_strings is not None:
+            config.stop_strings = stop_strings
+        self._call.config = config
+        try:
+            yield config
+        finally:
+            del self._call.config
+
+    def _check_generation(self, generation_config: GenerationConfig) -> None:
         refusals.check_generation(generation_config)
+        self.stop_strings.asked(generation_config.stop_strings)
+
+    def _adopt(self, generation_config: GenerationConfig) -> None:
+        self._check_generation(generation_config)
         asked = with_end(generation_config)
         changed = _sampling(asked) != _sampling(self.generation_config)
         if self.is_running():
@@ -163,7 +203,6 @@ class Int8BatchingManager(_host.Manager):
             gc.collect()
             self._make(self.model, asked)
         self.generation_config = asked
-        self.num_return_sequences = asked.num_return_sequences or 1
 
     def _was_made_with(self, config: ContinuousBatchingConfig) -> bool:
         return bool(vars(config) == vars(self._asked))
@@ -244,6 +283,9 @@ class Int8BatchingManager(_host.Manager):
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        *,
+        stop_strings: str | list[str] | None = None,
+        num_return_sequences: int | None = None,
         **logit_processor_kwargs: Any,
     ) -> str | None:
         """Queue a request, as transformers' manager does, and start the loop where it does not run.
@@ -256,46 +298,68 @@ class Int8BatchingManager(_host.Manager):
             streaming: whether there is an output for each token.
             record_timestamps: whether to note when each token came.
             eos_token_id: tokens that end the answer; None for the generation config's.
+            stop_strings: the answer ends with the token that completes one of them, as in ``generate``; None for the
+                generation config's, an empty list for none.
+            num_return_sequences: how many answers share the blocks of the prompt, None for what the generation config
+                says. The further ones have outputs named ``f"{name}__child#0"`` and so on.
             logit_processor_kwargs: how to sample, with ``per_request_processors``.
 
         Returns:
             The name of the request.
 
         Raises:
-            ValueError: the prompt is empty or has a token that the model does not know; the pool can never hold it and
-                its answer; a request of this name is at work. Nothing is queued. A request of ``add_requests`` and
-                ``generate_batch`` gets an output with this as its ``error`` instead, and the others go on.
+            TypeError: ``stop_strings`` are no strings.
+            ValueError: a stop string is empty, or there is no tokenizer; the prompt is empty or has a token that the
+                model does not know; the pool can never hold it and its answer; there is to be no answer; a request of
+                this name is at work, or the name is one of a further answer. Nothing is queued. A request of
+                ``add_requests`` and ``generate_batch`` whose prompt or name it is gets an output with this as its
+                ``error`` instead, and the others go on.
         """
-        is_one_of_many = getattr(self._adding, "many", False)
+        is_one_of_many = getattr(self._call, "many", False)
         with self._running:
             if not is_one_of_many and not self.is_running():
                 self._adopt(self._own_config)
-        limit = self._limit_of(input_ids) if max_new_tokens is None else max_new_tokens
+        config: GenerationConfig = getattr(self._call, "config", self.generation_config)
+        limit = self._limit_of(input_ids, config) if max_new_tokens is None else max_new_tokens
+        answers = (config.num_return_sequences or 1) if num_return_sequences is None else num_return_sequences
+        if strings := self.stop_strings.asked(config.stop_strings if stop_strings is None else stop_strings):
+            logit_processor_kwargs[_host.STOP_STRINGS] = strings
         try:
             refusals.check_prompt(input_ids, limit, self.most_tokens, self._vocab_size)
-            if request_id is not None and _host.has_request(self.batch_processor, request_id):
-                raise ValueError(f"int8_batching: each request must have a name of its own, got {request_id!r} again.")
+            refusals.check_answers(answers)
+            if request_id is not None:
+                self._check_name(request_id, answers)
         except ValueError as error:
             if not is_one_of_many or request_id is None:
                 raise
-            for name in _host.names_of_answers(request_id, self.num_return_sequences):
+            for name in _host.names_of_answers(request_id, answers):
                 self.output_router.fail_and_deliver(_host.new_state(name, list(input_ids)), error)
             return request_id
-        self.start()
-        added: str | None = super().add_request(
-            input_ids=input_ids,
-            request_id=request_id,
-            max_new_tokens=limit,
-            streaming=streaming,
-            record_timestamps=record_timestamps,
-            eos_token_id=eos_token_id,
-            **logit_processor_kwargs,
-        )
+        with self._running:
+            self.start()
+            self.num_return_sequences = answers  # which transformers reads for each request
+            added: str | None = super().add_request(
+                input_ids=input_ids,
+                request_id=request_id,
+                max_new_tokens=limit,
+                streaming=streaming,
+                record_timestamps=record_timestamps,
+                eos_token_id=eos_token_id,
+                **logit_processor_kwargs,
+            )
         return added
 
-    def _limit_of(self, prompt: Sequence[int]) -> int:
+    def _check_name(self, request_id: str, answers: int) -> None:
+        if _host.CHILD in request_id:
+            raise ValueError(
+                f"int8_batching: {_host.CHILD!r} must be in no name but those of further answers, got {request_id!r}."
+            )
+        for name in _host.names_of_answers(request_id, answers):
+            if _host.has_request(self.batch_processor, name):
+                raise ValueError(f"int8_batching: each request must have a name of its own, got {name!r} again.")
+
+    def _limit_of(self, prompt: Sequence[int], config: GenerationConfig) -> int:
         """Most tokens of an answer whose request does not say: as ``generate`` has it, or what fits."""
-        config = self.generation_config
         if config.max_new_tokens is not None:
             return int(config.max_new_tokens)
         if config.max_length is not None:
@@ -310,12 +374,12 @@ class Int8BatchingManager(_host.Manager):
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """Queue requests, as transformers' manager does; see ``add_request`` for what is different."""
-        self._adding.many = True
+        self._call.many = True
         try:
             added: list[str] = super().add_requests(inputs, *args, **kwargs)
             return added
         finally:
-            self._adding.many = False
+            self._call.many = False
 
     # What it says of itself
 
@@ -383,4 +447,4 @@ def with_end(config: GenerationConfig) -> GenerationConfig:
 
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
     """What of ``config`` the parts of a manager depend on."""
-    return {name: value for name, value in config.to_dict().items() if name not in _LENGTHS}
+    return {name: value for name, value in config.to_dict().items() if name not in _OF_REQUESTS}

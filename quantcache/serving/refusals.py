@@ -15,7 +15,6 @@ DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 _NOT_BATCHED: Final[dict[str, object]] = {
     "num_beams": 1,
-    "stop_strings": None,
     "max_time": None,
     "prompt_lookup_num_tokens": None,
     "constraints": None,
@@ -143,6 +142,40 @@ def check_generation(config: GenerationConfig) -> None:
                 f"{PLACE}: generation_config must have no {name}, which transformers' continuous batching does not "
                 f"know, got {value!r}."
             )
+
+
+def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
+    """The strings that end an answer, of which there may be none.
+
+    Args:
+        stop_strings: a string, several, or None.
+        tokenizer: of the model, None where nobody gave it.
+
+    Raises:
+        TypeError: it is something else, or has something else in it.
+        ValueError: a string is empty; there are strings and no tokenizer.
+    """
+    found = (stop_strings,) if isinstance(stop_strings, str) else () if stop_strings is None else stop_strings
+    if not isinstance(found, list | tuple) or not all(isinstance(string, str) for string in found):
+        raise TypeError(f"{PLACE}: stop_strings must be a string or a list of strings, got {stop_strings!r}.")
+    if "" in found:
+        raise ValueError(f"{PLACE}: each of stop_strings must have a character, got {stop_strings!r}.")
+    if found and not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(
+            f"{PLACE}: stop_strings must come with the model's tokenizer, got {stop_strings!r} and "
+            f"{type(tokenizer).__name__}. Give int8_batching or generate_batch tokenizer=..."
+        )
+    return tuple(found)
+
+
+def check_answers(number: int) -> None:
+    """Refuse a request that wants no answer.
+
+    Raises:
+        ValueError: it does.
+    """
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{PLACE}: num_return_sequences must be a whole number from 1, got {number!r}.")
 
 
 def check_prompt(prompt: Sequence[int], max_new_tokens: int, most_tokens: int, vocab_size: int) -> None:
