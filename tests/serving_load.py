@@ -142,7 +142,11 @@ async def send(client: openai.AsyncOpenAI, index: int) -> str:
             assert done.usage is not None
             assert 1 <= done.usage.completion_tokens <= new_tokens
         else:
-            wrong = {"refused field": {"n": 2}, "too long": {"max_tokens": 10**6}, "sampled": {"temperature": 1.0}}
+            wrong = {
+                "refused field": {"logprobs": True},
+                "too long": {"max_tokens": 10**6},
+                "sampled": {"temperature": 1.0},
+            }
             answer = await client.chat.completions.create(**{**chat, **wrong.get(kind, {})})
             assert answer.usage is not None
             assert 1 <= answer.usage.completion_tokens <= new_tokens

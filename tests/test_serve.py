@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from typer.testing import CliRunner
 openai = pytest.importorskip("openai", reason="needs the extra serve")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from transformers.cli.serving import utils  # noqa: E402
+
 from quantcache.cli.main import app  # noqa: E402
-from quantcache.serving import asked, server  # noqa: E402
+from quantcache.serving import asked, choices, server  # noqa: E402
 from tests.documentation import make_tokenizer, names, snippets  # noqa: E402
 from tests.serving_load import NAME, Served, check, load, served  # noqa: E402
 from tests.test_documentation import PAGES, run  # noqa: E402
@@ -96,6 +99,137 @@ def test_each_request_samples_as_it_asks(running: Served) -> None:
     assert chat(running, max_tokens=30, temperature=5.0, top_p=1e-9).choices[0].message.content == likely
 
 
+def choices_of(chunks: Iterator[Any]) -> dict[int, tuple[str, str]]:
+    """Text and reason of the end of each choice of a stream, whose chunks are put together."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        if choice.finish_reason is not None:
+            reasons[choice.index] = choice.finish_reason
+    return {index: (text, reasons[index]) for index, text in texts.items()}
+
+
+def words_of(text: str) -> tuple[str, str]:
+    """What is before the first two readable characters of an answer that are not its first, and these."""
+    found = re.search(r"(?<=.)[!-~]{2}", text, re.DOTALL)
+    assert found is not None
+    return text[: text.index(found[0])], found[0]
+
+
+@pytest.fixture(scope="module")
+def whole(running: Served) -> str:
+    content: str = chat(running, max_tokens=60).choices[0].message.content
+    return content
+
+
+def test_an_answer_ends_before_its_stop_string(running: Served, whole: str) -> None:
+    before, string = words_of(whole)
+    for stop in (string, ["nowhere in it", string]):
+        answer = chat(running, max_tokens=60, stop=stop)
+        assert answer.choices[0].message.content == before
+        assert answer.choices[0].finish_reason == "stop"
+        assert 2 < answer.usage.completion_tokens < 60
+        assert choices_of(chat(running, max_tokens=60, stop=stop, stream=True)) == {0: (before, "stop")}
+    # With the last token that there may be, too.
+    for stream in (False, True):
+        last = chat(running, max_tokens=answer.usage.completion_tokens, stop=string, stream=stream)
+        assert (choices_of(last)[0][1] if stream else last.choices[0].finish_reason) == "stop"
+    assert chat(running, max_tokens=60, stop=["nowhere in it"]).choices[0].message.content == whole
+    plain = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=60, temperature=0)
+    before, string = words_of(plain.choices[0].text)
+    cut = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=60, temperature=0, stop=string)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (before, "stop")
+
+
+def test_no_part_of_a_stop_string_is_streamed(running: Served, whole: str) -> None:
+    before, string = words_of(whole)
+    for chunks in (1, 2):
+        seen = ""
+        for chunk in chat(running, max_tokens=60, stop=[string, "never"][:chunks], stream=True):
+            seen += chunk.choices[0].delta.content or ""
+            assert before.startswith(seen)
+        assert seen == before
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(running: Served, whole: str) -> None:
+    """The prompt ends with a blank and what follows is the answer, unlike in generate()."""
+    assert chat(running, max_tokens=60, stop=" " + whole[0]).choices[0].message.content.startswith(whole[0])
+
+
+def test_several_choices_are_of_one_prompt(running: Served) -> None:
+    turns = [{"role": "user", "content": "long " * 300}]
+    alone = chat(running, messages=turns, max_tokens=30)
+    answer = chat(running, messages=turns, max_tokens=30, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert {choice.message.content for choice in answer.choices} == {alone.choices[0].message.content}
+    assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 90
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 90
+    sampled = chat(running, messages=turns, max_tokens=30, n=3, temperature=1.5)
+    assert len({choice.message.content for choice in sampled.choices}) == 3
+    plain = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=5, n=2, temperature=1.5)
+    assert [choice.index for choice in plain.choices] == [0, 1]
+    assert plain.usage.completion_tokens == 10
+
+
+def test_several_choices_stream_beside_each_other_and_share_blocks(running: Served, whole: str) -> None:
+    before, string = words_of(whole)
+    chunks, used = [], []
+    turns = [{"role": "user", "content": "hello " * 250}]
+    for chunk in chat(running, messages=turns, max_tokens=200, n=4, stream=True):
+        chunks.append(chunk)
+        if len(chunks) in (20, 100):
+            used.append(running.report()["blocks_used"])
+    assert 23 < max(used) < 2 * 23, "the whole pages of the prompt are there once"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].usage.completion_tokens == 800
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    found = choices_of(iter(chunks))
+    assert sorted(found) == [0, 1, 2, 3]
+    assert {reason for _, reason in found.values()} == {"length"}
+    indices = [chunk.choices[0].index for chunk in chunks]
+    assert indices[40:80] != sorted(indices[40:80]), "one beside the other"
+    stopped = chat(running, max_tokens=60, n=2, stop=string, stream=True)
+    assert choices_of(stopped) == {0: (before, "stop"), 1: (before, "stop")}
+
+
+def test_several_choices_are_refused_and_left_as_one(running: Served) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=r"must have at most .* tokens together"):
+            chat(running, max_tokens=100_000, n=3, stream=stream)
+    stream = chat(running, max_tokens=900, n=3, stream=True)
+    for _, _chunk in zip(range(5), stream, strict=False):
+        pass
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        running.client(timeout=0.3).chat.completions.create(model=NAME, messages=TURNS, max_tokens=900, n=3)
+    assert idle(running)["requests_running"] == 0
+    status, answer = post(running, json.dumps({"messages": TURNS}).encode(), **{"x-request-id": "a__child#0"})
+    assert (status, answer["error"]["message"]) == (
+        400, "x-request-id must not have '__child#' in it, got 'a__child#0'."
+    )  # fmt: skip
+
+
+def test_reasoning_and_the_answer_end_each_by_itself() -> None:
+    think, call = utils.ReasoningText, utils.ToolCall("f", "{}")
+    for items, shown, stopped in (
+        ([think("a S"), "TOP b", None], [think("a "), think("S"), "TOP b", None], False),
+        ([think("a ST"), think("OP b"), "c", None], [think("a "), None], True),
+        (["a ST", call, None], ["a ", "ST", call, None], False),
+        (["a S", "TOPSTOP", None], ["a ", None], True),
+    ):
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        config = GenerationConfig(stop_strings=["STOP"], max_new_tokens=9)
+        stream = choices.UpToStop(queue, config)
+        for item in items:
+            stream.put_nowait(item)
+        found = [queue.get_nowait() for _ in range(queue.qsize())]
+        assert [(type(each), each) for each in found] == [(type(each), each) for each in shown]
+        assert (config.max_new_tokens is None) is stopped
+
+
 def test_the_page_runs(running: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of docs/serving.md, whose client asks the server here."""
     monkeypatch.setenv("OPENAI_BASE_URL", running.url)
@@ -168,8 +302,14 @@ def test_what_is_no_request_is_refused_by_itself(running: Served, body: bytes, m
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("n", 2, "n is not served under continuous batching, got 2."),
-        ("stop", ["a"], "stop is not served under continuous batching, got ['a']."),
+        ("n", 0, "n must be a whole number from 1 to 128, got 0."),
+        ("n", True, "n must be a whole number from 1 to 128, got True."),
+        ("n", 129, "n must be a whole number from 1 to 128, got 129."),
+        ("stop", "", "stop must be a string or up to 4 of them, none empty, got ''."),
+        ("stop", ["a", ""], "stop must be a string or up to 4 of them, none empty, got ['a', '']."),
+        ("stop", list("abcde"), "stop must be a string or up to 4 of them"),
+        ("stop", [3], "stop must be a string or up to 4 of them, none empty, got [3]."),
+        ("top_logprobs", 2, "top_logprobs is not served under continuous batching, got 2."),
         ("logprobs", True, "logprobs is not served"),
         ("logit_bias", {"5": 2}, "logit_bias is not served"),
         ("frequency_penalty", 0.5, "frequency_penalty is not served"),
@@ -203,7 +343,8 @@ def test_two_requests_of_one_name_are_refused(running: Served) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = sorted(pool.map(lambda _: post(running, body, **{"x-request-id": "mine"})[0], range(2)))
     assert found == [200, 409]
-    assert post(running, body.replace(b"200", b"2"), **{"x-request-id": "mine"})[0] == 200
+    for _ in range(20):  # the name is free at once
+        assert post(running, body.replace(b"200", b"2"), **{"x-request-id": "mine"})[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/../reset", "/../load_model", "/audio/transcriptions", "/systemone"])
@@ -256,7 +397,6 @@ def test_a_model_that_is_not_served_is_refused_with_its_layers(tmp_path: Path) -
 
 def test_the_host_is_as_it_is_taken_for() -> None:
     """What ``server`` uses of transformers' server, by the names and arguments that it uses."""
-    from transformers.cli.serving import utils
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
     def has(function: Any, *names: str) -> None:
@@ -270,6 +410,12 @@ def test_the_host_is_as_it_is_taken_for() -> None:
     has(utils.BaseHandler._build_generation_config, "body", "model_generation_config", "use_cb")
     has(ContinuousBatchingManager.add_request, "input_ids", "request_id", "max_new_tokens", "streaming", "eos_token_id")
     assert list(vars(OutputRouter())) == ["output_queue", "result_handlers", "_lock"]
+    assert "self._queue.put_nowait(" in inspect.getsource(utils.CBStreamer.put)
+    for handler in (server.ChatCompletionHandler, server.CompletionHandler):
+        for answer in (handler._streaming, handler._non_streaming):
+            assert list(inspect.signature(answer).parameters)[1 + 1 + choices._GEN_CONFIG] == "gen_config"
+            assert "gen_config.max_new_tokens is not None and" in inspect.getsource(answer)
+        assert "n" in handler._unused_fields
     state = utils.GenerationState(continuous_batching=True)
     assert (state._cb_manager, state._cb_model_id) == (None, None)
     assert server.ModelManager(device="cpu").loaded_models == {}

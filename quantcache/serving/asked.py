@@ -21,7 +21,7 @@ def sampling_config(model: PreTrainedModel) -> GenerationConfig:
         top_k=50,
         top_p=0.5,
         max_new_tokens=own.max_new_tokens or DEFAULT_NEW_TOKENS,
-        eos_token_id=-1 if own.eos_token_id is None else own.eos_token_id,
+        eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,
         bos_token_id=own.bos_token_id,
     )
@@ -56,14 +56,16 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "generation_config": (),
     "logit_bias": ({},),
     "logprobs": (False, 0),
-    "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "stop": ([],),
     "tool_choice": ("auto", "none"),
     "top_logprobs": (0,),
 }
 """Fields that change an answer and are not served, with the values that ask for nothing."""
+
+MOST_ANSWERS: Final = 128
+MOST_STOPS: Final = 4
+"""Of a request, as in OpenAI's API."""
 
 
 def check_body(body: Mapping[str, Any]) -> None:
@@ -79,6 +81,12 @@ def check_body(body: Mapping[str, Any]) -> None:
         value = body.get(field)
         if value is not None and (type(value) is not int or value < 1):
             raise HTTPException(400, f"{field} must be a whole number from 1, got {value!r}.")
+    answers, stop = body.get("n"), body.get("stop")
+    if answers is not None and (type(answers) is not int or not 1 <= answers <= MOST_ANSWERS):
+        raise HTTPException(400, f"n must be a whole number from 1 to {MOST_ANSWERS}, got {answers!r}.")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise HTTPException(400, f"stop must be a string or up to {MOST_STOPS} of them, none empty, got {stop!r}.")
     for field, low, high in (("temperature", 0, 100), ("top_p", 0, 1)):
         value = body.get(field)
         if value is not None and (type(value) not in (int, float) or not low <= value <= high):

@@ -33,7 +33,9 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import CBGenerateManager, GenerationState
 
+from quantcache.serving import _host, stopping
 from quantcache.serving.asked import DEFAULT_NEW_TOKENS, LENGTHS, check_body, sampling_of
+from quantcache.serving.choices import Choices, UpToStop
 from quantcache.serving.manager import Int8BatchingManager
 
 GRACE_SECONDS: Final = 5
@@ -48,7 +50,7 @@ ROUTES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/h
 
 _REQUEST_ID: Final = b"x-request-id"
 
-_sampling: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("quantcache_sampling")
+_options: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("quantcache_options")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -72,6 +74,8 @@ def build_app(
     models.force_model = name
     models.loaded_models[name] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
     state = GenerationState(continuous_batching=True)
+    manager.stop_strings.tokenizer, manager.stop_strings.in_prompt = tokenizer, False
+    manager.stop_strings.texts()  # while no client waits for it
     requests = _Requests(manager, most_tokens)
     state._cb_manager, state._cb_model_id = requests, name
     app: FastAPI = build_server(
@@ -98,20 +102,33 @@ class _Requests(CBGenerateManager):
 
     def __init__(self, manager: Int8BatchingManager, most_tokens: int) -> None:
         super().__init__()
-        self._cb = cast(Any, _Gate(manager))
         self.manager, self.most_tokens = manager, most_tokens
+        self.names: dict[str, list[str]] = {}
+        """Of the answers to each request at work, in the order of its choices."""
+        self._cb = cast(Any, _Gate(manager, self.names))
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> Any:
         with self._as_asked(model, inputs, gen_config):
-            return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+            queue, streamer = super().generate_streaming(
+                model, processor, inputs, gen_config, request_id, response_parser
+            )
+        if gen_config.stop_strings:
+            streamer._queue = cast(Any, UpToStop(queue, gen_config))
+        return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
         with self._as_asked(model, inputs, gen_config):
-            return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+            text, prompt_len, tokens = await super().generate_non_streaming(
+                model, processor, inputs, gen_config, request_id
+            )
+        shown = stopping.cut(text, gen_config.stop_strings)
+        if shown != text:
+            gen_config.max_new_tokens = None  # by which transformers tells an answer that was too long
+        return shown, prompt_len, tokens
 
     def has(self, request_id: str) -> bool:
         """Whether a request has been handed to the manager and not forgotten."""
@@ -122,13 +139,15 @@ class _Requests(CBGenerateManager):
 
     def cancel(self, request_id: str) -> None:
         """Give the blocks of a request back, if it has any."""
-        self.manager.cancel_request(request_id)
+        for name in self.names.get(request_id, [request_id]):
+            self.manager.cancel_request(name)
 
     def forget(self, request_id: str) -> None:
         """Let go of where the output of a request went; what a cancelled one has still delivered belongs to nobody."""
         router = self.manager.output_router
         with router._lock:
-            router.result_handlers.pop(request_id, None)
+            for name in self.names.pop(request_id, [request_id]):
+                router.result_handlers.pop(name, None)
         while True:
             try:
                 router.output_queue.get_nowait()
@@ -137,7 +156,7 @@ class _Requests(CBGenerateManager):
 
     @contextmanager
     def _as_asked(self, model: Any, inputs: Any, gen_config: Any) -> Iterator[None]:
-        """The request's length, checked, and its sampling, for the calls that transformers' code makes inside.
+        """The request's length, checked, and what else it asks for, for the calls that transformers' code makes inside.
 
         Raises:
             HTTPException: 400, it is empty or does not fit.
@@ -154,40 +173,47 @@ class _Requests(CBGenerateManager):
                 f"a prompt and its answer must have at most {self.most_tokens:,} tokens together, got "
                 f"{prompt_len:,} and {gen_config.max_new_tokens:,}.",
             )
-        token = _sampling.set(sampling_of(gen_config, model.config.get_text_config().vocab_size))
+        sampling = sampling_of(gen_config, model.config.get_text_config().vocab_size)
+        stops, answers = gen_config.stop_strings, gen_config.num_return_sequences
+        token = _options.set({**sampling, "stop_strings": stops, "num_return_sequences": answers})
         try:
             yield
         finally:
-            _sampling.reset(token)
+            _options.reset(token)
 
 
 class _Gate:
     """The manager, as transformers' handlers call it."""
 
-    def __init__(self, manager: Int8BatchingManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: Int8BatchingManager, names: dict[str, list[str]]) -> None:
+        self._manager, self._names = manager, names
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
     def add_request(self, input_ids: list[int], *, request_id: str, **options: Any) -> str:
+        if _host.CHILD in request_id:  # which came with the first answer
+            return request_id
+        options |= _options.get()
+        names = _host.names_of_answers(request_id, options["num_return_sequences"])[::-1]
         # A streaming request is added before its handler is registered; what is delivered in between waits for that.
         router = self._manager.output_router
 
         def deliver_later(output: Any) -> None:
-            entry = router.result_handlers.get(request_id)
+            entry = router.result_handlers.get(output.request_id)
             if entry is not None and entry[0] is not deliver_later:
                 entry[0](output)
 
         with router._lock:
-            router.result_handlers.setdefault(request_id, (deliver_later, asyncio.get_running_loop()))
+            for name in names:
+                router.result_handlers.setdefault(name, (deliver_later, asyncio.get_running_loop()))
+        self._names[request_id] = names
         try:
-            added: str | None = self._manager.add_request(
-                input_ids, request_id=request_id, **options, **_sampling.get({})
-            )
+            added: str | None = self._manager.add_request(input_ids, request_id=request_id, **options)
         except ValueError as error:
             with router._lock:
-                router.result_handlers.pop(request_id, None)
+                for name in names:
+                    router.result_handlers.pop(name, None)
             raise HTTPException(400, str(error)) from error
         if added is None:
             raise HTTPException(503, "the server is stopping and takes no more requests.")
@@ -216,15 +242,18 @@ class _Checked:
             made.do_sample = body.get("temperature") != 0
         if all(body.get(name) is None for name in LENGTHS):
             made.max_new_tokens = None  # as many as fit
+        stop = made.stop_strings
+        made.stop_strings = [stop] if isinstance(stop, str) else list(stop or ())
+        made.num_return_sequences = body.get("n") or 1
         return made
 
 
-class _Chat(_Checked, ChatCompletionHandler):
-    pass
+class _Chat(_Checked, Choices, ChatCompletionHandler):
+    _unused_fields = ChatCompletionHandler._unused_fields - {"n"}
 
 
-class _Completion(_Checked, CompletionHandler):
-    pass
+class _Completion(_Checked, Choices, CompletionHandler):
+    _unused_fields = CompletionHandler._unused_fields - {"n"}
 
 
 class _Response(_Checked, ResponseHandler):
@@ -245,16 +274,19 @@ class _WhileTheClientWaits:
         headers = [pair for pair in scope["headers"] if pair[0] != _REQUEST_ID]
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
         request_id = given or str(uuid.uuid4())
-        if request_id in self.active:
-            await _error(409, f"x-request-id must differ from those at work, got {given!r} again.")(
-                scope, receive, send
-            )
+        if _host.CHILD in request_id:
+            await _error(400, f"x-request-id must not have {_host.CHILD!r} in it, got {given!r}.")(scope, receive, send)
             return
         scope["headers"] = [*headers, (_REQUEST_ID, request_id.encode("latin-1"))]
         body = [await receive()]
         while body[-1].get("more_body"):
             body.append(await receive())
         if body[-1]["type"] == "http.disconnect":
+            return
+        if request_id in self.active:
+            await _error(409, f"x-request-id must differ from those at work, got {given!r} again.")(
+                scope, receive, send
+            )
             return
         gone = asyncio.Event()
         parts = iter(body)
@@ -265,14 +297,28 @@ class _WhileTheClientWaits:
             await gone.wait()
             return {"type": "http.disconnect"}
 
+        at_work = [request_id]
+
+        def release() -> None:
+            if at_work:
+                at_work.clear()
+                self.active.discard(request_id)
+                self.requests.forget(request_id)
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                release()  # before the client can use the name again
+            await send(message)
+
         self.active.add(request_id)
-        answer = asyncio.ensure_future(self.app(scope, again, send))
+        answer = asyncio.ensure_future(self.app(scope, again, send_on))
         left = asyncio.ensure_future(receive())  # nothing but the client's end comes after the body
         try:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 gone.set()
-                self.requests.cancel(request_id)
+                if at_work:
+                    self.requests.cancel(request_id)
                 answer.cancel()
                 await asyncio.gather(answer, return_exceptions=True)
             else:
@@ -280,8 +326,7 @@ class _WhileTheClientWaits:
         finally:
             left.cancel()
             answer.cancel()
-            self.active.discard(request_id)
-            self.requests.forget(request_id)
+            release()
 
 
 def _error(status: int, message: str) -> JSONResponse:
