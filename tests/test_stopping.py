@@ -1,13 +1,13 @@
 """Do stop strings end the answers that they end in ``generate``, with the same token, and no other?"""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from quantcache import serving
+from tests.conftest import skip_without_gpu
 from tests.serving_cases import (
     VOCAB,
     check_ledger,
@@ -173,6 +173,18 @@ def test_a_request_can_have_several_answers_of_its_own(model: Any) -> None:
             manager.add_request(tokens, request_id="a__child#0")
 
 
+def test_log_probabilities_of_the_tokens_come_where_the_config_asks_for_them(model: Any, tokenizer: Any) -> None:
+    calls = {"stop_strings": STOPS, "tokenizer": tokenizer}
+    with serve(model, pool(return_logprobs=True), greedy(70)):
+        for tokens, output in zip(PROMPTS[1:3], model.generate_batch(PROMPTS[1:3], **calls).values(), strict=True):
+            whole = tokens + output.generated_tokens
+            assert len(output.logprobs) == len(output.generated_tokens) < 70
+            first = output.logprobs[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([whole])).logits[0, len(tokens) - 1]
+    assert first == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("strings", "error", "words"),
     [
@@ -251,6 +263,59 @@ def test_a_cut_shows_nothing_of_a_string_and_all_before_it(strings: list[str], t
         assert any(text.startswith(string, len(before)) for string in strings)
 
 
+ON_DEVICES = pytest.mark.parametrize(
+    ("device", "records"),
+    [("cpu", False), *(pytest.param("cuda", on, marks=[pytest.mark.cuda, skip_without_gpu]) for on in (False, True))],
+)
+"""On a GPU in steps that are recorded and asynchronous, and in steps that are neither."""
+
+
+@ON_DEVICES
+def test_an_answer_has_a_string_in_its_last_token_and_in_none_before(
+    tokenizer: Any, device: str, records: bool
+) -> None:
+    served = llama(torch.bfloat16, head_dim=64, hidden_size=128).to(device)
+    config = pool(use_cuda_graph=(False, records), max_batch_tokens=1024, max_requests_per_batch=8)
+    finder, ends = StopStrings(tokenizer), []
+    with serve(served, config, greedy(70)) as manager:
+        assert manager.report().records is records
+        assert bool(manager.continuous_batching_config.use_async_batching) is records
+        new = tokens_of(served.generate_batch(PROMPTS, stop_strings=STOPS, tokenizer=tokenizer))
+    for tokens, answer in zip(PROMPTS, new, strict=True):
+        whole = tokens + answer
+        found = [finder.are_completed(STOPS, whole[at], reversed(whole[:at])) for at in range(len(tokens), len(whole))]
+        assert not any(found[:-1])
+        assert found[-1] or len(answer) == 70
+        ends.append(len(answer))
+    assert min(ends) < 70, "one of them ended before"
+
+
+@ON_DEVICES
+def test_cancelled_requests_leave_the_others_going_on(device: str, records: bool) -> None:
+    """Also those whose page is filled by the very step."""
+    served = llama(torch.bfloat16, head_dim=64, hidden_size=128).to(device)
+    config = pool(200, use_cuda_graph=(False, records), max_requests_per_batch=16, allow_block_sharing=True)
+    with serve(served, config, greedy(100)) as manager:
+        names = [manager.add_request(prompt(40 + at, seed=at), request_id=f"{at}", streaming=True) for at in range(12)]
+        left, seen = set(names), dict.fromkeys(names, 0)
+        while left:
+            output = manager.get_result(timeout=20)
+            assert output is not None
+            assert output.error is None
+            name = output.request_id
+            seen[name] = len(output.generated_tokens)
+            if output.is_finished():
+                left.discard(name)
+            elif int(name) % 3 and seen[name] == 2 * int(name):
+                manager.cancel_request(name)
+                left.discard(name)
+        assert manager.is_running()
+        assert [seen[name] for name in names[::3]] == [100] * 4
+        manager.stop()
+        while manager.get_result(timeout=0) is not None:
+            pass
+
+
 @pytest.fixture
 def stepped(model: Any) -> Iterator[Any]:
     """A manager whose steps are those of the test."""
@@ -261,13 +326,12 @@ def stepped(model: Any) -> Iterator[Any]:
 def test_a_request_that_is_cancelled_in_an_asynchronous_batch_is_left_out(stepped: Any) -> None:
     """Its blocks went before the batch was over that closes its page, of which transformers then asks."""
     processor = stepped.batch_processor
-    state = SimpleNamespace(added=None)
     stepped.start = lambda: None
-    state.added = stepped.add_request(prompt(64))
+    name = stepped.add_request(prompt(64))
     assert processor.prepare_next_batch()
     stepped._generation_step()
-    processor.scheduler.set_request_cancellation(state.added)
-    assert [each.request_id for each in processor.scheduler.clear_cancelled_requests()] == [state.added]
+    processor.scheduler.set_request_cancellation(name)
+    assert [each.request_id for each in processor.scheduler.clear_cancelled_requests()] == [name]
     processor.use_async_batching = True
     try:
         processor.update_batch()
