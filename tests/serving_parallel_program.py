@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 from transformers.distributed import DistributedConfig
 
 from quantcache import serving
+from tests.documentation import make_tokenizer
 
 NEW_TOKENS = 12
+STOPS = list("aeiost")
 
 
 def answers(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -24,8 +26,10 @@ def answers(model: Any, prompts: list[list[int]]) -> dict[str, Any]:
     config = ContinuousBatchingConfig(page_size=64, num_blocks=40, max_batch_tokens=128)
     with serving.int8_batching(model, config) as manager:
         outputs = model.generate_batch(prompts, max_new_tokens=NEW_TOKENS)
+        stopped = model.generate_batch(prompts, max_new_tokens=40, stop_strings=STOPS, tokenizer=make_tokenizer())
         return {
             "tokens": [list(output.generated_tokens) for output in outputs.values()],
+            "stopped": [list(output.generated_tokens) for output in stopped.values()],
             "errors": [output.error for output in outputs.values()],
             "report": asdict(manager.report()),
         }

@@ -35,10 +35,12 @@ def test_two_processes_answer_as_one(device: str, tmp_path: Path) -> None:
     alone = answers(model.to(device), prompts)
     assert alone["errors"] == [None] * len(prompts)
     assert [len(tokens) for tokens in alone["tokens"]] == [NEW_TOKENS] * len(prompts)
+    assert min(map(len, alone["stopped"])) < 40, "a stop string ends one of them"
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["errors"] == alone["errors"], rank
         assert found["tokens"] == alone["tokens"], rank
+        assert found["stopped"] == alone["stopped"], rank
         assert 2 * found["report"]["block_nbytes"] == alone["report"]["block_nbytes"], "each rank has its heads"
         assert found["report"]["blocks_used"] == 0
         assert not found["report"]["records"]
