@@ -80,6 +80,18 @@ def test_what_is_not_stored_changes_no_bit(name: str, backend: ModuleType) -> No
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_layers_share_what_a_pass_found_out(dtype: torch.dtype, backend: ModuleType) -> None:
+    first, second, alone = (build(replace(MIXED, is_shuffled=False, dtype=dtype), seed) for seed in (0, 1, 1))
+    shared = second.pages._replace(batch=first.pages.batch)
+    outputs = []
+    for pool, pages in ((first, first.pages), (second, shared), (alone, alone.pages)):
+        outputs.append(backend.attend_blocks(*pool.states, pages, CAUSAL))
+        backend.append_blocks(*pool.states[1:], pages)
+    assert torch.equal(outputs[1], outputs[2])
+    assert torch.equal(second.memory, alone.memory)
+
+
 def test_lengths_that_only_the_device_knows_are_asked_for(backend: ModuleType) -> None:
     pool, other = build(MIXED), build(MIXED)
     other.pages.batch.query_lens = other.pages.batch.kv_lens = None

@@ -4,14 +4,14 @@ The extra memory is the keys and values of one sequence of one layer, freed befo
 what each function promises.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantcache.backends.blocks import BlockLayout, BlockPages
+from quantcache.backends.blocks import BlockBatch, BlockLayout, BlockPages
 from quantcache.backends.torch import attend_dense
 from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
@@ -33,7 +33,7 @@ def attend_blocks(
 ) -> Tensor:
     """See ``BlockBackend.attend_blocks``."""
     output = query.new_zeros(1, query.shape[2], query.shape[1], pages.layout.v_head_dim)
-    for index, tokens, stored in sequences_of(pages):
+    for index, tokens, stored in sequences_of(pages.batch):
         key, value = key_states[:, :, tokens], value_states[:, :, tokens]
         if stored:
             blocks = blocks_of(pages, index, stored)
@@ -58,9 +58,13 @@ def _quantize(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor,
 
 def append_with(quantize: Quantize, key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:
     """The same with pages made by ``quantize``."""
-    layout, parts = pages.layout, pages.layout.parts(pages.pool)
-    for index, tokens, stored in sequences_of(pages):
+    layout, single = pages.layout, single_tokens(pages)
+    if single is not None:
+        single.write(pages, key_states, value_states)
+    for index, tokens, stored in sequences_of(pages.batch):
         full, rest = divmod(stored, PAGE_SIZE)
+        if tokens.stop - tokens.start == 1 and rest < PAGE_SIZE - 1:
+            continue
         blocks = blocks_of(pages, index, stored + tokens.stop - tokens.start)
         key, value = key_states[0, :, tokens], value_states[0, :, tokens]
         closing = (rest + key.shape[1]) // PAGE_SIZE
@@ -70,7 +74,7 @@ def append_with(quantize: Quantize, key_states: Tensor, value_states: Tensor, pa
                 value = torch.cat([open_page(pages, blocks[full:], rest, is_key=False), value], dim=1)
             closed, length = blocks[full : full + closing], closing * PAGE_SIZE
             quantized = quantize(key[None, :, :length], value[None, :, :length])
-            for part, made in zip(parts, quantized, strict=True):
+            for part, made in zip(layout.parts(pages.pool), quantized, strict=True):
                 part[closed] = made[:, 0]
             full, rest, key, value = full + closing, 0, key[:, length:], value[:, length:]
         if key.shape[1]:
@@ -79,13 +83,80 @@ def append_with(quantize: Quantize, key_states: Tensor, value_states: Tensor, pa
             _write_open(layout.exact(pages.pool, False), blocks[full + side : full + 2 * side], rest, value)
 
 
-def sequences_of(pages: BlockPages) -> Iterator[tuple[int, slice, int]]:
+def sequences_of(batch: BlockBatch) -> list[tuple[int, slice, int]]:
     """Row of the block table, new tokens and number of stored tokens of each sequence that has new ones."""
-    start = 0
-    for index, (query_len, kv_len) in enumerate(zip(*pages.batch.on_host(), strict=True)):
-        if query_len:
-            yield index, slice(start, start + query_len), kv_len - query_len
-        start += query_len
+    if "sequences" not in batch.memo:
+        start, found = 0, []
+        for index, (query_len, kv_len) in enumerate(zip(*batch.on_host(), strict=True)):
+            if query_len:
+                found.append((index, slice(start, start + query_len), kv_len - query_len))
+            start += query_len
+        batch.memo["sequences"] = found
+    return cast("list[tuple[int, slice, int]]", batch.memo["sequences"])
+
+
+class SingleTokens(NamedTuple):
+    """The sequences of a batch with one new token, as all that decode, whose open pages are read and written together.
+
+    Attributes:
+        tokens: places of their tokens in the batch, int64 (sequences,).
+        rests: tokens of the open page before the new one, int64 (sequences,).
+        blocks: of the open page, keys and then values, int64 (sequences, 2 * open_blocks).
+    """
+
+    tokens: Tensor
+    rests: Tensor
+    blocks: Tensor
+
+    def open_pages(self, pages: BlockPages, states: Tensor, is_key: bool) -> Tensor:
+        """Copies of the open pages, with the new tokens, (sequences, num_kv_heads, page_size, channels).
+
+        Args:
+            pages: of a layer.
+            states: keys or values of all new tokens of the batch, (1, num_kv_heads, tokens, channels).
+            is_key: which.
+
+        Returns:
+            memory that the next layer's copies will take.
+        """
+        exact, side, memo = pages.layout.exact(pages.pool, is_key), pages.layout.open_blocks, pages.batch.memo
+        _, heads, tokens, channels = exact.shape
+        if ("open", is_key) not in memo:
+            memo["open", is_key] = states.new_empty(len(self.rests), heads, PAGE_SIZE, channels)
+        copies: Tensor = memo["open", is_key]
+        for place, blocks in enumerate((self.blocks[:, :side] if is_key else self.blocks[:, side:]).T):
+            torch.index_select(exact, 0, blocks, out=copies[:, :, place * tokens : (place + 1) * tokens])
+        copies[torch.arange(len(copies)), :, self.rests] = states[0, :, self.tokens].transpose(0, 1)
+        return copies
+
+    def write(self, pages: BlockPages, key_states: Tensor, value_states: Tensor) -> None:
+        """Write the new tokens, (1, num_kv_heads, tokens, channels), into open pages that they do not fill."""
+        kept = self.rests < PAGE_SIZE - 1
+        tokens, rests, blocks = self.tokens[kept], self.rests[kept], self.blocks[kept]
+        side = pages.layout.open_blocks
+        places = rests.div(PAGE_SIZE // side, rounding_mode="floor"), rests % (PAGE_SIZE // side)
+        for is_key, states in ((True, key_states), (False, value_states)):
+            part = blocks[:, :side] if is_key else blocks[:, side:]
+            chosen = part.gather(1, places[0][:, None])[:, 0]
+            pages.layout.exact(pages.pool, is_key)[chosen, :, places[1]] = states[0, :, tokens].transpose(0, 1)
+
+
+def single_tokens(pages: BlockPages) -> SingleTokens | None:
+    """The sequences of a batch with one new token, None if there is none; the layers share them."""
+    batch = pages.batch
+    if "single tokens" not in batch.memo:
+        found = [
+            (tokens.start, *divmod(stored, PAGE_SIZE), index)
+            for index, tokens, stored in sequences_of(batch)
+            if tokens.stop - tokens.start == 1
+        ]
+        made = None
+        if found:
+            tokens, full, rests, rows = torch.tensor(found, device=batch.block_table.device).T
+            columns = full[:, None] + torch.arange(2 * pages.layout.open_blocks, device=full.device)
+            made = SingleTokens(tokens, rests, batch.block_table[rows[:, None], columns].long())
+        batch.memo["single tokens"] = made
+    return cast("SingleTokens | None", batch.memo["single tokens"])
 
 
 def blocks_of(pages: BlockPages, index: int, kv_len: int) -> Tensor:

@@ -4,6 +4,7 @@ The kernels are those of a cache: a sequence is a batch of one, whose row of the
 """
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from quantcache.backends import cpu
 from quantcache.backends.blocks import BlockLayout, BlockPages
-from quantcache.backends.torch_blocks import append_with, blocks_of, open_page, sequences_of
+from quantcache.backends.torch_blocks import append_with, blocks_of, open_page, sequences_of, single_tokens
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 
@@ -48,23 +49,37 @@ def attend_blocks(
 ) -> Tensor:
     """See ``BlockBackend.attend_blocks``."""
     output = query.new_zeros(1, query.shape[2], query.shape[1], pages.layout.v_head_dim)
-    parts = pages.layout.parts(pages.pool)
+    addresses = [part.data_ptr() for part in pages.layout.parts(pages.pool)]
     strides = pages.pool.stride(0), pages.layout.chunk_bytes
-    for index, tokens, stored in sequences_of(pages):
+    single = single_tokens(pages)
+    decoding: Iterator[tuple[Tensor, Tensor]] = iter(())
+    if single is not None:
+        opened = (single.open_pages(pages, key_states, True), single.open_pages(pages, value_states, False))
+        decoding = zip(*(part.split(1) for part in opened), strict=True)
+    for index, tokens, stored in sequences_of(pages.batch):
         full, rest = divmod(stored, PAGE_SIZE)
-        tails = []
-        for is_key, states in ((True, key_states), (False, value_states)):
-            new = states[:, :, tokens]
-            if rest:
-                blocks = blocks_of(pages, index, stored)
-                new = torch.cat([open_page(pages, blocks[full:], rest, is_key)[None], new], dim=2)
-            tails.append(new)
+        if tokens.stop - tokens.start == 1:
+            tails, tail_len = next(decoding), rest + 1
+        else:
+            tails = _tail(pages, index, stored, key_states[:, :, tokens], value_states[:, :, tokens])
+            tail_len = tails[0].shape[2]
         row = pages.batch.block_table[index : index + 1, :full]
-        view = _SequenceView(full, row, (tails[0], tails[1]), tails[0].shape[2])
-        segment = (ctypes.c_int64 * 8)(*(part.data_ptr() for part in parts), full, 1, *strides)
+        view = _SequenceView(full, row, tails, tail_len)
+        segment = (ctypes.c_int64 * 8)(*addresses, full, 1, *strides)
         view.memo["cpu"] = ctypes.addressof(segment), segment
         output[:, tokens] = cpu.attention(query[:, :, tokens], view, options)
     return output
+
+
+def _tail(pages: BlockPages, index: int, stored: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact keys and values of a sequence: those of its open page and the new ones."""
+    full, rest = divmod(stored, PAGE_SIZE)
+    if not rest:
+        return key, value
+    blocks = blocks_of(pages, index, stored)[full:]
+    opened = (open_page(pages, blocks, rest, is_key)[None] for is_key in (True, False))
+    made = [torch.cat([held, new], dim=2) for held, new in zip(opened, (key, value), strict=True)]
+    return made[0], made[1]
 
 
 def append_blocks(key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:
