@@ -42,6 +42,14 @@ return [...document.querySelectorAll('.md-content pre > code, .md-content .md-ty
     .filter((e) => e.scrollWidth > e.clientWidth + 1)
     .map((e) => `${e.scrollWidth} in ${e.clientWidth} pixels: ${e.textContent.trim().slice(0, 60)}`);
 """
+WRAPPED = """
+const lines = (cell) => { const range = document.createRange(); range.selectNodeContents(cell);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size; };
+return [...document.querySelectorAll('.md-content .measured table')]
+    .map((table) => [...table.querySelectorAll('td:first-child')])
+    .filter((names) => names.every((e) => e.textContent.trim().length <= 20))
+    .flat().filter((e) => lines(e) > 1).map((e) => e.textContent.trim());
+"""
 FIGURES = """
 return [...document.querySelectorAll('.md-content img')].filter((e) => e.offsetParent !== null)
     .map((e) => ({name: e.src.split('/').slice(-2).join('/'), shown: e.getBoundingClientRect().width,
@@ -142,6 +150,8 @@ def test_every_page_fits_and_complains_of_nothing(
         if size == DESKTOP:
             cut = browser.execute_script(CUT)
             assert not cut, f"{page}: code or a table is cut: {cut}"
+            wrapped = browser.execute_script(WRAPPED)
+            assert not wrapped, f"{page}: names of rows are wrapped: {wrapped}"
         for figure in browser.execute_script(FIGURES):
             assert figure["natural"], f"{page}: {figure['name']} is not shown"
             terminal = figure["name"].startswith("recordings/")  # dark on both

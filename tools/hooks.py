@@ -18,6 +18,9 @@ from tools.measurements import DOCS, ROOT
 from tools.pages import FIGURE
 
 _TABLE = re.compile(r"<!-- table [a-z0-9-]+ -->\n(.*?)<!-- end of table -->", re.DOTALL)
+_SHORT_NAME = 20
+"""Characters of a row's name that stay in one line on any page."""
+
 _KINDS = ("added", "changed", "fixed", "removed")
 
 
@@ -69,8 +72,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return ""
         return "\n".join(f"![{shows}]({up}figures/{name}-{theme}.svg#only-{theme})" for theme in THEMES)
 
-    measured = "measured names" if page.file.src_uri.startswith("benchmarks/") else "measured"
-    markdown = _TABLE.sub(rf'<div class="{measured}" markdown>\n\1\n</div>', markdown)
+    is_wide = page.file.src_uri.startswith("benchmarks/")
+
+    def show(match: re.Match[str]) -> str:
+        names = [line.split("|")[1].strip() for line in match[1].splitlines() if line.startswith("|")]
+        kept = " names" if is_wide or max(map(len, names), default=0) <= _SHORT_NAME else ""
+        return f'<div class="measured{kept}" markdown>\n{match[1]}\n</div>'
+
+    markdown = _TABLE.sub(show, markdown)
     return FIGURE.sub(place, markdown)
 
 
