@@ -72,7 +72,7 @@ def build_app(
     models: Any = ModelManager(device="cpu")  # it loads nothing: the one model is there already
     models.process_model_name = lambda model_id: model_id  # no revision of the hub behind it
     models.force_model = name
-    models.loaded_models[name] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
+    models.loaded_models[name] = _KeptModel(model, timeout_seconds=-1, processor=tokenizer)
     state = GenerationState(continuous_batching=True)
     manager.stop_strings.tokenizer, manager.stop_strings.in_prompt = tokenizer, False
     manager.stop_strings.texts()  # while no client waits for it
@@ -95,6 +95,13 @@ def build_app(
     app.add_exception_handler(RequestValidationError, _not_json)
     app.add_middleware(_WhileTheClientWaits, requests=requests)
     return app
+
+
+class _KeptModel(TimedModel):
+    """The model, which stays: transformers would start a thread at each request, to unload it when none comes."""
+
+    def reset_timer(self) -> None:
+        """Nothing."""
 
 
 class _Requests(CBGenerateManager):
@@ -335,12 +342,15 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
 
-def _refused(request: Request, error: Exception) -> JSONResponse:
+# Handlers are coroutines: others would run in a thread each.
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, starlette.exceptions.HTTPException)
     return _error(error.status_code, str(error.detail))
 
 
-def _not_json(request: Request, error: Exception) -> JSONResponse:
+async def _not_json(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()[0]
     reason = found.get("ctx", {}).get("error") or found["msg"]
