@@ -5,9 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from quantcache import serving
+from quantcache.cli.serve import try_out
 from quantcache.serving import refusals
 from tests.file_cases import gemma, lfm
 from tests.serving_cases import greedy, llama, needs_known_host, pool, prompt
@@ -28,8 +37,10 @@ def t5() -> Any:
         (lfm, r"Lfm2ForCausalLM has conv in layer"),
         (t5, "must be a decoder, T5ForConditionalGeneration has an encoder"),
         (lambda: llama(dtype=torch.float64), r"must be one of float16, bfloat16, float32, got torch\.float64"),
+        (lambda: llama().model, "the model must generate text, LlamaModel does not"),
+        (lambda: torch.nn.Linear(2, 2), "the model must be one of transformers, loaded, got Linear"),
     ],
-    ids=["sliding", "hybrid", "encoder-decoder", "float64"],
+    ids=["sliding", "hybrid", "encoder-decoder", "float64", "no head", "no model"],
 )
 def test_a_model_that_blocks_do_not_hold_is_refused_with_its_layers(make: Any, words: str) -> None:
     model = make()
@@ -78,6 +89,16 @@ def test_each_kind_of_model_has_its_reason(config: dict[str, Any], attributes: d
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"num_blocks": 0}, r"num_blocks must be a whole number from 1, got 0\."),
+        ({"num_blocks": 2.5}, r"num_blocks must be a whole number from 1, got 2\.5\."),
+        ({"max_batch_tokens": 0}, r"max_batch_tokens must be a whole number from 1, got 0\."),
+        ({"max_requests_per_batch": -1}, r"max_requests_per_batch must be a whole number from 1, got -1\."),
+        (
+            {"num_blocks": None, "max_memory_percent": 1.5},
+            r"max_memory_percent must be above 0 and at most 1, got 1\.5",
+        ),
+        ({"num_blocks": None, "max_memory_percent": 1e-9}, r"must fit in the 0\.0 MiB that they may have, got \d"),
+        ({"num_blocks": 10**9}, r"the pool and a step of .* tokens must fit in the .* MiB .*, got .*,.*,.* MiB"),
         ({"page_size": 256}, r"page_size must be 64, the tokens of an int8 page, got 256\."),
         ({"default_compile_level": 1}, "must not be compiled, got default_compile_level"),
         ({"use_cuda_graph": (True, True)}, r"use_cuda_graph must be \(False, \.\.\.\).*got \(True, True\)"),
@@ -86,9 +107,73 @@ def test_each_kind_of_model_has_its_reason(config: dict[str, Any], attributes: d
 )
 def test_settings_that_do_not_work_are_refused(changes: dict[str, Any], words: str) -> None:
     model = llama()
-    with pytest.raises((ValueError, NotImplementedError), match=words):
+    with pytest.raises((ValueError, NotImplementedError, MemoryError), match=words):
         serving.create_manager(model, pool(**changes))
     assert "_cached_continuous_batching_manager" not in vars(model)
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    model, config = llama(), pool()
+    for call, words in (
+        (lambda: serving.create_manager(model, {"page_size": 64}), "must be a ContinuousBatchingConfig, got dict"),
+        (lambda: serving.create_manager(model, config, config), "must be a GenerationConfig, got ContinuousBatching"),
+        (lambda: serving.generate_batch(model, [prompt(3)], config, max_new_token=2), "options .*, got max_new_token"),
+        (lambda: serving.generate_batch(model, ["hello"], config), "a prompt must be a list of tokens, .* got 'hello'"),
+        (lambda: serving.generate_batch(model, [5, 6], config), "a prompt must be a list of tokens, .* got 5"),
+        (
+            lambda: serving.generate_batch(model, [[5, 6.5]], config),
+            r"a prompt must be a list of tokens.* got \[5, 6\.5",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+        assert "_cached_continuous_batching_manager" not in vars(model)
+    with serving.int8_batching(model, config, greedy(2)) as manager:
+        for words, options in (
+            ("a prompt must be a list", {"input_ids": "hello"}),
+            ("max_new_tokens must be a whole number, got '3'", {"input_ids": prompt(3), "max_new_tokens": "3"}),
+        ):
+            with pytest.raises(TypeError, match=words):
+                manager.add_request(**options)
+        assert not manager.is_running(), "nothing is queued"
+        outputs = model.generate_batch([prompt(3), torch.tensor(prompt(4))])
+        assert [len(output.generated_tokens) for output in outputs.values()] == [2, 2]
+
+
+def test_a_model_with_a_table_of_positions_refuses_what_is_behind_them() -> None:
+    """It would fail in the middle of a step, and the requests of that step with it."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=211, n_positions=64)).eval()
+    prompts = [prompt(64), prompt(10), prompt(65), prompt(62)]
+    outputs = serving.generate_batch(model, prompts, pool(), greedy(2)).values()
+    words = "must fit the 64 positions of the model, got 64 and up to 2 new ones"
+    assert [len(output.generated_tokens) for output in outputs] == [0, 2, 0, 2]
+    assert words in str(next(iter(outputs)).error)
+    one = serving.generate_batch(model, prompts[:1], pool(), greedy(1))["req_0"]
+    assert len(one.generated_tokens) == 1, "the last token has no position"
+
+
+class Older(LlamaForCausalLM):
+    """Its code looks for what a paged cache does not have."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("no get_seq_length")
+
+
+def test_a_model_that_cannot_be_batched_says_so_for_each_request() -> None:
+    model = Older(llama().config).eval()
+    words = "the model must be one that transformers batches continuously, Older fails: no get_seq_length"
+    outputs = serving.generate_batch(model, [prompt(3), prompt(4)], pool(), greedy(2))
+    assert [words in str(output.error) for output in outputs.values()] == [True, True]
+    with serving.int8_batching(model, pool(), greedy(2)) as manager, pytest.raises(ValueError, match=words):
+        try_out(manager)
+
+
+def test_trying_a_model_leaves_nothing_behind() -> None:
+    with serving.int8_batching(llama(), pool(), greedy(2)) as manager:
+        try_out(manager)
+        assert manager.report().blocks_used == 0
+        assert manager.get_result(timeout=0.1) is None
 
 
 def test_offloading_and_asynchronous_batches_do_not_come_together() -> None:
@@ -98,10 +183,7 @@ def test_offloading_and_asynchronous_batches_do_not_come_together() -> None:
     refusals.check_config(pool(cpu_offload_space=1.0), torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [({"num_beams": 2}, "num_beams"), ({"max_time": 2.0}, "max_time")],
-)
+@pytest.mark.parametrize(("changes", "name"), [({"num_beams": 2}, "num_beams"), ({"max_time": 2.0}, "max_time")])
 def test_ways_to_generate_that_would_be_passed_over_are_refused(changes: dict[str, Any], name: str) -> None:
     model = llama()
     with pytest.raises(NotImplementedError, match=f"generation_config must have no {name}, .* got "):

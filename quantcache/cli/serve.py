@@ -1,11 +1,14 @@
 """``quantcache serve``: transformers' OpenAI-compatible server, with requests batched over int8 blocks."""
 
 import logging
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantcache.cli.arguments import DTYPES, Device, Dtype, check_choice, open_device
+
+if TYPE_CHECKING:
+    from quantcache.serving import Int8BatchingManager
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -94,6 +97,7 @@ def serve(
         try:
             manager.warmup()
             manager.start()
+            try_out(manager)
             most_tokens = min(manager.most_tokens, manager.max_positions or manager.most_tokens)
             app = server.build_app(manager, model, tokenizer, name or label, most_tokens)
 
@@ -105,6 +109,21 @@ def serve(
             console.print(str(manager.report()), soft_wrap=True, highlight=False)
         finally:
             serving.remove_manager(model, hard_stop=True)
+
+
+def try_out(manager: "Int8BatchingManager") -> None:
+    """Have one token generated before clients come.
+
+    Raises:
+        ValueError: the model cannot be batched.
+    """
+    manager.add_request([0], max_new_tokens=1)
+    output, runs = None, True
+    while output is None and runs:
+        runs = manager.is_running()
+        output = manager.get_result(timeout=1)
+    if output is None or output.error is not None:
+        raise ValueError("int8_batching: the manager ended." if output is None else output.error)
 
 
 def silence(log_level: str) -> None:

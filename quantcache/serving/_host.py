@@ -20,6 +20,8 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as Manager
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
+from quantcache.serving.refusals import tokens_of
+
 __all__ = ["Allocator", "CachePool", "GenerationOutput", "Manager", "MemoryHandler", "RequestState"]
 
 _CACHED: Final = "_cached_continuous_batching_manager"
@@ -201,8 +203,9 @@ def cache_manager(
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
+        prompts = [tokens_of(prompt) for prompt in inputs]  # what fails within is only logged
         with calling(generation_config, stop_strings, tokenizer) as config:
-            return generate_batch(inputs, config, *args, **kwargs)
+            return generate_batch(prompts, config, *args, **kwargs)
 
     setattr(model, _CACHED, manager)
     model.init_continuous_batching, model.generate_batch = begin, with_config

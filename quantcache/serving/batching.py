@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -13,6 +13,10 @@ from quantcache.serving.versions import check_version
 if TYPE_CHECKING:
     from quantcache.serving._host import GenerationOutput
     from quantcache.serving.manager import Int8BatchingManager
+
+
+_OPTIONS: Final = {"max_new_tokens", "progress_bar", "record_timestamps", "stop_strings", "warmup"}
+"""Of ``generate_batch``, which itself takes any and passes over those that it does not know."""
 
 
 def check(model: Any, continuous_batching_config: ContinuousBatchingConfig | None = None) -> None:
@@ -50,6 +54,7 @@ def create_manager(
 ) -> "Int8BatchingManager":
     """Make a manager of int8 blocks that the model has until ``remove_manager``; see ``int8_batching``."""
     check_version()
+    check_model(model)
     _check_has_no_manager(model)
     from quantcache.serving import _host
     from quantcache.serving.manager import Int8BatchingManager, with_end
@@ -147,7 +152,7 @@ def generate_batch(
         generation_config: see ``int8_batching``.
         tokenizer: see ``int8_batching``.
         options: others of ``generate_batch``: ``max_new_tokens``, ``stop_strings``, ``progress_bar``,
-            ``record_timestamps``.
+            ``record_timestamps``, ``warmup``.
 
     Returns:
         By the name of the request, in the order of the prompts, what transformers returns: ``generated_tokens``, and an
@@ -156,6 +161,9 @@ def generate_batch(
     Raises:
         As ``int8_batching`` does.
     """
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown:
+        raise TypeError(f"generate_batch: options must be of {', '.join(sorted(_OPTIONS))}, got {unknown[0]}.")
     with int8_batching(model, continuous_batching_config, generation_config, tokenizer=tokenizer):
-        outputs: dict[str, GenerationOutput] = model.generate_batch([list(prompt) for prompt in prompts], **options)
+        outputs: dict[str, GenerationOutput] = model.generate_batch(prompts, **options)
         return outputs

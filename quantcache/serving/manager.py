@@ -188,8 +188,8 @@ class Int8BatchingManager(_host.Manager):
         self.stop_strings.asked(generation_config.stop_strings)
 
     def _adopt(self, generation_config: GenerationConfig) -> None:
-        self._check_generation(generation_config)
         asked = with_end(generation_config)
+        self._check_generation(asked)
         changed = _sampling(asked) != _sampling(self.generation_config)
         if self.is_running():
             if changed:
@@ -269,7 +269,15 @@ class Int8BatchingManager(_host.Manager):
             # A request of several answers waits before the last token of its prompt, and can be alone in a batch.
             allocator.forget_batch()
             return
-        super()._generation_step()
+        try:
+            super()._generation_step()
+        except (AttributeError, TypeError) as error:
+            if any(self._steps.values()):
+                raise
+            raise NotImplementedError(
+                f"int8_batching: the model must be one that transformers batches continuously, "
+                f"{type(self.model).__name__} fails: {error}. Use generate() with a QuantizedInt8Cache."
+            ) from error
         allocator.end_pass()
         self._steps[bool(processor.inputs_and_outputs.use_block_table)] += 1
 
@@ -308,9 +316,10 @@ class Int8BatchingManager(_host.Manager):
             The name of the request.
 
         Raises:
-            TypeError: ``stop_strings`` are no strings.
+            TypeError: the prompt is no list of tokens, a length no number; ``stop_strings`` are no strings.
             ValueError: a stop string is empty, or there is no tokenizer; the prompt is empty or has a token that the
-                model does not know; the pool can never hold it and its answer; there is to be no answer; a request of
+                model does not know; the pool can never hold it and its answer, or the model has no positions for
+                them; there is to be no answer; a request of
                 this name is at work, or the name is one of a further answer. Nothing is queued. A request of
                 ``add_requests`` and ``generate_batch`` whose prompt or name it is gets an output with this as its
                 ``error`` instead, and the others go on.
@@ -320,20 +329,22 @@ class Int8BatchingManager(_host.Manager):
             if not is_one_of_many and not self.is_running():
                 self._adopt(self._own_config)
         config: GenerationConfig = getattr(self._call, "config", self.generation_config)
+        input_ids = refusals.tokens_of(input_ids)
         limit = self._limit_of(input_ids, config) if max_new_tokens is None else max_new_tokens
         answers = (config.num_return_sequences or 1) if num_return_sequences is None else num_return_sequences
         if strings := self.stop_strings.asked(config.stop_strings if stop_strings is None else stop_strings):
             logit_processor_kwargs[_host.STOP_STRINGS] = strings
         try:
             refusals.check_prompt(input_ids, limit, self.most_tokens, self._vocab_size)
+            refusals.check_positions(self.model.config.get_text_config(), len(input_ids), limit)
             refusals.check_answers(answers)
             if request_id is not None:
                 self._check_name(request_id, answers)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if not is_one_of_many or request_id is None:
                 raise
             for name in _host.names_of_answers(request_id, answers):
-                self.output_router.fail_and_deliver(_host.new_state(name, list(input_ids)), error)
+                self.output_router.fail_and_deliver(_host.new_state(name, input_ids), error)
             return request_id
         with self._running:
             self.start()
@@ -438,7 +449,13 @@ class Int8BatchingManager(_host.Manager):
 
 
 def with_end(config: GenerationConfig) -> GenerationConfig:
-    """A copy of ``config``, in which no token that ends an answer is -1, as transformers' manager wants it."""
+    """A copy of ``config``, in which no token that ends an answer is -1, as transformers' manager wants it.
+
+    Raises:
+        TypeError: it is no generation config.
+    """
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(f"int8_batching: generation_config must be a GenerationConfig, got {type(config).__name__}.")
     config = deepcopy(config)
     if config.eos_token_id is None:
         config.eos_token_id = -1

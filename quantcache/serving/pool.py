@@ -45,6 +45,16 @@ class MemoryHandler(_host.MemoryHandler):
         multiple: int = self.io_multiplier * self.num_groups
         return multiple * _INDEX_BYTES
 
+    def _check_footprint(self, max_batch_tokens: int, num_sectors: int) -> Any:
+        needed = self.compute_memory_footprint(max_batch_tokens, max(num_sectors, 1))
+        if needed > self.available_memory:
+            raise MemoryError(
+                f"int8_batching: the pool and a step of {max_batch_tokens:,} tokens must fit in the "
+                f"{self.available_memory / 2**20:,.1f} MiB that they may have, got {needed / 2**20:,.1f} MiB. Ask for "
+                "less by num_blocks or max_batch_tokens, or give more by max_memory_percent."
+            )
+        return super()._check_footprint(max_batch_tokens, num_sectors)
+
 
 class Int8Allocator(_host.Allocator):
     """Gives blocks of int8 pages to requests, and lets the attention of each layer read and write them.

@@ -1,5 +1,6 @@
 """What serving refuses: models and settings at the start, requests one by one."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -34,9 +35,11 @@ def check_model(model: Any) -> None:
 
     Raises:
         NotImplementedError: it names the layers, or else what is in the way, as layers on several devices are.
-        TypeError: its dtype is none of ``DTYPES``.
+        TypeError: it is no model, or its dtype is none of ``DTYPES``.
     """
-    name, config = type(model).__name__, model.config
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None:
+        raise TypeError(f"{PLACE}: the model must be one of transformers, loaded, got {name}.")
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"{PLACE}: the model must be a decoder, {name} has an encoder, whose states no block keeps. "
@@ -71,6 +74,8 @@ def check_model(model: Any) -> None:
     if model.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{PLACE}: the dtype of the model must be one of {names}, got {model.dtype}.")
+    if getattr(model, "generation_config", None) is None:
+        raise NotImplementedError(f"{PLACE}: the model must generate text, {name} does not.")
 
 
 def _other_layers(config: Any) -> dict[str, list[int]]:
@@ -100,9 +105,21 @@ def check_config(config: ContinuousBatchingConfig, device: torch.device) -> None
     """Refuse settings that blocks of int8 do not work with.
 
     Raises:
-        ValueError: ``page_size`` is not 64; blocks are to be offloaded from a CPU.
+        TypeError: it is no config of continuous batching.
+        ValueError: ``page_size`` is not 64; another size is out of its range; blocks are to be offloaded from a CPU.
         NotImplementedError: it names what transformers' manager offers and this one does not.
     """
+    if not isinstance(config, ContinuousBatchingConfig):
+        raise TypeError(
+            f"{PLACE}: continuous_batching_config must be a ContinuousBatchingConfig, got {type(config).__name__}."
+        )
+    for name in ("num_blocks", "max_batch_tokens", "max_requests_per_batch"):
+        value = getattr(config, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{PLACE}: {name} must be a whole number from 1, got {value!r}.")
+    share = config.max_memory_percent
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"{PLACE}: max_memory_percent must be above 0 and at most 1, got {share!r}.")
     if config.page_size != PAGE_SIZE:
         raise ValueError(
             f"{PLACE}: page_size must be {PAGE_SIZE}, the tokens of an int8 page, got {config.page_size}. "
@@ -178,6 +195,39 @@ def check_answers(number: int) -> None:
         raise ValueError(f"{PLACE}: num_return_sequences must be a whole number from 1, got {number!r}.")
 
 
+def tokens_of(prompt: Any) -> list[int]:
+    """The tokens of a prompt.
+
+    Raises:
+        TypeError: it is no sequence of whole numbers.
+    """
+    try:
+        return list(map(operator.index, prompt))
+    except TypeError:
+        raise TypeError(
+            f"{PLACE}: a prompt must be a list of tokens, as in tokenizer(text).input_ids, got {repr(prompt)[:60]}."
+        ) from None
+
+
+def check_positions(config: Any, length: int, max_new_tokens: int) -> None:
+    """Refuse a request with tokens for which the model has no position; rotary embeddings are computed for any.
+
+    Args:
+        config: of the text model.
+        length: tokens of the prompt.
+        max_new_tokens: most tokens of the answer.
+
+    Raises:
+        ValueError: the model looks positions up, and the last token is behind them.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if getattr(config, "rope_parameters", None) is None and positions and length + max_new_tokens - 1 > positions:
+        raise ValueError(
+            f"{PLACE}: a prompt and its answer must fit the {positions} positions of the model, got {length} and up to "
+            f"{max_new_tokens} new ones."
+        )
+
+
 def check_prompt(prompt: Sequence[int], max_new_tokens: int, most_tokens: int, vocab_size: int) -> None:
     """Refuse a request that can never be served.
 
@@ -188,8 +238,11 @@ def check_prompt(prompt: Sequence[int], max_new_tokens: int, most_tokens: int, v
         vocab_size: tokens that the model knows.
 
     Raises:
+        TypeError: ``max_new_tokens`` is no whole number.
         ValueError: the prompt is empty or has a token that the model does not know, or there is no room for the two.
     """
+    if not isinstance(max_new_tokens, int):
+        raise TypeError(f"{PLACE}: max_new_tokens must be a whole number, got {max_new_tokens!r}.")
     length = len(prompt)
     if not length:
         raise ValueError(f"{PLACE}: a prompt must have a token, got none.")
