@@ -35,6 +35,7 @@ from quantcache.layers.sizing import tokens_of_generate
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import traced
 from quantcache.store.fixed import check_room
+from quantcache.store.pages import Indices, as_selection
 from quantcache.store.read_log import FallbackPolicy
 
 _CONVERT: Final = "QuantizedInt8Cache.from_legacy_cache(past_key_values)"
@@ -542,16 +543,22 @@ class QuantizedInt8Cache(DynamicCache):
         if self.known_ids is not None and tokens_to_remove:
             self.known_ids = self.known_ids[:, : self.get_seq_length()]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the sequences ``beam_idx`` (batch,) of the batch in every layer, in that order."""
+    def reorder_cache(self, beam_idx: Indices) -> None:
+        """Take the sequences ``beam_idx`` (batch,) of the batch in every layer, in that order.
+
+        Raises:
+            TypeError, IndexError: no such sequences; every layer is then as it was.
+            ValueError: another number of them than a layer of fixed capacity has; likewise.
+        """
         native.reorder_rows(self.layers, beam_idx)
         self._select_ids(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch in every layer, in that order.
+    def batch_select_indices(self, indices: Indices) -> None:
+        """Keep the sequences ``indices`` (1-D, integers or bool) of the batch in every layer, in that order.
 
         Raises:
-            ValueError: a layer of fixed capacity, which keeps its batch; every layer is then as it was.
+            TypeError, IndexError: no such sequences; every layer is then as it was.
+            ValueError: a layer of fixed capacity, which keeps its batch; likewise.
         """
         native.select_rows(self.layers, indices)
         self._select_ids(indices)
@@ -567,9 +574,9 @@ class QuantizedInt8Cache(DynamicCache):
             self.input_ids = self.input_ids.repeat_interleave(repeats, dim=0)
         self.known_ids = None
 
-    def _select_ids(self, indices: Tensor) -> None:
+    def _select_ids(self, indices: Indices) -> None:
         if self.input_ids is not None:
-            self.input_ids = self.input_ids[torch.as_tensor(indices).to("cpu")]
+            self.input_ids = self.input_ids[as_selection(indices).rows(len(self.input_ids))]
         self.known_ids = None
 
     def check_prompt(self, input_ids: Tensor) -> None:

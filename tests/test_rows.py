@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen2Config
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from quantcache import QuantizedInt8Cache
 from quantcache.backends import dispatch
@@ -230,6 +231,48 @@ def test_shared_bytes_count_once_and_the_report_says_who_shares() -> None:
     head, line, *_ = str(cache.report()).splitlines()
     assert head.endswith("rows stored  rows read")
     assert line.endswith("8            64")
+
+
+def mixed_cache() -> QuantizedInt8Cache:
+    """Int8, and layers of transformers' own of two kinds, three sequences."""
+    cache = QuantizedInt8Cache()
+    key, value = random_states(3, 2, 150, 16)
+    cache.update(key, value, 0)
+    window, linear = DynamicSlidingWindowLayer(64), LinearAttentionLayer()
+    window.update(key, value)
+    linear.update_recurrent_state(key[:, 0, 0].clone())
+    cache.layers += [window, linear]
+    return cache
+
+
+def states_of(cache: QuantizedInt8Cache) -> list[Tensor]:
+    int8, window, linear = cache.layers
+    return [*int8.pages.restore(), window.keys, window.values, linear.recurrent_states[0]]
+
+
+@pytest.mark.parametrize("indices", [[1, 0, 2], [-1, 0, 1], torch.tensor([2, 2, 0], dtype=torch.int32)])
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+def test_layers_of_every_kind_take_the_same_sequences(method: str, indices: list[int] | Tensor) -> None:
+    cache = mixed_cache()
+    wanted = [states[torch.as_tensor(indices).tolist()] for states in states_of(cache)]
+    getattr(cache, method)(indices)
+    for have, want in zip(states_of(cache), wanted, strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("indices", [[0, 3, 1], [[0, 1, 2]], [0.0, 1.0, 2.0], "012"])
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+def test_layers_of_every_kind_stay_as_they_were_where_one_cannot_take_them(method: str, indices: object) -> None:
+    """Also before the int8 layers hold anything, and where there is no int8 layer at all."""
+    for kept in (slice(None), slice(1, None)):
+        cache = mixed_cache()
+        held = [states.clone() for states in states_of(cache)]
+        layers, cache.layers = cache.layers, cache.layers[kept]
+        with pytest.raises((TypeError, IndexError)):
+            getattr(cache, method)(indices)
+        cache.layers = layers
+        for have, want in zip(states_of(cache), held, strict=True):
+            assert torch.equal(have, want)
 
 
 @pytest.mark.parametrize(

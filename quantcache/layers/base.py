@@ -11,7 +11,7 @@ from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, MAX_RESIDUAL_LENGTH
 from quantcache.store import reads, traced
 from quantcache.store.offloading import copy_stream
-from quantcache.store.pages import Pages, Selection
+from quantcache.store.pages import Indices, Pages
 from quantcache.store.read_log import FallbackPolicy, ReadLog
 from quantcache.store.tensor import Int8Tensor, autocast_to
 from quantcache.store.view import PagesView
@@ -293,15 +293,15 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
                 f"got {-tokens_to_remove}."
             )
 
-    def reorder_cache(self, beam_idx: Tensor | Selection) -> None:
+    def reorder_cache(self, beam_idx: Indices) -> None:
         """Take the sequences ``beam_idx`` (batch,) of the batch, in that order, byte for byte."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor | Selection) -> None:
-        """Keep the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order."""
+    def batch_select_indices(self, indices: Indices) -> None:
+        """Keep the sequences ``indices`` (1-D, integers or bool) of the batch, in that order."""
         if self.pages is not None and not self.is_empty:
             batch = self.pages.batch_size
-            self.pages.index_select(indices if isinstance(indices, Selection) else torch.as_tensor(indices))
+            self.pages.index_select(indices)
             if self.pages.batch_size != batch:
                 self._accepted = ()
 

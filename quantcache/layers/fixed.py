@@ -14,7 +14,7 @@ from quantcache.layers.report import LayerReport
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH
 from quantcache.store import fixed, traced
 from quantcache.store.fixed import StaticInt8Pages, check_room
-from quantcache.store.pages import Pages, Selection
+from quantcache.store.pages import Indices, Pages, Selection, as_selection
 from quantcache.store.read_log import FallbackPolicy
 from quantcache.store.tensor import RecordedStates
 
@@ -230,13 +230,13 @@ class StaticInt8Layer(BaseInt8Layer):
             self.pages.synchronize()
         super().check_crop(tokens_to_remove)
 
-    def batch_select_indices(self, indices: Tensor | Selection) -> None:
-        """Take as many sequences ``indices`` (1-D, int64) of the batch as there are, in that order.
+    def batch_select_indices(self, indices: Indices) -> None:
+        """Take as many sequences ``indices`` (1-D, integers) of the batch as there are, in that order.
 
         Raises:
             ValueError: another number of sequences; addresses and shapes are fixed.
         """
-        select_rows([self], indices if isinstance(indices, Selection) else Selection(torch.as_tensor(indices)))
+        select_rows([self], as_selection(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused but for 1, which changes nothing: the batch is fixed."""

@@ -17,7 +17,7 @@ from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.fixed import select_rows as select_fixed_rows
 from quantcache.layers.report import LayerReport
-from quantcache.store.pages import Selection
+from quantcache.store.pages import Indices, Selection, as_selection
 
 
 def reset(layer: Any) -> None:
@@ -45,35 +45,39 @@ def crop(layers: list[Any], tokens_to_remove: int) -> None:
             layer.crop(tokens_to_remove)
 
 
-def reorder_rows(layers: list[Any], beam_idx: Tensor) -> None:
-    """``QuantizedInt8Cache.reorder_cache`` of every layer."""
-    _select_int8(layers, lambda batch: Selection(torch.as_tensor(beam_idx)))
-    for layer in layers:
-        if not isinstance(layer, BaseInt8Layer):
-            layer.reorder_cache(beam_idx)
+def reorder_rows(layers: list[Any], beam_idx: Indices) -> None:
+    """``QuantizedInt8Cache.reorder_cache``, of every layer or of none."""
+    selection = as_selection(beam_idx)
+    others = _rows_of_others(layers, lambda batch: selection)
+    _select_int8(layers, lambda batch: selection)
+    for layer, rows in others:
+        layer.reorder_cache(rows)
 
 
-def select_rows(layers: list[Any], indices: Tensor) -> None:
+def select_rows(layers: list[Any], indices: Indices) -> None:
     """``QuantizedInt8Cache.batch_select_indices``, of every layer or of none."""
     _check_rows(layers, "batch_select_indices")
-    _select_int8(layers, lambda batch: Selection(torch.as_tensor(indices)))
-    for layer in layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-            layer.reorder_cache(rows)  # type: ignore[arg-type]
-        elif not isinstance(layer, BaseInt8Layer):
-            layer.batch_select_indices(indices)
+    selection = as_selection(indices)
+    others = _rows_of_others(layers, lambda batch: selection)
+    _select_int8(layers, lambda batch: selection)
+    for layer, rows in others:
+        is_linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+        (layer.reorder_cache if is_linear else layer.batch_select_indices)(rows)
 
 
 def repeat_rows(layers: list[Any], repeats: int) -> None:
     """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
+
+    def selection_of(batch: int) -> Selection:
+        return Selection(torch.arange(batch).repeat_interleave(repeats))
+
     _check_rows(layers, "batch_repeat_interleave")
-    _select_int8(layers, lambda batch: Selection(torch.arange(batch).repeat_interleave(repeats)))
-    for layer in layers:
+    others = _rows_of_others(layers, selection_of)
+    _select_int8(layers, selection_of)
+    for layer, rows in others:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            rows = torch.arange(_batch_of(layer)).repeat_interleave(repeats)
             layer.reorder_cache(rows)  # type: ignore[arg-type]
-        elif not isinstance(layer, BaseInt8Layer):
+        else:
             layer.batch_repeat_interleave(repeats)
 
 
@@ -192,7 +196,20 @@ def _why_not_back(layer: Any, tokens: int) -> str | None:
     return None
 
 
-def _batch_of(layer: LinearAttentionCacheLayerMixin) -> int:
-    """Sequences in a linear-attention layer, whose own ``reorder_cache`` takes any of them in any number."""
-    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return next((state.shape[0] for state in states if state is not None), 0)
+def _rows_of_others(layers: list[Any], selection_of: Callable[[int], Selection]) -> list[tuple[Any, Tensor]]:
+    """Each layer of transformers' that holds sequences, and which of them to take, int64 on its device.
+
+    Raises:
+        TypeError, IndexError: see ``checked_indices``.
+    """
+    held = [(layer, _states_of(layer)) for layer in layers if not isinstance(layer, BaseInt8Layer)]
+    found = [(layer, states, len(states)) for layer, states in held if states is not None]
+    return [(layer, selection_of(batch).on(states.device, batch)) for layer, states, batch in found]
+
+
+def _states_of(layer: Any) -> Tensor | None:
+    """One of the tensors of a layer of transformers', (batch, ...); None where it holds no sequence."""
+    states = [getattr(layer, "keys", None)]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):  # whose own reorder_cache takes any of them in any number
+        states = [*layer.conv_states.values(), *layer.recurrent_states.values(), *states]
+    return next((each for each in states if isinstance(each, Tensor) and len(each)), None)

@@ -15,7 +15,7 @@ from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.buffer import PAGES, SEQ_LEN, SHARES_READS, TAIL_LEN, BufferLayout, StaticShape, layout_for
 from quantcache.store.offloading import HostCopy, write_access
-from quantcache.store.pages import Pages, Selection, no_tokens
+from quantcache.store.pages import Indices, Pages, Selection, as_selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.tail import gathers_together, take_rows
@@ -343,13 +343,13 @@ class StaticInt8Pages(Pages):
             self._host.num_pages = 0  # what is there is of before
         self._closed, self.is_reordered = None, False
 
-    def index_select(self, indices: Tensor | Selection) -> None:
+    def index_select(self, indices: Indices) -> None:
         """See ``Pages.index_select``; as many sequences as there are, since addresses and shapes are fixed.
 
         The tails are copied and the row table is indexed, which recorded steps read. The pages are copied, too, where
         the kernels read no such table.
         """
-        select_rows([self], indices if isinstance(indices, Selection) else Selection(indices))
+        select_rows([self], as_selection(indices))
 
     def _copy_rows(self, rows: Tensor) -> None:
         """``index_select`` of the stored bytes."""

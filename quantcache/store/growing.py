@@ -18,7 +18,7 @@ from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE, SEGMENT_GROWTH, WINDOW_SEGMENTS
 from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
-from quantcache.store.pages import Pages, Selection, no_tokens
+from quantcache.store.pages import Indices, Pages, as_selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between, sizes_until
 from quantcache.store.tail import LateTail, copied, roomier, write_tail
@@ -376,13 +376,13 @@ class Int8Pages(Pages):
         self.first_page, self.num_pages = self.first_page + pages, self.num_pages - pages
         self._shared = max(self._shared - pages, 0)
 
-    def index_select(self, indices: Tensor | Selection) -> None:
+    def index_select(self, indices: Indices) -> None:
         """See ``Pages.index_select``: pages stay where they are, and tails are gathered when they are read next.
 
         Where sequences read fewer than half of the stored rows, the others are given back.
         """
         self._write_pending()
-        selection = indices if isinstance(indices, Selection) else Selection(indices)
+        selection = as_selection(indices)
         batch = self.batch_size
         if not selection.changes(batch):
             return

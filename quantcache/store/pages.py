@@ -1,6 +1,7 @@
 """``Pages``: what the bytes of one layer are to whoever asks, growing or of fixed capacity."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -100,8 +101,8 @@ class Pages(ABC):
         """
 
     @abstractmethod
-    def index_select(self, indices: "Tensor | Selection") -> None:
-        """Take the sequences ``indices`` (1-D, int64 or bool) of the batch, in that order, byte for byte."""
+    def index_select(self, indices: "Indices") -> None:
+        """Take the sequences ``indices`` (1-D, integers or bool) of the batch, in that order, byte for byte."""
 
     @abstractmethod
     def moved(self, device: torch.device) -> "Pages":
@@ -163,12 +164,12 @@ class Selection(MadeOnce):
     """Sequences to take of several layers: checked, moved to a device, and made of a row table once for all of them.
 
     Args:
-        indices: see ``checked_indices``.
+        indices: see ``checked_indices``; also as a list.
     """
 
-    def __init__(self, indices: Tensor) -> None:
+    def __init__(self, indices: Tensor | Sequence[int]) -> None:
         super().__init__()
-        self.indices = indices
+        self.indices = indices if isinstance(indices, Tensor) else torch.tensor(indices)
 
     def rows(self, batch: int) -> Tensor:
         """``checked_indices`` of ``batch`` sequences."""
@@ -200,6 +201,15 @@ class Selection(MadeOnce):
         held = table or self._once(("identity", batch, pages), lambda: RowTable.identity(batch, pages))
         # With the table itself, so that no other takes its place in memory.
         return self._once(("of", id(held)), lambda: (RowTable(held.rows[self.rows(batch).numpy()]), held))[0]
+
+
+Indices = Tensor | Sequence[int] | Selection
+"""What says which sequences to take; see ``checked_indices``."""
+
+
+def as_selection(indices: Indices) -> Selection:
+    """``indices`` as a ``Selection``, or the one that they are."""
+    return indices if isinstance(indices, Selection) else Selection(indices)
 
 
 def no_tokens(key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
