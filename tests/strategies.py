@@ -104,7 +104,7 @@ def random_states(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values from N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
-    key, value = torch.randn(2, *shape, generator=generator).to(device=device, dtype=dtype)
+    key, value = torch.randn(2, *shape, generator=generator, device="cpu").to(device=device, dtype=dtype)
     return key, value
 
 

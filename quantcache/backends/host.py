@@ -79,7 +79,7 @@ def _set(lengths: Tensor, *values: int) -> None:
         # A tenth of the time of making a tensor and copying it.
         ctypes.memmove(lengths.data_ptr(), _LENGTHS.pack(*values), _LENGTHS.size)
     else:
-        lengths.copy_(torch.tensor(values, dtype=torch.int32))
+        lengths.copy_(torch.tensor(values, dtype=torch.int32, device="cpu"))
 
 
 def write_pending(view: View) -> None:

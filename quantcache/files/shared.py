@@ -24,9 +24,9 @@ def flattened(view: PagesView) -> PagesView | None:
     places, segments, first, count = [], [], 0, 0
     for segment in view.segments:
         rows = table[:, first : first + segment.capacity]
-        is_read = torch.zeros(segment.capacity, segment.rows, dtype=torch.bool).scatter_(1, rows.T, True).flatten()
+        is_read = rows.new_zeros(segment.capacity, segment.rows, dtype=torch.bool).scatter_(1, rows.T, True).flatten()
         place = is_read.cumsum(0) - 1 + count
-        places.append(place[torch.arange(segment.capacity) * segment.rows + rows])
+        places.append(place[torch.arange(segment.capacity, device="cpu") * segment.rows + rows])
         flat = Segment(*(part.flatten(0, 1)[:, None] for part in segment))
         if not is_read.all():
             kept = is_read.nonzero()[:, 0].to(flat.key_qdata.device)
@@ -52,7 +52,7 @@ def first_rows(places: Tensor, num_rows: int, refuse: Callable[[str, object], Ex
     firsts = [0]
     for page, rows in enumerate(places.T):
         first, read = firsts[-1], rows.unique()
-        if not torch.equal(read, torch.arange(first, first + len(read), dtype=read.dtype)):
+        if read.tolist() != list(range(first, first + len(read))):
             got = ", ".join(map(str, read[:8].tolist()))
             raise refuse(f"page {page} must be read from the rows that follow those before it, from {first} on", got)
         firsts.append(first + len(read))
@@ -78,4 +78,4 @@ def segments_of(flat: Segment, places: Tensor, firsts: list[int]) -> tuple[list[
         rows = slice(firsts[page], firsts[end])
         segments.append(Segment(*(part[rows].view(end - page, counts[page], *part.shape[2:]) for part in flat)))
         page = end
-    return segments, RowTable((places - torch.tensor(firsts[:-1], dtype=places.dtype)).numpy())
+    return segments, RowTable((places - places.new_tensor(firsts[:-1])).numpy())

@@ -241,7 +241,7 @@ class StaticInt8Layer(BaseInt8Layer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused but for 1, which changes nothing: the batch is fixed."""
         if self.pages is not None:
-            self.batch_select_indices(torch.arange(self.pages.batch_size).repeat_interleave(repeats))
+            self.batch_select_indices(Selection.repeating(self.pages.batch_size, repeats))
 
     def take_over(self, pages: Pages) -> None:
         """See ``BaseInt8Layer.take_over``. Whether steps can be compiled is the other device's matter."""

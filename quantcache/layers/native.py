@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     DynamicIndexedLayer,
@@ -69,7 +68,7 @@ def repeat_rows(layers: list[Any], repeats: int) -> None:
     """``QuantizedInt8Cache.batch_repeat_interleave``, of every layer or of none."""
 
     def selection_of(batch: int) -> Selection:
-        return Selection(torch.arange(batch).repeat_interleave(repeats))
+        return Selection.repeating(batch, repeats)
 
     _check_rows(layers, "batch_repeat_interleave")
     others = _rows_of_others(layers, selection_of)

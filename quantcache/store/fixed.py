@@ -308,7 +308,7 @@ class StaticInt8Pages(Pages):
             rest += (pages - self._pages) * PAGE_SIZE
             pages = self._pages
         seq_len = pages * PAGE_SIZE + rest
-        made.lengths.copy_(torch.tensor([pages, rest, seq_len, 0], dtype=torch.int32))
+        made.lengths.copy_(torch.tensor([pages, rest, seq_len, 0], dtype=torch.int32, device="cpu"))
         self.buffers.newest.copy_(made.newest)
         self._count(pages, rest)
         if self._host is not None:

@@ -97,7 +97,7 @@ class HostCopy:
 
 
 def _host_memory(part: Tensor) -> Tensor:
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
+    return torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.device.type == "cuda")
 
 
 def _copy(source: Segment, target: Segment) -> None:

@@ -157,7 +157,7 @@ class Pages(ABC):
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch ``repeats`` times, copies side by side."""
-        self.index_select(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.index_select(Selection.repeating(self.batch_size, repeats))
 
 
 class Selection(MadeOnce):
@@ -169,7 +169,12 @@ class Selection(MadeOnce):
 
     def __init__(self, indices: Tensor | Sequence[int]) -> None:
         super().__init__()
-        self.indices = indices if isinstance(indices, Tensor) else torch.tensor(indices)
+        self.indices = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
+
+    @classmethod
+    def repeating(cls, batch: int, repeats: int) -> "Selection":
+        """Every sequence ``repeats`` times, copies side by side."""
+        return cls(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
     def rows(self, batch: int) -> Tensor:
         """``checked_indices`` of ``batch`` sequences."""
@@ -181,7 +186,7 @@ class Selection(MadeOnce):
 
     def changes(self, batch: int) -> bool:
         """Whether it is anything else than all ``batch`` sequences in the order there is."""
-        return self._once(("changes", batch), lambda: not torch.equal(self.rows(batch), torch.arange(batch)))
+        return self._once(("changes", batch), lambda: self.rows(batch).tolist() != list(range(batch)))
 
     def tail(self, tail: tuple[Tensor, Tensor] | LateTail) -> LateTail:
         """Of a tail's buffers (batch, ...), or of one that is to be taken yet; gathered with those of layers alike."""

@@ -45,7 +45,7 @@ _newest: "weakref.WeakKeyDictionary[Any, tuple[int, States]]" = weakref.WeakKeyD
 
 
 def handle_for(named: object) -> Tensor:
-    """A new handle, int64 (), that does not keep alive what it names.
+    """A new handle, int64 () on the CPU, that does not keep alive what it names.
 
     Args:
         named: a layer, or a cache of ``layers``, whose ``update`` takes ``layer_idx`` besides what theirs take.
@@ -53,7 +53,7 @@ def handle_for(named: object) -> Tensor:
     number = next(_numbers)
     _named[number] = named
     with torch.inference_mode(False):
-        return torch.tensor(number)
+        return torch.tensor(number, device="cpu")
 
 
 def forget(named: object) -> None:

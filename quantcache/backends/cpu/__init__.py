@@ -94,7 +94,7 @@ def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -
     ):
         states = _rows(states)
         batch, num_kv_heads, _, head_dim = states.shape
-        written = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype) for t in (qdata, metadata)]
+        written = [t if t.is_contiguous() else t.new_empty(t.shape) for t in (qdata, metadata)]
         arguments = _STORE_ARGS.pack(
             num_threads,
             _DTYPES[states.dtype],

@@ -110,8 +110,8 @@ def _quantize(key_states: Tensor, value_states: Tensor) -> _Pages:
     for states, groups in ((key_states, key_states.shape[3]), (value_states, PAGE_SIZE)):
         _, heads, tokens, width = states.shape
         shape = tokens // PAGE_SIZE, 1, heads
-        made.append(torch.empty(*shape, PAGE_SIZE, width, dtype=torch.int8))
-        made.append(torch.empty(*shape, groups, 2, dtype=torch.int16))
+        made.append(states.new_empty(*shape, PAGE_SIZE, width, dtype=torch.int8))
+        made.append(states.new_empty(*shape, groups, 2, dtype=torch.int16))
     target = _Pages(*made)
     cpu.store_pages(key_states, value_states, target)
     return target
@@ -119,5 +119,7 @@ def _quantize(key_states: Tensor, value_states: Tensor) -> _Pages:
 
 def unsupported_blocks(layout: BlockLayout) -> str | None:
     """Why the kernels do not cover blocks of this layout, or None."""
-    states = (torch.empty(0, width, dtype=layout.dtype) for width in (layout.head_dim, layout.v_head_dim))
+    states = (
+        torch.empty(0, width, dtype=layout.dtype, device="meta") for width in (layout.head_dim, layout.v_head_dim)
+    )
     return cpu.unsupported(*states)

@@ -108,5 +108,7 @@ def unsupported_blocks(layout: BlockLayout) -> str | None:
     """Why the kernels do not cover blocks of this layout, or None. The wheel has none of those that read blocks."""
     if layout.open_blocks > 1:
         return f"the CUDA kernels read blocks of 16-bit models, got {layout.dtype} with head_dim {layout.head_dim}"
-    states = (torch.empty(0, width, dtype=layout.dtype) for width in (layout.head_dim, layout.v_head_dim))
+    states = (
+        torch.empty(0, width, dtype=layout.dtype, device="meta") for width in (layout.head_dim, layout.v_head_dim)
+    )
     return unsupported(*states) or nvrtc.unavailable()

@@ -190,7 +190,7 @@ def _entries_on(device: torch.device, stream: int, entries: tuple[int, ...]) -> 
     Reordering beams makes a table of every layer in every step, of the same entries for a page's worth of them.
     """
     # The driver takes its own copy of memory that is not pinned before it returns, and waits for nothing either.
-    return torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(entries, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def restore(view: View, is_key: bool) -> Tensor:
