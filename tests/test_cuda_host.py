@@ -335,7 +335,7 @@ def test_a_later_turn_under_a_window_asks_the_gpu_for_no_more_than_one_without(l
         assert len(view.segments) <= cuda.pages.FEW_SEGMENTS
         mask = torch.ones(512, view.seq_len, dtype=torch.bool).tril(view.seq_len - 512)
         reads.attention(turn, view, AttentionOptions(mask))
-        assert "_on_device" not in vars(cuda.segment_table(view))
+        assert not cuda.segment_table(view).copies
         asked.append(Counter(launched))
     assert asked[0] == {"store_pages": 1, "append": 1, "scan_mask": 1, "prefill": 1, "merge_parts": 1}
     # Its pages begin behind those of the turn before, and so they go to the end of one segment and to the next ones.
@@ -348,7 +348,19 @@ def test_more_segments_than_go_with_a_launch_are_read_from_a_table(launched: lis
         stored = build(Case(1, 2, 4, 40, (*segments, *more), 40, 64, 64, torch.bfloat16))
         check(stored, is_causal=True)
         assert launched[-1] in ("prefill", "merge_parts")
-        assert ("_on_device" in vars(cuda.segment_table(stored.arguments[1]))) == copied
+        assert bool(cuda.segment_table(stored.arguments[1]).copies) == copied
+
+
+def test_a_stream_reads_a_table_that_was_copied_on_it(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork shares the table of its pages, and another thread may read it on a stream of its own."""
+    stored = build(Case(1, 2, 4, 3, (1, 2, 3), 40, 64, 64, torch.bfloat16))
+    table, addresses = cuda.segment_table(stored.view), []
+    for stream in (0, 7, 0):
+        monkeypatch.setattr(cuda.pages, "current_stream", lambda index, stream=stream: stream)
+        check(stored, is_causal=True)
+        addresses.append(table.address_beyond(1))
+    assert len(set(addresses)) == len(table.copies) == 2
+    assert addresses[0] == addresses[2]
 
 
 def test_masks_of_two_kinds_of_layers_are_looked_at_once_each(launched: list[str]) -> None:

@@ -3,7 +3,7 @@
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -103,6 +103,8 @@ class SegmentTable:
         row_table: address of the row table, and elements from a sequence to the next; (0, 0) if there is none.
         device: where they are.
         kept: what must live as long as the table is read.
+        copies: of the table on the device, by the stream that reads it: another one, as of a thread with a fork of the
+            cache, would not wait for it to arrive.
     """
 
     entries: list[int]
@@ -111,6 +113,7 @@ class SegmentTable:
     row_table: tuple[int, int]
     device: torch.device
     kept: tuple[object, ...]
+    copies: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def has_row_table(self) -> bool:
@@ -128,17 +131,18 @@ class SegmentTable:
         missing = FEW_SEGMENTS - self.num_segments
         return (*self.entries, *NO_ENTRY * missing) if missing >= 0 else NO_ENTRY * FEW_SEGMENTS
 
-    @cached_property
-    def _on_device(self) -> Tensor:
-        entries = *self.entries, 0, 0, 0, 0, self.num_pages
-        return _entries_on(self.device, current_stream(self.device.index), entries)
-
     def address_beyond(self, most: int) -> int:
         """Of an int64 (segments + 1, 5) on the device, made when first asked for; 0 where there are at most ``most``.
 
         It has the entries and one more, with only the number of pages.
         """
-        return self._on_device.data_ptr() if self.num_segments > most else 0
+        if self.num_segments <= most:
+            return 0
+        stream = current_stream(self.device.index)
+        if stream not in self.copies:
+            entries = *self.entries, 0, 0, 0, 0, self.num_pages
+            self.copies[stream] = _entries_on(self.device, stream, entries)
+        return self.copies[stream].data_ptr()
 
 
 NO_ENTRY: Final = (0, 0, 0, 0, 0)
