@@ -1,11 +1,16 @@
 """Does every host method act as on the host's own unquantised layer, down to the stored bytes?"""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from quantcache.layers.base import BaseInt8Layer
+from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization.scheme import PAGE_SIZE
@@ -181,15 +186,37 @@ def test_the_layer_is_the_hosts_type_and_inherits_no_behaviour() -> None:
         assert methods <= {name for base in ours for name in vars(base)}
 
 
-def test_a_cache_filled_in_inference_mode_goes_on_outside_it() -> None:
-    key, value = random_states(1, HEADS, 400, HEAD_DIM)
-    layer, plain = Int8Layer(), Int8Layer()
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("how", ["plain", "copied", "offloaded", "reordered offloaded", "edited offloaded"])
+@pytest.mark.parametrize("make", [Int8Layer, lambda: StaticInt8Layer(500)], ids=["growing", "fixed"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it(
+    make: Callable[[], BaseInt8Layer], how: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTCACHE_BACKEND", backend)
+    key, value = random_states(2, HEADS, 450, HEAD_DIM)
+    layer, plain = make(), make()
     with torch.inference_mode():
         layer.update(key[:, :, :300].clone(), value[:, :, :300].clone())
         layer.crop(-20)
-    layer.update(key[:, :, 280:], value[:, :, 280:])
-    plain.update(key, value)
-    assert torch.equal(dense(layer.keys), dense(plain.keys))
+        if how == "copied":
+            layer = copy.deepcopy(layer)
+        if "offloaded" in how:
+            layer.pages.offload()
+            layer.pages.fetch()
+        if "reordered" in how:
+            layer.reorder_cache(torch.tensor([1, 0]))
+        if "edited" in how:
+            layer.pages.replace(*layer.pages.restore())
+    if "reordered" in how:
+        layer.reorder_cache(torch.tensor([1, 0]))
+    for tokens in (slice(280, 281), slice(281, 400), slice(400, 450)):
+        layer.update(key[:, :, tokens], value[:, :, tokens])
+    layer.crop(-10)
+    plain.update(key[:, :, :440], value[:, :, :440])
+    for have, want in zip(layer.pages.restore(), plain.pages.restore(), strict=True):
+        assert torch.equal(have, want)
+    layer.reset()
+    layer.update(key, value)
 
 
 def test_gradients_reach_the_new_tokens() -> None:

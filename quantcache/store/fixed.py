@@ -14,12 +14,15 @@ from quantcache.backends import dispatch
 from quantcache.quantization.scheme import DEFAULT_RESIDUAL_LENGTH, PAGE_SIZE
 from quantcache.store import reads, writes
 from quantcache.store.buffer import PAGES, SEQ_LEN, SHARES_READS, TAIL_LEN, BufferLayout, StaticShape, layout_for
-from quantcache.store.offloading import HostCopy, write_access
+from quantcache.store.offloading import HostCopy
 from quantcache.store.pages import Indices, Pages, Selection, as_selection, no_tokens
 from quantcache.store.requantizing import requantized
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.tail import gathers_together, take_rows
 from quantcache.store.view import PagesView
+
+_outside_inference_mode = torch.inference_mode(False)
+"""Memory and views of it that are made in torch's inference mode can be written there alone; these, everywhere."""
 
 
 def check_room(capacity: int, new_tokens: int, seq_len: int = 0) -> None:
@@ -48,6 +51,7 @@ class StaticInt8Pages(Pages):
         residual_length: newer tokens that a page waits for, at least 0.
     """
 
+    @_outside_inference_mode
     def __init__(
         self, key_states: Tensor, value_states: Tensor, capacity: int, residual_length: int = DEFAULT_RESIDUAL_LENGTH
     ) -> None:
@@ -81,10 +85,13 @@ class StaticInt8Pages(Pages):
         left_out = "buffers", "_closed", "_backend", "_arrival"
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
+    @_outside_inference_mode
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.layout = layout_for(self.layout.shape, self.layout.dtype)  # a copy would not be the one that is shared
         self._closed = self._arrival = None
+        if self.memory.is_inference():
+            self.memory = self.memory.clone()
         if self._host is None:
             self.buffers = self.layout.unpack(self.memory)
         else:
@@ -255,6 +262,7 @@ class StaticInt8Pages(Pages):
         if self._host is not None:
             self._host.num_pages = 0
 
+    @_outside_inference_mode
     def offload(self) -> None:
         """See ``Pages.offload``; the lengths stay, too."""
         if self.is_offloaded:
@@ -267,6 +275,7 @@ class StaticInt8Pages(Pages):
         self.buffers = self.layout.with_pages(memory, _no_pages(buffers.pages, self.device))
         self.memory, self._host, self._closed, self.is_offloaded = memory, host, None, True
 
+    @_outside_inference_mode
     def fetch(self, stream: torch.cuda.Stream | None = None) -> None:
         """See ``Pages.fetch``."""
         if self.is_offloaded:
@@ -316,6 +325,7 @@ class StaticInt8Pages(Pages):
         if was_offloaded:
             self.offload()  # a page that was due had it back
 
+    @_outside_inference_mode
     def replace(self, key_states: Tensor, value_states: Tensor) -> None:
         """See ``Pages.replace``; the memory stays where it is, unless pages were offloaded once."""
         self.synchronize()
@@ -336,8 +346,7 @@ class StaticInt8Pages(Pages):
             target[:, :, : self._tail_len].copy_(part[:, :, closed:])
         made.row_table.copy_(self._own_rows())
         if self._host is None:
-            with write_access(self.memory):
-                self.memory.copy_(memory)
+            self.memory.copy_(memory)
         else:
             self.memory, self.buffers = memory, made
             self._host.num_pages = 0  # what is there is of before
@@ -351,6 +360,7 @@ class StaticInt8Pages(Pages):
         """
         select_rows([self], as_selection(indices))
 
+    @_outside_inference_mode
     def _copy_rows(self, rows: Tensor) -> None:
         """``index_select`` of the stored bytes."""
         on_device, memory, held = rows.to(self.device), self.memory.clone(), self._pages_held()
@@ -494,8 +504,7 @@ def _select_rows_alike(layers: Sequence[StaticInt8Pages], selection: Selection) 
     # Pages to come have a row for each sequence; how many there are the device may know alone.
     is_closed = torch.arange(tables.shape[2], device=rows.device) < lengths[:, PAGES, None, None]
     tables = torch.where(is_closed, tables.index_select(1, rows), first._own_rows())
-    with write_access(first.memory):
-        torch._foreach_copy_(key_tails + value_tails + row_tables, [*taken, *tables.unbind()])
+    torch._foreach_copy_(key_tails + value_tails + row_tables, [*taken, *tables.unbind()])
     for layer in layers:
         layer._share()
 
