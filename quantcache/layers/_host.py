@@ -88,13 +88,12 @@ def _name_for(forward: Callable[..., Any]) -> str:
     return CACHE_NAME if CACHE_NAME in names or not names else names[0]
 
 
-def take_cache(place: str, arguments: dict[str, Any], *, given: Any = None) -> Any:
+def take_cache(place: str, arguments: dict[str, Any]) -> Any:
     """Take the cache out of keyword arguments, under whichever name it came.
 
     Args:
         place: where, for the message.
         arguments: the names of ``CACHE_NAMES`` are removed from it.
-        given: a cache that came some other way; None for none.
 
     Returns:
         What came, None where nothing did.
@@ -103,7 +102,7 @@ def take_cache(place: str, arguments: dict[str, Any], *, given: Any = None) -> A
         ValueError: two different ones came.
         TypeError: a cache came under a name that is not known here, which a model would pass over in silence.
     """
-    found = [value for value in (given, *(arguments.pop(name, None) for name in CACHE_NAMES)) if value is not None]
+    found = [value for value in (arguments.pop(name, None) for name in CACHE_NAMES) if value is not None]
     if any(value is not found[0] for value in found):
         raise ValueError(f"{place}: one of {' and '.join(CACHE_NAMES)} must be given, got both. They are one argument.")
     for name, value in arguments.items():
