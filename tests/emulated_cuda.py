@@ -171,8 +171,7 @@ def quantize(given: SimpleNamespace, which: int, states: Tensor, first: int = 0)
 
 def append(args: Arguments) -> None:
     given = args.given
-    position = memory(given.lengths, torch.int32, (2,))[1].item() if given.lengths else given.position
-    rows = given.batch, given.num_kv_heads
+    rows, position = (given.batch, given.num_kv_heads), given.position
     for which, width in enumerate(args.widths):
         assert 4 * 256 * args.grid[0] >= math.prod(rows) * given.tokens * width
         states = args.states(given.states[which], (*rows, given.tokens, width), given.stride[which])

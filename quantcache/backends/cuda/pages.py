@@ -26,8 +26,8 @@ from quantcache.backends.protocol import SegmentLike, View
 from quantcache.quantization.scheme import PAGE_SIZE
 
 _STORE_ARGS: Final = struct.Struct("2P 2P 2P 6q 2i")
-_RESTORE_ARGS: Final = struct.Struct("3P 3q 8i 4Pq Pq")
-_APPEND_ARGS: Final = struct.Struct("2P 2P 12q P 4i")
+_RESTORE_ARGS: Final = struct.Struct("3P 3q 7i 4Pq Pq")
+_APPEND_ARGS: Final = struct.Struct("2P 2P 12q 4i")
 
 
 def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -> None:
@@ -56,15 +56,12 @@ def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -
                 part.copy_(source)
 
 
-def append_tail(
-    key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int | Tensor
-) -> None:
-    """See ``writes.append_tail``; ``position`` may also be an int32 tensor (pages, tail_len) on the device."""
+def append_tail(key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int) -> None:
+    """See ``writes.append_tail``."""
     key_states, key_address, key0, key1, key2 = readable(key_states)
     value_states, value_address, value0, value1, value2 = readable(value_states)
     batch, num_kv_heads, tokens, head_dim = key_states.shape
     v_head_dim = value_states.shape[3]
-    lengths, start = (position.data_ptr(), 0) if isinstance(position, Tensor) else (0, position)
     kernel = pages_kernel("append", key_states, head_dim, v_head_dim)
     words = batch * num_kv_heads * tokens * max(head_dim, v_head_dim) // 4
     if not words:
@@ -82,8 +79,7 @@ def append_tail(
         value_tail.data_ptr(),
         *(key0, key1, key2, value0, value1, value2),
         *(to_key0, to_key1, to_key2, to_value0, to_value1, to_value2),
-        lengths,
-        *(num_kv_heads, batch, tokens, start),
+        *(num_kv_heads, batch, tokens, position),
     )
 
 
@@ -215,7 +211,7 @@ def restore(view: View, is_key: bool) -> Tensor:
             *(table.address_beyond(1), address, output.data_ptr() + start * tokens * width * output.element_size()),
             *strides,
             *(num_kv_heads, heads, start, table.num_segments),
-            *(table.num_pages, 0, view.tail_len, is_key),
+            *(table.num_pages, view.tail_len, is_key),
             *table.only,
             *table.row_table,
         )

@@ -8,10 +8,9 @@ struct AppendArgs {
   const void* states[2];  // (batch, num_kv_heads, tokens, HEAD_DIM or V_HEAD_DIM)
   void* tail[2];          // room for more behind `position`
   i64 stride[2][3], tail_stride[2][3];
-  const int* lengths;  // pages and tail_len in device memory, or null for position
   int num_kv_heads, batch, tokens, position;
 };
-static_assert(sizeof(AppendArgs) == 152, "as backends/cuda/pages.py packs it");
+static_assert(sizeof(AppendArgs) == 144, "as backends/cuda/pages.py packs it");
 
 // A thread copies four elements.
 template <int kHeadDim>
@@ -23,11 +22,10 @@ DEVICE void append_states(const AppendArgs& args, int which) {
   const i64 head = row / args.tokens;
   if (head >= static_cast<i64>(args.batch) * args.num_kv_heads) return;
   const int batch = head / args.num_kv_heads, kv_head = head % args.num_kv_heads;
-  const int position = args.lengths ? args.lengths[1] : args.position;
   const i64 from =
       batch * args.stride[which][0] + kv_head * args.stride[which][1] + token * args.stride[which][2] + channel;
   const i64 to = batch * args.tail_stride[which][0] + kv_head * args.tail_stride[which][1] +
-                 (position + token) * args.tail_stride[which][2] + channel;
+                 (args.position + token) * args.tail_stride[which][2] + channel;
   static_cast<Four*>(args.tail[which])[to / 4] = static_cast<const Four*>(args.states[which])[from / 4];
 }
 extern "C" __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ AppendArgs args) {

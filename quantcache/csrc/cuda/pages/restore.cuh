@@ -1,7 +1,6 @@
 // restore: states from pages and a tail, bit for bit as reference.restore_key_pages and restore_value_pages.
 // Traffic: a code is read once and written as an element, the metadata of a page once for each CTA; the tail is copied:
-// bandwidth bound. Launch: (pages from first_page on and one for the tail if there is one, heads) CTAs of kThreads;
-// keys or values.
+// bandwidth bound. Launch: (pages and one for the tail if there is one, heads) CTAs of kThreads; keys or values.
 
 #include "pages/elements.cuh"
 
@@ -10,7 +9,7 @@ struct RestoreArgs {
   const void* tail;         // (batch, num_kv_heads, tail_len, HEAD_DIM or V_HEAD_DIM)
   void* output;             // (heads, tokens, as wide) of the heads from first_head on, counted over the batch
   i64 tail_stride[3];
-  int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, first_page, tail_len, is_key;
+  int num_kv_heads, heads_in_all, first_head, num_segments, num_pages, tail_len, is_key;
   Segment only;  // the one segment, if there is one; there is no table then
   RowTable row_table;
 };
@@ -85,11 +84,11 @@ DEVICE void restore_page(const RestoreArgs& args, int page, i64 target) {
 
 template <int kHeadDim>
 DEVICE void restore_block(const RestoreArgs& args) {
-  const int head = args.first_head + blockIdx.y, pages = args.num_pages - args.first_page;
-  const i64 tokens = static_cast<i64>(pages) * kPageSize + args.tail_len;
+  const int head = args.first_head + blockIdx.y;
+  const i64 tokens = static_cast<i64>(args.num_pages) * kPageSize + args.tail_len;
   const i64 target = (blockIdx.y * tokens + static_cast<i64>(blockIdx.x) * kPageSize) * kHeadDim;
-  if (static_cast<int>(blockIdx.x) < pages) {
-    restore_page<kHeadDim>(args, args.first_page + blockIdx.x, target);
+  if (static_cast<int>(blockIdx.x) < args.num_pages) {
+    restore_page<kHeadDim>(args, blockIdx.x, target);
     return;
   }
   const i64 start = head / args.num_kv_heads * args.tail_stride[0] + head % args.num_kv_heads * args.tail_stride[1];
