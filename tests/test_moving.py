@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import dispatch
 from quantcache.layers._host import cache_argument, feed
 from quantcache.layers.fixed import StaticInt8Layer
 from quantcache.layers.growing import Int8Layer
@@ -149,6 +150,22 @@ def test_a_move_that_fails_in_the_middle_moves_nothing(monkeypatch: pytest.Monke
     for layer, other in zip(cache.layers, want.layers, strict=True):
         assert_same(layer, other)
         assert layer.device == CPU
+
+
+def test_a_move_without_memory_for_compiled_steps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_not_recorded", lambda *tails: "no kernels take them")
+    layer = StaticInt8Layer(1000)
+    layer.update(*states(300, seed=0))
+    cache, held = QuantizedInt8Cache(), dict(vars(layer))
+    cache.layers = [layer]
+
+    def fail(*tails: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(dispatch, "scratch_for", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.to("meta")
+    assert vars(layer) == held
 
 
 def test_a_layer_that_a_compiled_step_knows_stays() -> None:

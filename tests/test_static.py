@@ -239,6 +239,20 @@ def _grown_alike(first: int, chunks: list[int], device: str) -> Int8Pages:
     return growing
 
 
+def test_whether_steps_can_be_compiled_is_asked_again_for_other_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why_not(key_states: Tensor, value_states: Tensor) -> str | None:
+        return "no kernels take float64" if key_states.dtype == torch.float64 else None
+
+    monkeypatch.setattr(dispatch, "why_not_recorded", why_not)
+    layer = StaticInt8Layer(CAPACITY)
+    layer.update(*(states.double() for states in new_states(100, 0)))
+    assert not layer.is_compileable
+    assert layer.report(0).reason == "not compiled: no kernels take float64"
+    layer.reset()
+    layer.update(*new_states(100, 0))
+    assert layer.is_compileable
+
+
 @pytest.mark.parametrize("device", devices())
 def test_nothing_behind_the_last_token_is_read(device: str) -> None:
     layer = StaticInt8Layer(CAPACITY)

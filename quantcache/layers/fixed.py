@@ -131,17 +131,16 @@ class StaticInt8Layer(BaseInt8Layer):
 
     def _hold(self, pages: Pages, key_states: Tensor) -> None:
         assert isinstance(pages, StaticInt8Pages)
+        if pages is not self.pages:
+            tails = pages.buffers.key_tail, pages.buffers.value_tail
+            kind = pages.device, tails[1].shape[3]
+            common = self._commons.get(kind) or Common(dispatch.scratch_for(*tails), self.read_log.policy)
+            why_eager = _OFFLOADED if self._why_eager == _OFFLOADED else dispatch.why_not_recorded(*tails)
+            super()._hold(pages, key_states)
+            self._common = self._commons[kind] = common
+            self._why_eager, self.is_compileable = why_eager, why_eager is None
+            self._mark_addresses()
         self._at_most = pages.seq_len
-        if pages is self.pages:
-            return
-        tails = pages.buffers.key_tail, pages.buffers.value_tail
-        kind = pages.device, tails[1].shape[3]
-        common = self._commons.get(kind) or Common(dispatch.scratch_for(*tails), self.read_log.policy)
-        self._why_eager = self._why_eager or dispatch.why_not_recorded(*tails)
-        super()._hold(pages, key_states)
-        self.is_compileable = self._why_eager is None
-        self._common = self._commons[kind] = common
-        self._mark_addresses()
 
     def _mark_addresses(self) -> None:
         """Tell torch that the memory stays where it is, without which a step that writes it cannot be a CUDA graph."""
@@ -243,15 +242,10 @@ class StaticInt8Layer(BaseInt8Layer):
         if self.pages is not None:
             self.batch_select_indices(Selection.repeating(self.pages.batch_size, repeats))
 
-    def take_over(self, pages: Pages) -> None:
-        """See ``BaseInt8Layer.take_over``. Whether steps can be compiled is the other device's matter."""
-        self._why_eager = _OFFLOADED if self._why_eager == _OFFLOADED else None
-        super().take_over(pages)
-
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times, in other memory, which no step that was recorded before knows."""
         if self.pages is not None and not self.is_empty:
-            super().take_over(self.pages.repeated(repeats))
+            self.take_over(self.pages.repeated(repeats))
 
     def report(self, layer_idx: int) -> LayerReport:
         """This layer's row of the cache's report."""
