@@ -59,7 +59,7 @@ class Int8Layer(GrowingInt8Layer):
     """Keys and values of one decoder layer in int8, all of them; see ``BaseInt8Layer`` for the arguments."""
 
     reader: str | None = None
-    """The backend of ``ops`` that attention takes, for a layer that holds nothing yet; None for the best there is."""
+    """The backend that attention takes, for a layer that holds nothing yet; None for the best there is."""
 
     @property
     def storage(self) -> str:

@@ -1,6 +1,6 @@
 """Routes the attention functions of transformers to int8 attention.
 
-The functions registered in ``AttentionInterface`` are wrapped: an ``Int8Tensor`` key goes to ``ops.attention``,
+The functions registered in ``AttentionInterface`` are wrapped: an ``Int8Tensor`` key goes to ``reads.attention``,
 anything else to the original function, untouched. Eager attention is a function of each model's own, which the model
 hands to ``AttentionInterface.get_interface``: that gives it back wrapped likewise.
 """

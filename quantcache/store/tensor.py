@@ -218,7 +218,7 @@ def autocast_to(dtype: torch.dtype, states: Tensor) -> Tensor:
 
 
 def read(pages_view: PagesView, read_log: ReadLog, query: Tensor, options: AttentionOptions) -> Tensor:
-    """``ops.attention`` over the view, noted in the log."""
+    """``reads.attention`` over the view, noted in the log."""
     if pages_view.backend is None:
         pages_view.backend = dispatch.backend_for(*pages_view.buffers)
     backend, reason = pages_view.backend
@@ -250,6 +250,6 @@ def _int8_sdpa(
     if view.is_exact:
         return None
     if is_causal:
-        # torch aligns the first query with the first key, ops.attention the last with the last.
+        # torch aligns the first query with the first key, reads.attention the last with the last.
         attn_mask = torch.ones(query.shape[2], view.seq_len, dtype=torch.bool, device=query.device).tril()
     return read(view, log, query, AttentionOptions(attn_mask, softmax_scale=scale)).transpose(1, 2)
