@@ -1,6 +1,7 @@
 // The functions that quantcache/backends/cpu/__init__.py calls, and the choice of the instruction set.
 // Every one returns 0, or 1 when there is no memory for its scratch; arguments are checked by the caller.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -186,6 +187,17 @@ void restore_task(void* context, int64_t task, int64_t worker) {
                                job.scratch + worker * job.scratch_stride);
 }
 
+// All tasks of a job, at least two for each thread.
+template <typename Args>
+int run_blocks(BlockJob<Args> job, int64_t tasks, TaskFunction run) {
+  int64_t most = job.args->num_threads, threads = std::max<int64_t>(std::min(most, tasks / 2), 1);
+  Workspace workspace(threads * job.scratch_stride + kAlignFloats);
+  job.scratch = workspace.data();
+  if (!job.scratch) return 1;
+  run_tasks(most, threads, tasks, run, &job);
+  return 0;
+}
+
 // Queries from `first_query` on, all in one pass over the pages.
 int attend_queries(const AttentionArgs& args, int64_t first_query, int64_t num_queries) {
   std::unique_ptr<Band[]> bands(args.row_table.rows ? new (std::nothrow) Band[static_cast<size_t>(args.batch)]
@@ -276,7 +288,7 @@ QC_EXPORT int quantcache_use_isa(const char* name) {
   return 1;
 }
 
-// See ops.attention.
+// See attention of store/reads.py.
 QC_EXPORT int quantcache_attention(const AttentionArgs* args) {
   if (int64_t passes = count_passes(*args)) return attend_in_passes(*args, passes);
   int64_t group = args->num_q_heads / args->num_kv_heads;
@@ -289,29 +301,17 @@ QC_EXPORT int quantcache_attention(const AttentionArgs* args) {
   return 0;
 }
 
-// Keys or values of ops.store_pages.
+// Keys or values of store_pages of store/writes.py.
 QC_EXPORT int quantcache_store(const StoreArgs* args) {
   BlockJob<StoreArgs> job{args, args->batch * args->num_kv_heads, kPageSize * aligned(args->head_dim) + 4 * kPageSize,
                           nullptr};
-  int64_t tasks = args->num_pages * job.heads;
-  int64_t threads = args->num_threads < tasks / 2 ? args->num_threads : tasks > 1 ? tasks / 2 : 1;
-  Workspace workspace(threads * job.scratch_stride + kAlignFloats);
-  job.scratch = workspace.data();
-  if (!job.scratch) return 1;
-  run_tasks(args->num_threads, threads, tasks, store_task, &job);
-  return 0;
+  return run_blocks(job, args->num_pages * job.heads, store_task);
 }
 
-// ops.restore_keys or ops.restore_values.
+// See restore of store/reads.py.
 QC_EXPORT int quantcache_restore(const RestoreArgs* args) {
   BlockJob<RestoreArgs> job{args, args->batch * args->num_kv_heads, 3 * aligned(args->head_dim), nullptr};
   int64_t blocks = (args->tail_len + kPageSize - 1) / kPageSize;
   for (int64_t i = 0; i < args->num_segments; ++i) blocks += args->segments[i].num_pages;
-  int64_t tasks = blocks * job.heads;
-  int64_t threads = args->num_threads < tasks / 2 ? args->num_threads : tasks > 1 ? tasks / 2 : 1;
-  Workspace workspace(threads * job.scratch_stride + kAlignFloats);
-  job.scratch = workspace.data();
-  if (!job.scratch) return 1;
-  run_tasks(args->num_threads, threads, tasks, restore_task, &job);
-  return 0;
+  return run_blocks(job, blocks * job.heads, restore_task);
 }
