@@ -37,10 +37,10 @@ DEVICE void write_output(const AttentionArgs& args, const QueryRows& rows, int r
   }
 }
 
-// A row that is complete but for the pages that its sequence shares with others; then to the output.
-DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row, int d, float4 total, float row_max,
-                       float row_sum) {
 #if HAS_ROW_TABLE
+// Adds to elements d.. of a row what has been found for the pages that its sequence shares with others.
+DEVICE void add_shared_parts(const AttentionArgs& args, const QueryRows& rows, int row, int d, float4& total,
+                             float& row_max, float& row_sum) {
   const int tiles = (args.batch + args.sequences - 1) / args.sequences, rows_each = args.group * rows.query_len;
   const i64 tile = static_cast<i64>(rows.kv_head) * tiles + rows.batch / args.sequences;
   const i64 first =
@@ -48,7 +48,7 @@ DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row
   constexpr int kAtOnce = 16;  // parts that are loaded before one is used
 #if __CUDA_ARCH__ >= 900
   // Until here this kernel may have run beside the one whose parts these are.
-  if (args.shared_parts) asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 #pragma unroll 1
   for (int part = 0; part < args.shared_parts; part += kAtOnce) {
@@ -74,6 +74,14 @@ DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row
       add_weighted(total, weight, outputs[n]);
     }
   }
+}
+#endif
+
+// A row that is complete but for the pages that its sequence shares with others; then to the output.
+DEVICE void finish_row(const AttentionArgs& args, const QueryRows& rows, int row, int d, float4 total, float row_max,
+                       float row_sum) {
+#if HAS_ROW_TABLE
+  if (args.shared_parts) add_shared_parts(args, rows, row, d, total, row_max, row_sum);
 #endif
   write_output(args, rows, row, d, total, row_sum);
 }

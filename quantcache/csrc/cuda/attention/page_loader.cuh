@@ -45,19 +45,20 @@ struct PageLoader {
     segment = segments[i];
     end = segments[i + 1].first;
   }
-  // `row` is not read without a row table; with a block table it is a block. `heads` counts those of a page, `head` the
-  // one among them; with a row table they are those of a row.
-  DEVICE void load(const AttentionArgs& args, u32 stage, int page, int step, int row, int heads, int head) {
-#if HAS_BLOCK_TABLE
-    segment = args.block_table.segment_of(row, head);
-    const i64 place = 0;
-#else
+  // Where a page of head `head` of `heads` lies; with a row table they are those of the row.
+  DEVICE i64 find(int page, int row, int heads, int head) {
     while (page >= end) use(index + 1);
 #if HAS_ROW_TABLE
-    const i64 place = place_of(segment, page, row, heads, head);
+    return place_of(segment, page, row, heads, head);
 #else
-    const i64 place = (page - segment.first) * heads + head;
+    return (page - segment.first) * heads + head;
 #endif
+  }
+  // `place` is not read with a block table, where `row` is a block.
+  DEVICE void load(const AttentionArgs& args, u32 stage, i64 place, int step, int row, int head) {
+#if HAS_BLOCK_TABLE
+    segment = args.block_table.segment_of(row, head);
+    place = 0;
 #endif
     const int lane = threadIdx.x & 31;
     const i8* keys = segment.key_qdata + (place * kPageSize + step * KEY_STEP) * HEAD_DIM;
@@ -176,6 +177,7 @@ struct PageRing {
   PageLoader loader;
   PageWalk loading;
   int first, row;  // see PageWindow
+  u32 place;       // where the page lies that is loaded next, where HAS_ROW_TABLE
 
   DEVICE void open(const AttentionArgs& args, const QueryRows& rows, const PageRange& range, u32 memory) {
     stages = memory;
@@ -188,18 +190,25 @@ struct PageRing {
   DEVICE void fill(const AttentionArgs& args, const PageWindow& window) {
     loading = window.walk();
     first = window.first, row = window.row;
+    if (HAS_ROW_TABLE) find_place();
 #pragma unroll
     for (int ahead = 0; ahead < STAGES - 1; ahead++) load_next(args, ahead);
   }
   // One group of copies, empty where nothing is left to load.
   DEVICE void load_next(const AttentionArgs& args, int ahead) {
     if (loading.left) {
-      const int row_of_page =
-          HAS_ROW_TABLE || HAS_BLOCK_TABLE ? __shfl_sync(~0u, row, (loading.page - first) / WARPS) : 0;
-      loader.load(args, address(ahead), loading.page, loading.step, row_of_page, heads, head);
+      const int block = HAS_BLOCK_TABLE ? row_of_next() : 0;
+      const i64 where = HAS_BLOCK_TABLE ? 0 : HAS_ROW_TABLE ? place : loader.find(loading.page, 0, heads, head);
+      loader.load(args, address(ahead), where, loading.step, block, head);
       loading.advance();
+      if (HAS_ROW_TABLE && loading.step == 0) find_place();
     }
     commit_copies();
+  }
+  DEVICE int row_of_next() const { return __shfl_sync(~0u, row, (loading.page - first) / WARPS); }
+  // Found behind the copies of the page before, since those of this one must not wait for it.
+  DEVICE void find_place() {
+    if (loading.left) place = loader.find(loading.page, row_of_next(), heads, head);
   }
   DEVICE u32 address(int ahead) const {
     const int index = stage + ahead;

@@ -78,8 +78,8 @@ struct BlockTable {
 static_assert(sizeof(BlockTable) == 48, "as backends/cuda/blocks.py packs it");
 
 #if HAS_ROW_TABLE
-// Where a page of a KV head lies in its segment, in pages of one head.
+// Where a page of a KV head lies in its segment, in pages of one head: of 2 KiB or more, so 32 bits count them.
 DEVICE i64 place_of(const Segment& segment, int page, int row, int num_kv_heads, int kv_head) {
-  return (static_cast<i64>(page - segment.first) * segment.rows + row) * num_kv_heads + kv_head;
+  return (static_cast<u32>(page - segment.first) * segment.rows + row) * num_kv_heads + kv_head;
 }
 #endif
