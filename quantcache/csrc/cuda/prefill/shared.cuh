@@ -66,7 +66,6 @@ struct Memory {
     keys = query + kQueryBytes;
     values = keys + BUFFERS * kKeyTileBytes;
     codes = values + BUFFERS * kValueTileBytes;
-    shared =
-        reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes);
+    shared = reinterpret_cast<Shared*>(memory + kQueryBytes + BUFFERS * (kKeyTileBytes + kValueTileBytes) + kCodeBytes);
   }
 };
