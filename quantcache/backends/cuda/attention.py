@@ -83,6 +83,11 @@ def decode(
         table.num_pages,
         shape,
     )
+    shared = NOTHING_SHARED
+    if table.has_row_table and view.may_share and shares_pages is not False:
+        shared = attend_shared(query, view, table, sizes, options, always=bool(shares_pages))
+        if shared.parts and splits is None:
+            splits = 1, 1  # of what is left to read there is little, and merging it takes longer
     plan = plan_for(*kind, splits)
     if scratch is not None and not _fits(scratch, plan, v_head_dim):
         plan = plan_for(*kind, (1, 1))
@@ -107,9 +112,6 @@ def decode(
         new_key, new_key_address, *new_key_strides = readable(view.pending[0])
         _new_value, new_value_address, *new_value_strides = readable(view.pending[1])
         new = (new_key_address, new_value_address, *new_key_strides, *new_value_strides, new_key.shape[2])
-    shared = NOTHING_SHARED
-    if table.has_row_table and view.may_share and shares_pages is not False:
-        shared = attend_shared(query, view, table, sizes, options, always=bool(shares_pages))
     output = query.new_empty(batch, query_len, num_q_heads, v_head_dim)
     launch(
         plan.kernel,
