@@ -423,8 +423,6 @@ class Peak:
 
     def __init__(self) -> None:
         gc.collect()
-        if ON_GPU:
-            torch.cuda.empty_cache()
         self.before: int | None = None
         if self.restart():
             self.before = torch.cuda.memory_allocated() if ON_GPU else resident("VmRSS")
@@ -496,6 +494,8 @@ def in_gib(nbytes: dict[str, int | None]) -> dict[str, float | None]:
 def measure(bench: Bench, call: Call, pairs: int) -> Row:
     """Times, ratios and memory of one call with each of its caches; of the peaks those of a GPU alone."""
     torch._dynamo.reset()
+    if ON_GPU:
+        torch.cuda.empty_cache()  # between rows, never before a timed run, which would then ask the driver for memory
     ids = bench.prompt(call)
     caches = Caches(bench, call, ids)
     row = {"row": call.says, "model": bench.label, "unit": call.unit} | checked(bench, call, caches, ids)
