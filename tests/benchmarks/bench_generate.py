@@ -471,7 +471,7 @@ def peak_of(size: str, name: str, cache_name: str) -> int | None:
 
 ROOT = Path(__file__).parents[2]
 
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 """Has glibc give memory of more bytes back to the system as soon as it is freed; man 3 mallopt."""
 
 
