@@ -99,7 +99,10 @@ def test_every_task_is_asked_through_every_cache(
 def test_a_question_is_answered_as_by_a_model_that_reads_it_alone(model: tuple, questions: Path) -> None:
     loaded, tokenizer = model
     (topic, _) = data.mmlu(3, questions)
-    (found,) = list(choose(tokenizer, topic, {EXACT: (loaded, Candidate(DynamicCache))}, EXACT, topic.questions[:5]))
+    exact = {EXACT: (loaded, Candidate(DynamicCache))}
+    groups = list(choose(tokenizer, topic, exact, EXACT, topic.questions[:5], batch=3))
+    assert [len(group) for group in groups] == [3, 2]
+    found = groups[0] | groups[1]
     for question in topic.questions[:5]:
         text = topic.preamble + question.text + topic.cue
         with torch.no_grad():
@@ -122,7 +125,7 @@ def test_shots_and_questions_are_read_from_the_cache(model: tuple, questions: Pa
     loaded, tokenizer = model
     (topic, _) = data.mmlu(3, questions)
     caches = {EXACT: (loaded, Candidate(DynamicCache)), "forgetful": (loaded, Candidate(Forgetful))}
-    (found,) = list(choose(tokenizer, topic, caches, EXACT, topic.questions[:4]))
+    (found,) = list(choose(tokenizer, topic, caches, EXACT, topic.questions[:4], batch=4))
     for answers in found.values():
         kl = answers["forgetful"].kl
         assert kl is not None

@@ -50,7 +50,7 @@ def evaluate(
     questions: Annotated[
         int | None, typer.Option(min=1, help="Tasks: at most so many of each, evenly from its topics.  [default: all]")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Tasks: programs written at a time.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Tasks: programs or questions at a time.")] = 10,
     resume: Annotated[
         Path | None, typer.Option(help="Tasks: keep answers in this file, and go on from those in it.", dir_okay=False)
     ] = None,

@@ -15,9 +15,6 @@ from quantcache.evaluation.comparison import Candidate
 from quantcache.evaluation.tasks.data import LETTERS, Question, Topic
 from quantcache.layers._host import cache_argument, feed
 
-TOGETHER: Final = 10
-"""Questions that are read at a time, behind as many copies of the shots."""
-
 GSM8K_TOKENS: Final = 256
 """Of a worked answer, at most."""
 
@@ -50,6 +47,7 @@ def choose(
     candidates: Mapping[str, tuple[PreTrainedModel, Candidate]],
     reference: str,
     questions: Sequence[Question],
+    batch: int,
 ) -> Iterator[dict[str, Answers]]:
     """Which letter each cache finds the likeliest.
 
@@ -62,15 +60,16 @@ def choose(
         candidates: for each cache's name, the model that reads it and what makes it.
         reference: the name of the exact one.
         questions: of the topic, those to ask.
+        batch: questions that are read at a time, behind as many copies of the shots.
 
     Yields:
-        By the question's name the answers, ``TOGETHER`` questions at a time.
+        By the question's name the answers, ``batch`` questions at a time.
     """
     cue = tokenizer(topic.cue, add_special_tokens=False).input_ids
     letters = [tokenizer(shown, add_special_tokens=False).input_ids[-1] for shown in _shown_letters(topic)]
     read = {name: _read(tokenizer, topic, *candidate) for name, candidate in candidates.items()}
-    for start in range(0, len(questions), TOGETHER):
-        group = questions[start : start + TOGETHER]
+    for start in range(0, len(questions), batch):
+        group = questions[start : start + batch]
         ids, mask = _left_padded(tokenizer, [question.text for question in group])
         beliefs = {}
         for name, (model, _) in candidates.items():
@@ -92,6 +91,7 @@ def work_out(
     topic: Topic,
     candidates: Mapping[str, tuple[PreTrainedModel, Candidate]],
     questions: Sequence[Question],
+    batch: int,
     new_tokens: int = GSM8K_TOKENS,
 ) -> Iterator[dict[str, Answers]]:
     """Which number each cache's greedy answer comes to: behind ``####``, as the shots have it, or else the last one.
@@ -101,6 +101,7 @@ def work_out(
         topic: the shots, read once.
         candidates: see ``choose``.
         questions: those to ask.
+        batch: see ``choose``.
         new_tokens: of an answer, at most; it ends where the next question would begin.
 
     Yields:
@@ -108,8 +109,8 @@ def work_out(
     """
     read = {name: _read(tokenizer, topic, *candidate) for name, candidate in candidates.items()}
     shots = torch.tensor([tokenizer(topic.preamble).input_ids])
-    for start in range(0, len(questions), TOGETHER):
-        group = questions[start : start + TOGETHER]
+    for start in range(0, len(questions), batch):
+        group = questions[start : start + batch]
         ids, mask = _left_padded(tokenizer, [question.text + topic.cue for question in group])
         ids = torch.cat([shots.expand(len(group), -1), ids], dim=1)
         mask = torch.cat([torch.ones_like(shots).expand(len(group), -1), mask], dim=1)

@@ -34,14 +34,14 @@ class Settings:
         tasks: some of ``data.TASKS``.
         shots: of each topic, with their answers.
         limit: questions of a task, taken evenly from its topics; None for all.
-        batch: programs that are written at a time.
+        batch: programs that are written, or questions of a topic that are read, at a time.
         caches: short names of ``baselines.NAMES``.
     """
 
     tasks: tuple[str, ...]
     shots: int = 5
     limit: int | None = None
-    batch: int = 16
+    batch: int = 10
     caches: tuple[str, ...] = CACHES
 
     @property
@@ -201,12 +201,13 @@ def _asked(
         left = [program for program in programs if program.name not in done]
         return [program.name for program in programs], write(tokenizer, left, models, settings.batch)
     topics = limited(data.QUESTIONS[task](settings.shots, folder), settings.limit)
-    ask = work_out if task == "gsm8k" else partial(choose, reference=EXACT)
+    asking = work_out if task == "gsm8k" else partial(choose, reference=EXACT)
+    ask = partial(asking, tokenizer, candidates=models, batch=settings.batch)
 
     def groups() -> Iterator[dict[str, Answers]]:
         for topic, questions in topics:
             if left := [question for question in questions if question.name not in done]:
-                yield from ask(tokenizer, topic, models, questions=left)
+                yield from ask(topic=topic, questions=left)
 
     return [question.name for _, questions in topics for question in questions], groups()
 
