@@ -82,7 +82,7 @@ def llama_cpp(weights: Path, states: Any, tokens: int) -> Any:
     params.cache_type_k = params.cache_type_v = states
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.cpuparams.n_threads = torch.get_num_threads()
-    params.cpuparams_batch.n_threads = os.cpu_count()  # for the prompt, which no clock sees
+    params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))  # for the prompt, which no clock sees
     params.verbosity = 0
     params.warmup = params.fit_params = False
     return xllamacpp.Server(params)
