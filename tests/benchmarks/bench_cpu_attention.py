@@ -10,7 +10,6 @@ of its own, so that the memory one leaves behind does not shape the next.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantcache import QuantizedInt8Cache
-from quantcache.backends import cpu, dispatch
+from quantcache.backends import cpu, dispatch, processor
 from quantcache.backends import torch as torch_backend
 from quantcache.layers._host import cache_argument
 from quantcache.quantization import reference
@@ -270,16 +269,6 @@ def one_billion() -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def run_each(options: argparse.Namespace) -> None:
     """Every kind of row in its own process; their rows in one file."""
     out = Path(options.out)
@@ -346,7 +335,7 @@ def main() -> None:
     report = {
         "command": "python tests/benchmarks/bench_cpu_attention.py --model FOLDER_WITH_GGUF",
         "hardware": {
-            "processor": processor(),
+            "processor": processor.name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": cpu.isa(),

@@ -27,6 +27,7 @@ import torch
 import xxhash
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import processor
 
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -125,7 +126,7 @@ def main() -> None:
     fastest_read = min(seconds["read raw, torch memory"], seconds["read raw, numpy memory"])
     report: dict[str, Any] = {
         "command": f"python tests/benchmarks/bench_files.py --mib {arguments.mib} --repeats {arguments.repeats}",
-        "hardware": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "hardware": {"processor": processor.name(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

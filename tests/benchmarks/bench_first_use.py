@@ -6,12 +6,13 @@ Each row is a new process that imports torch first and then times storing a smal
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tests.benchmarks.report import versions, write
 
 PROGRAM = """
 import time, torch
@@ -43,17 +44,14 @@ def main() -> None:
             )  # fmt: skip
             rows.append({"row": name, "seconds": float(f"{float(done.stdout.splitlines()[-1]):.3g}")})
             print(rows[-1], flush=True)
-    import torch
-    import transformers
-
     report = {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_first_use.py",
         "hardware": {"device": "cpu", "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "load_average": round(os.getloadavg()[0], 2),
         "rows": rows,
     }
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    write(report, Path(options.out))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from quantcache.quantization import reference
 from quantcache.quantization.options import AttentionOptions
 from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads
+from tests.benchmarks import report
 from tests.benchmarks.bench_attention import SHAPES, filled, interleaved, relative_error
 
 Row = dict[str, Any]
@@ -294,27 +295,18 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def write(rows: list[Row], out: Path) -> None:
     """The file, with the rows that there are."""
     properties = torch.cuda.get_device_properties(0)
     packages = {"flashinfer": "flashinfer-python", "flash-attn": "flash-attn", "xformers": "xformers"}
-    report = {
+    result = {
         "command": shlex.join(["PYTHONPATH=.", "python", "tests/benchmarks/bench_flashinfer.py", *sys.argv[1:]]),
         "hardware": {"gpu": properties.name, "processors": properties.multi_processor_count},
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
-        | {name: found for name, package in packages.items() if (found := version(package))},
+        "versions": report.versions() | {name: found for name, of in packages.items() if (found := report.version(of))},
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report.write(result, out)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, StoppingCriteria
 
 from quantcache import QuantizedInt8Cache
+from quantcache.backends import processor
 from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
-from tests.benchmarks.bench_cpu_attention import processor
 
 Row = dict[str, Any]
 
@@ -531,7 +531,7 @@ def surroundings() -> Row:
         hardware: Row = {"gpu": torch.cuda.get_device_properties(0).name}
         versions["cuda"] = str(torch.version.cuda)
     else:
-        hardware = {"processor": processor(), "threads": torch.get_num_threads()}
+        hardware = {"processor": processor.name(), "threads": torch.get_num_threads()}
     return {"hardware": hardware, "versions": versions}
 
 

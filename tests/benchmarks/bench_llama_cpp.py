@@ -26,16 +26,15 @@ from typing import Any
 
 import gguf
 import torch
-import transformers
 import xllamacpp
 from torch import Tensor
 from transformers import DynamicCache
 
 from quantcache import QuantizedInt8Cache
-from quantcache.backends import cpu
+from quantcache.backends import cpu, processor
 from quantcache.evaluation.models import DEMO_LABEL, fetch_demo_model, load_model
 from quantcache.layers._host import cache_argument
-from tests.benchmarks.bench_cpu_attention import processor
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 Timed = Callable[[int], float]
@@ -200,20 +199,14 @@ def main() -> None:
 
 def write(rows: list[Row], out: Path) -> None:
     """The file, with the rows that there are."""
-    report = {
+    result = {
         "command": shlex.join(["PYTHONPATH=.:FOLDER", "python", "tests/benchmarks/bench_llama_cpp.py", *sys.argv[1:]]),
-        "hardware": {"processor": processor(), "threads": torch.get_num_threads(), "isa": cpu.isa()},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "xllamacpp": xllamacpp.__version__,
-        },
+        "hardware": {"processor": processor.name(), "threads": torch.get_num_threads(), "isa": cpu.isa()},
+        "versions": report.versions("xllamacpp"),
         "llama_cpp_system": xllamacpp.get_system_info().strip(" |"),
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report.write(result, out)
 
 
 if __name__ == "__main__":

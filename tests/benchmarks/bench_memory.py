@@ -11,16 +11,15 @@ the GPU for everything else.
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from quantcache.planning import GIB, find_geometry, plan
 from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8, RefusedError, held_nbytes
 from tests.benchmarks.peers.geometries import Geometry
+from tests.benchmarks.report import versions, write
 
 Row = dict[str, Any]
 
@@ -87,16 +86,12 @@ def main() -> None:
     report = {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_memory.py",
         "hardware": {"device": "cpu", "cores": os.cpu_count()},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "new_tokens": NEW_TOKENS,
         "held": held,
         "fits": [row for model, tokens in PLANNED for row in fits_rows(model, tokens)],
     }
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    write(report, Path(options.out))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ import argparse
 import copy
 import json
 import os
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from quantcache.evaluation.comparison import Candidate, compare_caches
 from quantcache.evaluation.models import load_model
 from tests.benchmarks.peers.candidates import CACHES, EMULATED, EmulatedCache, RefusedError, held_nbytes
+from tests.benchmarks.report import versions, write
 
 Row = dict[str, Any]
 
@@ -152,25 +151,11 @@ def main() -> None:
         report = {
             "command": "PYTHONPATH=. python tests/benchmarks/bench_quality.py --gemma FILE.gguf",
             "hardware": {"device": "cpu", "cores": os.cpu_count()},
-            "versions": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                **{name: version_of(name) for name in ("hqq", "optimum-quanto")},
-            },
+            "versions": versions("hqq", "optimum-quanto"),
             "text": f"the Python language reference, windows of {TOKENS} tokens; random tokens for random weights",
             "rows": rows,
         }
-        out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def version_of(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        write(report, out)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,18 @@ sizes that generate() makes it allocate one after another.
 import argparse
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import Cache, DynamicCache
 
 from quantcache import QuantizedInt8Cache
 from quantcache.adapters.qwen import QWenConfig, QWenLMHeadModel, memory_report
 from quantcache.adapters.qwen.gptq import GPTQFallbackConfig, GPTQFallbackQuantizer, GPTQLinear
 from quantcache.layers._host import cache_argument
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 
@@ -247,18 +246,11 @@ def write(rows: list[Row], options: argparse.Namespace, device: torch.device) ->
         "command": "PYTHONPATH=. python tests/benchmarks/bench_qwen_memory.py"
         + "".join(f" --{name.replace('_', '-')}" for name in ("quick", "without_generate") if vars(options)[name]),
         "hardware": hardware,
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "transformers": transformers.__version__,
-        },
+        "versions": report.versions(),
         "geometry": TINY if options.tiny else QWEN_7B,
         "rows": rows,
     }
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    report.write(result, Path(options.out))
 
 
 if __name__ == "__main__":

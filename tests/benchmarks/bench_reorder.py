@@ -14,19 +14,18 @@ import copy
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from quantcache import QuantizedInt8Cache
-from tests.benchmarks.bench_cpu_attention import processor
+from quantcache.backends import processor
+from tests.benchmarks.report import versions, write
 
 Row = dict[str, Any]
 
@@ -197,17 +196,13 @@ def main() -> None:
     report = {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_reorder.py",
         "hardware": {"gpu": torch.cuda.get_device_name()} if ON_GPU else {
-            "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "processor": processor.name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         },
-        "versions": {
-            "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "sequences": BATCH, "dtype": "bfloat16",
         "rows": rows,
     }  # fmt: skip
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, Path(options.out))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ one a channel and page is measured on the same states, in units of their RMS.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,6 +20,7 @@ from quantcache.evaluation.models import load_model
 from quantcache.layers._host import cache_argument
 from quantcache.quantization.reference import quantize, unpack_metadata
 from quantcache.quantization.scheme import PAGE_SIZE
+from tests.benchmarks.report import versions, write
 
 TOKENS = 1024
 
@@ -78,17 +76,13 @@ def main() -> None:
     report = {
         "command": "PYTHONPATH=. python tests/benchmarks/measure_states.py",
         "hardware": {"device": "cpu"},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "model": label,
         "tokens": TOKENS,
         "shown": {"layer": worst["layer"], "head": worst["head"], "largest_of_channel": shown},
         "heads": heads,
     }
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    write(report, Path(options.out))
     for kind in ("key", "value"):
         rows = [head for head in heads if head["kind"] == kind]
         for rule in ("per_token", "per_channel"):

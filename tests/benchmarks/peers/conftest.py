@@ -2,16 +2,15 @@
 
 import os
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
+from quantcache.backends import processor
 from tests.benchmarks.peers.candidates import CACHES, DYNAMIC, INT8
 from tests.benchmarks.peers.geometries import SIZES, Geometry
+from tests.benchmarks.report import versions
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,15 +52,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["hardware"] = (
         {"gpu": torch.cuda.get_device_properties(0).name}
         if torch.cuda.is_available()
-        else {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        else {"processor": processor.name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     )
-    machine_info["versions"] = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        **{name: _version(name) for name in ("hqq", "optimum-quanto")},
-    }
+    machine_info["versions"] = versions("hqq", "optimum-quanto")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -137,19 +130,3 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def _digits(number: float) -> float:
     return float(f"{number:.4g}")
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
