@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from quantcache.evaluation.comparison import Candidate
+from quantcache.evaluation.comparison import Candidate, kl_divergence
 from quantcache.evaluation.tasks.data import LETTERS, Question, Topic
 from quantcache.layers._host import cache_argument, feed
 
@@ -39,12 +39,15 @@ class Answer:
 Answers = dict[str, Answer]
 """By the names of the caches."""
 
+Models = Mapping[str, tuple[PreTrainedModel, Candidate]]
+"""By the names of the caches: the model that reads one, and what makes it."""
+
 
 @torch.no_grad()
 def choose(
     tokenizer: PreTrainedTokenizerBase,
     topic: Topic,
-    candidates: Mapping[str, tuple[PreTrainedModel, Candidate]],
+    models: Models,
     reference: str,
     questions: Sequence[Question],
     batch: int,
@@ -57,7 +60,7 @@ def choose(
     Args:
         tokenizer: the models'.
         topic: the shots.
-        candidates: for each cache's name, the model that reads it and what makes it.
+        models: with which caches.
         reference: the name of the exact one.
         questions: of the topic, those to ask.
         batch: questions that are read at a time, behind as many copies of the shots.
@@ -67,18 +70,18 @@ def choose(
     """
     cue = tokenizer(topic.cue, add_special_tokens=False).input_ids
     letters = [tokenizer(shown, add_special_tokens=False).input_ids[-1] for shown in _shown_letters(topic)]
-    read = {name: _read(tokenizer, topic, *candidate) for name, candidate in candidates.items()}
+    read = {name: _read(tokenizer, topic, *candidate) for name, candidate in models.items()}
     for start in range(0, len(questions), batch):
         group = questions[start : start + batch]
         ids, mask = _left_padded(tokenizer, [question.text for question in group])
         beliefs = {}
-        for name, (model, _) in candidates.items():
+        for name, (model, _) in models.items():
             cache, length = read[name]
             beliefs[name] = _after(model, _copies(cache, len(group)), length, ids, mask, cue)
         exact = beliefs[reference]
         found: dict[str, Answers] = {question.name: {} for question in group}
         for name, belief in beliefs.items():
-            divergences = (exact.exp() * (exact - belief)).sum(-1).tolist()
+            divergences = kl_divergence(exact, belief).tolist()
             for row, question in enumerate(group):
                 letter = LETTERS[int(belief[row, letters].argmax())]
                 found[question.name][name] = Answer(letter, letter == question.answer, divergences[row])
@@ -89,7 +92,7 @@ def choose(
 def work_out(
     tokenizer: PreTrainedTokenizerBase,
     topic: Topic,
-    candidates: Mapping[str, tuple[PreTrainedModel, Candidate]],
+    models: Models,
     questions: Sequence[Question],
     batch: int,
     new_tokens: int = GSM8K_TOKENS,
@@ -99,7 +102,7 @@ def work_out(
     Args:
         tokenizer: the models'.
         topic: the shots, read once.
-        candidates: see ``choose``.
+        models: with which caches.
         questions: those to ask.
         batch: see ``choose``.
         new_tokens: of an answer, at most; it ends where the next question would begin.
@@ -107,7 +110,7 @@ def work_out(
     Yields:
         See ``choose``.
     """
-    read = {name: _read(tokenizer, topic, *candidate) for name, candidate in candidates.items()}
+    read = {name: _read(tokenizer, topic, *candidate) for name, candidate in models.items()}
     shots = torch.tensor([tokenizer(topic.preamble).input_ids])
     for start in range(0, len(questions), batch):
         group = questions[start : start + batch]
@@ -115,7 +118,7 @@ def work_out(
         ids = torch.cat([shots.expand(len(group), -1), ids], dim=1)
         mask = torch.cat([torch.ones_like(shots).expand(len(group), -1), mask], dim=1)
         found: dict[str, Answers] = {question.name: {} for question in group}
-        for name, (model, _) in candidates.items():
+        for name, (model, _) in models.items():
             output = model.generate(  # type: ignore[operator]
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),

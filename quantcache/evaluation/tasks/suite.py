@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.evaluation import baselines
-from quantcache.evaluation.comparison import Candidate, exact_cache
+from quantcache.evaluation.comparison import exact_cache
 from quantcache.evaluation.needle import EXACT
 from quantcache.evaluation.tasks import data
-from quantcache.evaluation.tasks.asking import Answer, Answers, choose, work_out
+from quantcache.evaluation.tasks.asking import Answer, Answers, Models, choose, work_out
 from quantcache.evaluation.tasks.data import Question, Topic
 from quantcache.evaluation.tasks.writing import write
 
@@ -184,9 +184,6 @@ def run(
     return scores, left_out
 
 
-Models = Mapping[str, tuple[PreTrainedModel, Candidate]]
-
-
 def _asked(
     task: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,7 +199,7 @@ def _asked(
         return [program.name for program in programs], write(tokenizer, left, models, settings.batch)
     topics = limited(data.QUESTIONS[task](settings.shots, folder), settings.limit)
     asking = work_out if task == "gsm8k" else partial(choose, reference=EXACT)
-    ask = partial(asking, tokenizer, candidates=models, batch=settings.batch)
+    ask = partial(asking, tokenizer, models=models, batch=settings.batch)
 
     def groups() -> Iterator[dict[str, Answers]]:
         for topic, questions in topics:

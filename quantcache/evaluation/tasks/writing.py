@@ -1,13 +1,13 @@
 """HumanEval: programs written greedily in left-padded batches, through every cache, and run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from quantcache.evaluation.comparison import Candidate
-from quantcache.evaluation.tasks.asking import Answer, Answers, padding
+from quantcache.evaluation.tasks.asking import Answer, Answers, Models, padding
 from quantcache.evaluation.tasks.data import Program
 from quantcache.evaluation.tasks.sandbox import passing
 from quantcache.layers._host import cache_argument
@@ -48,7 +48,7 @@ class Ended(StoppingCriteria):
 def write(
     tokenizer: PreTrainedTokenizerBase,
     programs: Sequence[Program],
-    candidates: Mapping[str, tuple[PreTrainedModel, Candidate]],
+    models: Models,
     batch: int,
     new_tokens: int = NEW_TOKENS,
 ) -> Iterator[dict[str, Answers]]:
@@ -57,14 +57,14 @@ def write(
     Args:
         tokenizer: the models'.
         programs: to write.
-        candidates: for each cache's name, the model that reads it and what makes it.
+        models: with which caches.
         batch: programs that are written at a time.
         new_tokens: of each, at most.
     """
     for start in range(0, len(programs), batch):
         group = programs[start : start + batch]
         written = {}
-        for name, (model, candidate) in candidates.items():
+        for name, (model, candidate) in models.items():
             written[name] = _complete(tokenizer, group, model, candidate, new_tokens)
         # What two caches have written alike is run once, so that one verdict is one program's.
         tests = {
