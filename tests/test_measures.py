@@ -9,8 +9,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation import baselines
-from quantcache.evaluation.comparison import Candidate, compare_caches, held_states
-from quantcache.evaluation.needle import DEPTHS, EXACT, find_needles
+from quantcache.evaluation.comparison import EXACT, Candidate, compare_caches, held_states
+from quantcache.evaluation.needle import DEPTHS, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
 from quantcache.layers._host import cache_argument
 from tests.cases import NEWEST

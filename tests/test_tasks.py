@@ -12,8 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from quantcache.evaluation.baselines import INT8
-from quantcache.evaluation.comparison import Candidate
-from quantcache.evaluation.needle import EXACT
+from quantcache.evaluation.comparison import EXACT, Candidate
 from quantcache.evaluation.tasks import data, suite, writing
 from quantcache.evaluation.tasks.asking import Answer, choose, number_of
 from quantcache.evaluation.tasks.sandbox import passes, passing

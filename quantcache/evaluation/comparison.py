@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Candidate:
 
     make_cache: Callable[[], Cache]
     model: PreTrainedModel | None = None
+
+
+EXACT: Final = "exact cache"
+"""Its name among others."""
 
 
 def exact_cache(model: PreTrainedModel) -> Candidate:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from quantcache.evaluation.comparison import Candidate, exact_cache
+from quantcache.evaluation.comparison import EXACT, Candidate, exact_cache
 from quantcache.layers._host import feed
 
 NEEDLE: Final = " The secret number of the lighthouse is {answer}. "
@@ -18,8 +18,6 @@ QUESTION: Final = (
 )
 ANSWERS: Final = (" 7315", " 4862", " 9047", " 2683", " 5190")
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-EXACT: Final = "exact cache"
 
 
 @dataclass(frozen=True)

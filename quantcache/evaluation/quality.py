@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.evaluation import baselines
-from quantcache.evaluation.comparison import Candidate, Comparison, compare_caches, exact_cache, first_difference
-from quantcache.evaluation.needle import EXACT, Found, find_needles
+from quantcache.evaluation.comparison import EXACT, Candidate, Comparison, compare_caches, exact_cache, first_difference
+from quantcache.evaluation.needle import Found, find_needles
 from quantcache.evaluation.texts import read_dataset, read_text, token_rows
 from quantcache.layers._host import cache_argument
 

@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantcache.evaluation import baselines
-from quantcache.evaluation.comparison import exact_cache
-from quantcache.evaluation.needle import EXACT
+from quantcache.evaluation.comparison import EXACT, exact_cache
 from quantcache.evaluation.tasks import data
 from quantcache.evaluation.tasks.asking import Answer, Answers, Models, choose, work_out
 from quantcache.evaluation.tasks.data import Question, Topic
