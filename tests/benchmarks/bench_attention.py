@@ -1,6 +1,6 @@
 """The CUDA kernels against torch, in one run.
 
-    python tests/benchmarks/bench_attention.py [--rows WORD ...] [--out FILE]
+    PYTHONPATH=. python tests/benchmarks/bench_attention.py [--rows WORD ...] [--out FILE]
 
 Every row first checks its result against float64, then times its candidates in turn behind a flush of the L2 cache;
 medians and their ratios are written as JSON. Times are the GPU's, between events, unless a row says otherwise.
@@ -35,6 +35,7 @@ from quantcache.quantization.scheme import PAGE_SIZE
 from quantcache.store import reads
 from quantcache.store.growing import Int8Pages, PagesView
 from quantcache.store.segments import Segment
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 
@@ -464,24 +465,16 @@ def main() -> None:
         add(generate_row(8192, 1.0, batch=8))
 
 
-def write(rows: list[Row], out: Path, command: str = "python tests/benchmarks/bench_attention.py") -> None:
+def write(rows: list[Row], out: Path, command: str = "PYTHONPATH=. python tests/benchmarks/bench_attention.py") -> None:
     """The file, with the rows that there are; ``command`` is what was called, but for its arguments."""
-    import transformers
-
     properties = torch.cuda.get_device_properties(0)
-    report = {
+    result = {
         "command": shlex.join([*command.split(), *sys.argv[1:]]),
         "hardware": {"gpu": properties.name, "processors": properties.multi_processor_count},
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "transformers": transformers.__version__,
-        },
+        "versions": report.versions(),
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report.write(result, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compiled decoding with the int8 cache of fixed capacity against transformers' ``StaticCache``, in one run.
 
-    python tests/benchmarks/bench_compiled.py [--rows WORD ...] [--out FILE]
-    python tests/benchmarks/bench_compiled.py --rows variants --out docs/benchmarks/compiled-variants.json
+    PYTHONPATH=. python tests/benchmarks/bench_compiled.py [--rows WORD ...] [--out FILE]
+    PYTHONPATH=. python tests/benchmarks/bench_compiled.py --rows variants --out docs/benchmarks/compiled-variants.json
 
 ``generate()`` itself runs, with random bf16 weights, behind random states already in the cache. Times are the GPU's
 from one token to the next, medians of the steady state, within ``generate()`` ("ms") and of the compiled step called in
@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -40,6 +38,7 @@ from transformers.generation import utils as generation
 
 from quantcache import QuantizedInt8Cache
 from quantcache.layers._host import cache_argument
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 
@@ -431,7 +430,9 @@ def main() -> None:
     parser.add_argument("--out", default="docs/benchmarks/compiled-decode.json")
     options = parser.parse_args()
     chosen = options.rows != parser.get_default("rows")
-    command = " ".join(["python tests/benchmarks/bench_compiled.py", *(["--rows", *options.rows] if chosen else [])])
+    command = "PYTHONPATH=. python tests/benchmarks/bench_compiled.py"
+    if chosen:
+        command = " ".join([command, "--rows", *options.rows])
     if chosen and "variants" in options.rows:  # nothing that was compiled before
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     torch.manual_seed(0)
@@ -443,18 +444,13 @@ def main() -> None:
         write()
 
     def write() -> None:
-        report = {
+        result = {
             "command": command,
             "hardware": {"gpu": torch.cuda.get_device_properties(0).name},
-            "versions": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "transformers": transformers.__version__,
-            },
+            "versions": report.versions(),
             "rows": rows,
         }
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+        report.write(result, Path(options.out))
 
     model, at = None, ""
     for name in options.rows:

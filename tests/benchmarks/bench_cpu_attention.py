@@ -1,6 +1,6 @@
 """The CPU kernels against torch, in one run.
 
-    python tests/benchmarks/bench_cpu_attention.py [--model FOLDER_WITH_GGUF] [--rows WORD ...] [--out FILE]
+    PYTHONPATH=. python tests/benchmarks/bench_cpu_attention.py [--model FOLDER_WITH_GGUF] [--rows WORD ...]
 
 Every row first checks its result, then times its candidates in turn, so that what slows one slows all; medians and
 their ratios are written as JSON. Bytes are those the candidate must read and write. Each kind of row runs in a process
@@ -32,6 +32,7 @@ from quantcache.store import reads
 from quantcache.store.growing import Int8Pages
 from quantcache.store.segments import Segment
 from quantcache.store.view import PagesView
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 
@@ -273,15 +274,15 @@ def run_each(options: argparse.Namespace) -> None:
     """Every kind of row in its own process; their rows in one file."""
     out = Path(options.out)
     rows: list[Row] = []
-    report: Row = {}
+    result: Row = {}
     for kind in options.rows:
         command = [sys.executable, __file__, "--rows", kind, "--out", str(out)]
         command += ["--model", options.model] if options.model else []
         command += ["--threads", str(options.threads)] if options.threads else []
         subprocess.run(command, check=True)
-        report = json.loads(out.read_text())
-        rows += report["rows"]
-    out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+        result = json.loads(out.read_text())
+        rows += result["rows"]
+    report.write(result | {"rows": rows}, out)
 
 
 def main() -> None:
@@ -330,26 +331,19 @@ def main() -> None:
         add(generate_row("1B geometry, random weights", model, 8192, 1.15, 6, 3))
         add(generate_row("1B geometry, random weights", model, 256, 0.97, 6, 7))
 
-    import transformers
-
-    report = {
-        "command": "python tests/benchmarks/bench_cpu_attention.py --model FOLDER_WITH_GGUF",
+    result = {
+        "command": "PYTHONPATH=. python tests/benchmarks/bench_cpu_attention.py --model FOLDER_WITH_GGUF",
         "hardware": {
             "processor": processor.name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": cpu.isa(),
         },
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": report.versions(),
         "backend": dispatch.choose_backend(torch.device("cpu")),
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report.write(result, out)
 
 
 if __name__ == "__main__":
