@@ -1,4 +1,6 @@
-"""Tiny random Qwen v1 checkpoints in the released on-disk format, float and GPTQ, written from their description."""
+"""Qwen v1 checkpoints in the released on-disk format, float and GPTQ, written from their description: tiny random ones,
+and those of a real model of another family.
+"""
 
 import base64
 import json
@@ -7,10 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quantcache.adapters.qwen.tokenization import SPECIAL_TOKENS, _unspelled
 
 HIDDEN, HEADS, LAYERS, WIDTH, SEQ_LENGTH, VOCAB = 32, 2, 2, 24, 16, 512
-RANKS = 256 + 2
-"""Tokens of the tiny vocabulary: every byte, "he" and "hel"; the special tokens follow."""
+TINY_VOCABULARY = [*(bytes([byte]) for byte in range(256)), b"he", b"hel"]
+RANKS = len(TINY_VOCABULARY)
+"""Tokens of the tiny vocabulary; the special tokens follow."""
 
 GROUP_SIZE = 16
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
@@ -78,7 +84,9 @@ def pack_linear(
     return buffers, ((codes - zero[g_idx]) * scale.float()[g_idx]).T.contiguous()
 
 
-def gptq_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gptq_weights(
+    weights: dict[str, Tensor], group_size: int = GROUP_SIZE, symmetric: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Checkpoint tensors with the layers' linears packed, and the float model that they stand for."""
     packed, restored = {}, {}
     for name, tensor in weights.items():
@@ -88,7 +96,7 @@ def gptq_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
                 packed[name] = restored[name] = tensor.half().float()
                 packed[name] = packed[name].half()
             continue
-        buffers, restored[name] = pack_linear(tensor)
+        buffers, restored[name] = pack_linear(tensor, group_size=group_size, symmetric=symmetric)
         packed |= {f"{stem}.{part}": buffer for part, buffer in buffers.items()}
         bias = weights.get(f"{stem}.bias", torch.zeros(tensor.shape[0])).half()  # zeros where the model has none
         packed[f"{stem}.bias"] = bias
@@ -98,14 +106,19 @@ def gptq_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def write_checkpoint(
-    path: Path, weights: dict[str, Tensor] | None = None, gptq: bool = False, **config: object
+    path: Path,
+    weights: dict[str, Tensor] | None = None,
+    gptq: bool = False,
+    vocabulary: list[bytes] = TINY_VOCABULARY,
+    group_size: int = GROUP_SIZE,
+    **config: object,
 ) -> Path:
     """A folder as released: names, config keys, auto_map and tokenizer file."""
     path.mkdir(exist_ok=True)
     save_file(float_weights() if weights is None else weights, path / "model.safetensors", {"format": "pt"})
     quantization = {
         "bits": 4,
-        "group_size": GROUP_SIZE,
+        "group_size": group_size,
         "damp_percent": 0.01,
         "desc_act": False,
         "sym": True,
@@ -140,15 +153,70 @@ def write_checkpoint(
         "model_max_length": 8192,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel"]
-    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(vocabulary)]
     (path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
     generation = {
         "chat_format": "chatml",
-        "eos_token_id": RANKS,
-        "pad_token_id": RANKS,
+        "eos_token_id": len(vocabulary),
+        "pad_token_id": len(vocabulary),
         "max_new_tokens": 12,
         "max_window_size": 6144,
     }
     (path / "generation_config.json").write_text(json.dumps(generation))
     return path
+
+
+def write_int4_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> Path:
+    """A Llama model that knows ChatML, in float32, as Qwen v1's Int4: the same function but for the rounding.
+
+    Qwen v1 has as many key and value heads as query heads, a bias where Llama has none, a head of its own, and its
+    special tokens behind the others. So small a model wants zero points and groups of 32; the released ones have 128.
+    """
+    config, state = model.config, model.state_dict()
+    special = {str(added): index for index, added in tokenizer.added_tokens_decoder.items()}
+    tokens = [token for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))) if token not in special]
+    others = [name for name in special if name not in SPECIAL_TOKENS]  # <repo_name> and the like, in no conversation
+    last = [name if name in special else others[0] for name in SPECIAL_TOKENS]
+    order = tokenizer.convert_tokens_to_ids([*tokens, *last])
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    weights = {
+        "transformer.wte.weight": state["model.embed_tokens.weight"][order],
+        "lm_head.weight": state["lm_head.weight"][order],
+        "transformer.ln_f.weight": state["model.norm.weight"],
+    }
+    for layer in range(config.num_hidden_layers):
+        old, new = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        query, key, value = (state[f"{old}self_attn.{name}_proj.weight"] for name in "qkv")
+        key, value = (
+            states.view(config.num_key_value_heads, -1, config.hidden_size).repeat_interleave(repeats, 0).flatten(0, 1)
+            for states in (key, value)
+        )
+        fused = torch.cat([query, key, value])
+        weights |= {
+            new + "ln_1.weight": state[old + "input_layernorm.weight"],
+            new + "ln_2.weight": state[old + "post_attention_layernorm.weight"],
+            new + "attn.c_attn.weight": fused,
+            new + "attn.c_attn.bias": torch.zeros(len(fused)),
+            new + "attn.c_proj.weight": state[old + "self_attn.o_proj.weight"],
+            new + "mlp.w1.weight": state[old + "mlp.up_proj.weight"],
+            new + "mlp.w2.weight": state[old + "mlp.gate_proj.weight"],
+            new + "mlp.c_proj.weight": state[old + "mlp.down_proj.weight"],
+        }
+    return write_checkpoint(
+        path,
+        gptq_weights(weights, group_size=32, symmetric=False)[0],
+        gptq=True,
+        vocabulary=[_unspelled(token) for token in tokens],
+        group_size=32,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_hidden_layers=config.num_hidden_layers,
+        kv_channels=config.head_dim,
+        intermediate_size=2 * config.intermediate_size,
+        layer_norm_epsilon=config.rms_norm_eps,
+        rotary_emb_base=config.rope_parameters["rope_theta"],
+        seq_length=config.max_position_embeddings,
+        vocab_size=len(order),
+        fp16=False,  # a processor without units for it takes ten times as long
+        fp32=True,
+    )

@@ -28,6 +28,7 @@ from tests.documentation import (
     write_stand_in,
     write_stand_ins,
 )
+from tests.qwen_checkpoint import write_int4_of
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 WITH_SNIPPETS = [name for name, page in PAGES.items() if snippets(page) and name not in RUN_ELSEWHERE]
@@ -212,6 +213,20 @@ def test_drafts_and_spread_layers_answer_in_words(run_example: Any, real_model: 
     said, _ = run_example("several_gpus.py", str(real_model), "--prompt", LIGHTHOUSE, "--new-tokens", "12")
     assert len(said.partition(LIGHTHOUSE.strip())[2].partition("rank 0")[0].split()) > 3
     assert "of int8 cache on cpu, read by" in said
+
+
+@pytest.mark.real_model
+def test_int4_weights_answer_a_conversation(run_example: Any, real_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(real_model), AutoTokenizer.from_pretrained(real_model)
+    folder = write_int4_of(model, tokenizer, tmp_path / "int4")
+    questions = ["What is the capital of France?", "And of Italy?"]
+    said, _ = run_example("int4_weights.py", *questions, "--model", str(folder))
+    answers = dict(re.findall(r"^> (.*)\n(.+)$", said, re.MULTILINE))
+    assert list(answers) == questions
+    assert "Paris" in answers[questions[0]]
+    assert "Rome" in answers[questions[1]]
+    packed = int(re.search(r"packed weights +([\d,]+) bytes", said)[1].replace(",", ""))
+    assert packed < 0.8 * (model.num_parameters() - model.get_input_embeddings().weight.numel())
 
 
 @pytest.mark.parametrize("name", PAGES)
