@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache, __version__
 from quantcache.backends import processor
-from quantcache.cli import talking, terminal
+from quantcache.cli import hub, talking, terminal
 from quantcache.cli.arguments import check_target
 from quantcache.cli.main import app
 from quantcache.layers._host import cache_argument
@@ -500,6 +502,32 @@ def test_an_unreachable_hub_is_named_once_and_soon(monkeypatch: pytest.MonkeyPat
         assert (code, output) == (1, "")
         assert error.count("cannot be reached") == 1
         assert len(error.splitlines()) == 1
+
+
+def test_a_silent_hub_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that takes connections and says nothing: a model in its cache is used, and that is said."""
+    monkeypatch.setattr(hub, "REACH_SECONDS", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")
+        with pytest.raises(hub.UnreachableError, match=r"'owner/model' must be .* \(no answer in 0\.2 s\)"):
+            hub.look_for("owner/model")
+        assert not capsys.readouterr().err
+        hub.look_for("owner/model")  # which is known to be in vain
+        repository = tmp_path / "models--owner--model"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")
+        hub.look_for("owner/model")
+        said = capsys.readouterr().err
+        assert said == f"{endpoint} cannot be reached (no answer in 0.2 s): taking owner/model from the hub's cache\n"
 
 
 def test_messages_do_not_name_functions(folder: Path) -> None:

@@ -12,8 +12,10 @@ import urllib.request
 from pathlib import Path
 from typing import Final
 
-REACH_SECONDS: Final = 5
-"""What the hub may take to answer."""
+import typer
+
+REACH_SECONDS: Final = 4
+"""What the hub may take to answer. With what a command loads before it asks, it says so within five seconds."""
 
 _HUB_ID: Final = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -28,7 +30,7 @@ def is_hub_id(spec: str) -> bool:
 
 
 def look_for(spec: str) -> None:
-    """See to it that nothing waits long for a hub that cannot be reached: its cache alone is then used.
+    """See to it that nothing waits long for a hub that cannot be reached: its cache alone is then used, which is said.
 
     Call it before transformers is imported, which decides at its import whether to ask the hub.
 
@@ -49,6 +51,7 @@ def look_for(spec: str) -> None:
             f"{spec!r} must be in the hub's cache on this machine, since {endpoint} cannot be reached ({reason}). "
             "Check the network and HF_ENDPOINT, or name a folder or a .gguf file."
         )
+    typer.echo(f"{endpoint} cannot be reached ({reason}): taking {spec} from the hub's cache", err=True)
 
 
 def why_unreachable(endpoint: str) -> str | None:
@@ -65,8 +68,10 @@ def why_unreachable(endpoint: str) -> str | None:
             # Certificates of a company are known to the hub's library, and not here.
             if isinstance(error.reason, ssl.SSLError):
                 found.clear()
-            else:
+            elif not isinstance(error.reason, TimeoutError):
                 found[0] = str(getattr(error.reason, "strerror", None) or error.reason)
+        except TimeoutError:
+            pass
         except (OSError, ValueError) as error:
             found[0] = str(error)
 
