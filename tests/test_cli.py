@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import typer
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from quantcache import QuantizedInt8Cache, __version__
@@ -79,6 +81,20 @@ def test_every_command_has_help_with_its_options() -> None:
         assert run(command, "-h")[0] == 0
     for command in ("generate", "chat", "plan", "eval", "bench", "inspect"):
         assert f"quantcache {command}" in run(command, "--help")[1], "an example"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "serve"])
+def test_help_is_whole_at_80_columns(command: str) -> None:
+    """Every option in full, and every default that a user cannot see in the signature."""
+    group = get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).stdout
+    for parameter in group.commands[command].params:
+        for option in [*parameter.opts, *parameter.secondary_opts]:
+            assert not option.startswith("-") or re.search(rf"{option}\b", shown), option
+    assert "…" not in shown
+    assert ("SmolLM2-135M-Instruct" in shown) == (command not in ("plan", "inspect", "doctor"))
+    assert ("auto: cuda" in re.sub(r"[\s│]+", " ", shown)) == ("--device " in shown)
 
 
 def test_help_and_wrong_arguments_load_no_torch() -> None:

@@ -25,41 +25,64 @@ EXTRAS: Final = {
 INTERRUPTED: Final = 130
 """The exit code of what Ctrl-C ended, as shells have it."""
 
+DEMO_MODEL: Final = "SmolLM2-135M-Instruct, fetched from PyPI"
+"""What ``--help`` says of a model that is not named."""
+
 Model = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", help="A hub id, a folder or a .gguf file.  [default: SmolLM2-135M-Instruct, fetched from PyPI]"
-    ),
+    typer.Option("--model", "-m", metavar="MODEL", help="A hub id, a folder or a .gguf file.", show_default=DEMO_MODEL),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1, mps ... or auto  [default: auto: cuda where there is one, else cpu]"),
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, mps ... or auto.",
+        show_default="auto: cuda where there is one, else cpu",
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16.  [default: the model's; float32 on a CPU that has no units for it]"
+        metavar="NAME",
+        help="float32, bfloat16 or float16.",
+        show_default="the model's; float32 on a CPU that has no units for it",
     ),
 ]
 Attention = Annotated[
-    str | None, typer.Option("--attn", help="transformers' attn_implementation, as sdpa or eager.  [default: its own]")
+    str | None,
+    typer.Option(
+        "--attn",
+        metavar="NAME",
+        help="transformers' attn_implementation: sdpa, eager ...",
+        show_default="its own choice",
+    ),
 ]
 CacheKind = Annotated[
-    str, typer.Option("--cache", help="int8, or transformers' own: default (it grows) or static (compiled on a GPU).")
+    str,
+    typer.Option(
+        "--cache", metavar="NAME", help="int8, or transformers' own: default (it grows) or static (compiled on a GPU)."
+    ),
 ]
-System = Annotated[str | None, typer.Option(help="The system prompt.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")]
 Stop = Annotated[
-    list[str] | None, typer.Option(help="End an answer at this text, left out; may be given several times.")
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End an answer at this text, left out; may be given several times."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw the figures into this PNG.", dir_okay=False)]
-Load = Annotated[Path | None, typer.Option(help="Continue from this prompt cache.", dir_okay=False)]
-Save = Annotated[Path | None, typer.Option(help="Save the prompt cache to this file at the end.", dir_okay=False)]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of new tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass that is sampled from.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the random numbers.")]
-Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Batch size.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures into this PNG.", dir_okay=False)]
+Load = Annotated[Path | None, typer.Option(metavar="FILE", help="Continue from this prompt cache.", dir_okay=False)]
+Save = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Save the prompt cache to this file at the end.", dir_okay=False)
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Maximum number of new tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option(metavar="X", min=0.0, help="Sampling temperature; 0 takes the most likely token.")
+]
+TopP = Annotated[float, typer.Option(metavar="X", min=0.0, max=1.0, help="Probability mass that is sampled from.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of the random numbers.", show_default="none")]
+Batch = Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, help="Batch size.")]
 
 
 def check_choice(value: str | None, choices: Sequence[str], option: str) -> None:
@@ -132,7 +155,7 @@ def failing(command: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         extra = EXTRAS.get(str(getattr(error, "name", "")))
         missing = isinstance(error, ModuleNotFoundError) and extra
-        advice = f" Install it: pip install '.[{extra}]' in a clone of quantcache." if missing else ""
+        advice = f". Install it: pip install '.[{extra}]' in a clone of quantcache." if missing else ""
         typer.echo(f"quantcache {command}: {in_users_words(error)}{advice}", err=True)
         raise typer.Exit(1) from error
 

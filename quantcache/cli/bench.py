@@ -14,10 +14,18 @@ from quantcache.cli.arguments import DTYPES, AsJson, Batch, Device, Dtype, Model
 def bench(
     spec: Model = None,
     tokens: Annotated[
-        list[int] | None, typer.Option("--tokens", "-t", min=1, help="Tokens of context; may be given several times.")
+        list[int] | None,
+        typer.Option(
+            "--tokens",
+            "-t",
+            metavar="N",
+            min=1,
+            help="Tokens of context; may be given several times.",
+            show_default="256 and 2048",
+        ),
     ] = None,
     batch: Batch = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each cache.")] = 24,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Decode steps of each cache.")] = 24,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -45,11 +45,11 @@ def document() -> str:
 def demo(
     spec: Model = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask.  [default: a question about a long document]")
+        str | None, typer.Option(metavar="TEXT", help="What to ask.", show_default="about a long document")
     ] = None,
     system: System = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=3, help="Maximum number of new tokens.")
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=3, help="Maximum number of new tokens.")
     ] = 48,
     stop: Stop = None,
     device: Device = None,

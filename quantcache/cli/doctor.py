@@ -42,15 +42,16 @@ EXTRAS: Final = {"demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval"
 
 def doctor(
     as_json: AsJson = False,
-    devices: Annotated[
-        bool, typer.Option("--devices/--no-devices", help="Ask torch, which takes seconds to load, for the devices.")
-    ] = True,
+    no_devices: Annotated[
+        bool,
+        typer.Option("--no-devices", metavar="", help="Leave the devices out, and torch, which takes seconds to load."),
+    ] = False,
 ) -> None:
     """Show which backend reads the cache on each device of this machine, and why not another."""
     from quantcache.layers.releases import untested
 
     if as_json:
-        print(json.dumps(machine() | (on_devices() if devices else {}), indent=1))
+        print(json.dumps(machine() | ({} if no_devices else on_devices()), indent=1))
         return
     console = Console()
     names = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
@@ -60,7 +61,7 @@ def doctor(
     for sentence in untested():
         console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
     console.print(where_kept(), soft_wrap=True, highlight=False)
-    if not devices:
+    if no_devices:
         return
     import torch
 

@@ -20,39 +20,64 @@ def evaluate(
     spec: Model = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="prose, code, or a UTF-8 file; may be given several times.  [default: prose and code]"),
+        typer.Option(
+            metavar="TEXT",
+            help="prose, code, or a UTF-8 file; may be given several times.",
+            show_default="prose and code",
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="owner/name:column on the hub (owner/name/config:column@split), in place of --text."),
+        typer.Option(
+            metavar="NAME", help="owner/name:column on the hub (owner/name/config:column@split), in place of --text."
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 2,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each sequence.")] = 1024,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the first call, the prompt.")] = 512,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of text.")] = 2,
+    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each sequence.")] = 1024,
+    prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the first call, the prompt.")] = 512,
     chunk: Annotated[
-        int, typer.Option(min=1, help="Tokens of each later call; 1 is how generate() decodes, and slow.")
+        int, typer.Option(metavar="N", min=1, help="Tokens of each later call; 1 is how generate() decodes, and slow.")
     ] = 16,
-    greedy: Annotated[int, typer.Option(min=0, help="Length of the greedy answers that are compared.")] = 64,
-    needle: Annotated[int, typer.Option(min=0, help="Tokens of the text that hides a number; 0 for no test.")] = 1024,
+    greedy: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Length of the greedy answers that are compared.")
+    ] = 64,
+    needle: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Tokens of the text that hides a number; 0 for no test.")
+    ] = 1024,
     caches: Annotated[
-        str | None, typer.Option(help="Some of int8,bf16-cache,bf16,fp8,hqq,quanto.  [default: all there are]")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Some of int8, bf16-cache, bf16, fp8, hqq, quanto.", show_default="all there are"
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Instead of all this, some of humaneval,mmlu,gsm8k,ceval through every cache.")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Instead of all this, some of humaneval, mmlu, gsm8k, ceval through every cache."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with the tasks' questions.  [default: HumanEval and MMLU from PyPI]", file_okay=False
+            metavar="FOLDER",
+            help="Folder with the tasks' questions.",
+            show_default="HumanEval and MMLU from PyPI",
+            file_okay=False,
         ),
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Tasks: questions shown with their answers.")] = 5,
+    shots: Annotated[int, typer.Option(metavar="N", min=0, help="Tasks: questions shown with their answers.")] = 5,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Tasks: at most so many of each, evenly from its topics.  [default: all]")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Tasks: at most so many of each, evenly from its topics.", show_default="all"
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Tasks: programs or questions at a time.")] = 10,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Tasks: programs or questions at a time.")] = 10,
     resume: Annotated[
-        Path | None, typer.Option(help="Tasks: keep answers in this file, and go on from those in it.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Tasks: keep answers in this file, and go on from those in it.", dir_okay=False
+        ),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -66,9 +91,9 @@ def evaluate(
 
     quantcache eval
 
-    quantcache eval --model Qwen/Qwen2.5-0.5B --text notes.txt --tokens 2048 --plot quality.png
+    quantcache eval --model Qwen/Qwen2.5-0.5B --text notes.txt --plot out.png
 
-    quantcache eval --tasks humaneval,mmlu --questions 2000 --resume answers.jsonl
+    quantcache eval --tasks humaneval,mmlu --questions 2000 --resume done.jsonl
     """
     if tasks is not None:
         if plot is not None:
@@ -76,7 +101,7 @@ def evaluate(
         from quantcache.cli.tasks import evaluate_tasks, task_settings
 
         asked = task_settings(tasks, shots, questions, batch, caches)
-        evaluate_tasks(spec, open_device(device), asked, data, resume, as_json)
+        evaluate_tasks(spec, open_device(device, spec), asked, data, resume, as_json)
         return
     if tokens <= prompt:
         raise typer.BadParameter(f"must be less than --tokens, {tokens}, got {prompt}", param_hint="--prompt")

