@@ -58,7 +58,7 @@ def test_json_describes_the_machine() -> None:
     assert told["versions"]["torch"] == torch.__version__
     assert told["tested"]["torch"] == TESTED["torch"]._asdict()
     assert told["threads"] == torch.get_num_threads()
-    assert told["extras"].keys() == {"demo", "plot", "eval"}
+    assert told["extras"].keys() == {"demo", "plot", "eval", "serve"}
     assert told["devices"][0]["device"] == "cpu"
     assert isinstance(told["processor"]["features"], list)
     assert told["compiler"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.console import Console
 
 from quantcache.cli.hub import look_for
 
@@ -156,7 +157,9 @@ def failing(command: str) -> Iterator[None]:
         extra = EXTRAS.get(str(getattr(error, "name", "")))
         missing = isinstance(error, ModuleNotFoundError) and extra
         advice = f". Install it: pip install '.[{extra}]' in a clone of quantcache." if missing else ""
-        typer.echo(f"quantcache {command}: {in_users_words(error)}{advice}", err=True)
+        console = Console(stderr=True)  # in a pipe a message stays one line
+        said = f"quantcache {command}: {in_users_words(error)}{advice}"
+        console.print(said, markup=False, highlight=False, soft_wrap=not console.is_terminal)
         raise typer.Exit(1) from error
 
 

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantcache.cli.arguments import DTYPES, AsJson, Batch, Device, Dtype, Model, check_choice, open_device
 
@@ -57,10 +58,18 @@ def bench(
     if as_json:
         print(json.dumps({**machine(model, label), "rows": [asdict(row) for row in rows]}, indent=1))
         return
-    table = Table(
-        *("tokens", "default, tokens/s", "int8, tokens/s", "int8 / default", "default cache", "int8 cache", "read by"),
-        title=f"{label} in {model.dtype} on {where}, batch {batch}",
+    heads = (
+        "tokens",
+        "default,\ntokens/s",
+        "int8,\ntokens/s",
+        "int8 /\ndefault",
+        "default\ncache",
+        "int8\ncache",
+        "read by",
     )
+    columns = (Column(head, no_wrap=head != "read by") for head in heads)
+    dtype = str(model.dtype).removeprefix("torch.")
+    table = Table(*columns, title=f"{label} in {dtype} on {where}, batch {batch}", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         speeds = batch / row.default_seconds, batch / row.int8_seconds
         rates = (*(f"{speed:,.1f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}")

@@ -36,7 +36,10 @@ class Finding:
     kernels: str = ""
 
 
-EXTRAS: Final = {"demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval": ("lm_eval",)}
+EXTRAS: Final = {
+    "demo": ("gguf", "accelerate"), "plot": ("matplotlib",), "eval": ("lm_eval",),
+    "serve": ("fastapi", "openai", "uvicorn"),
+}  # fmt: skip
 """What ``pip install '.[...]'`` brings, by extra."""
 
 
@@ -56,11 +59,13 @@ def doctor(
     console = Console()
     names = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
     console.print(
-        f"{names}, Python {platform.python_version()} on {platform.platform()}", soft_wrap=True, highlight=False
+        f"{names}, Python {platform.python_version()} on {platform.platform()}",
+        soft_wrap=not console.is_terminal,
+        highlight=False,
     )
     for sentence in untested():
-        console.print(sentence, style="yellow", soft_wrap=True, highlight=False)
-    console.print(where_kept(), soft_wrap=True, highlight=False)
+        console.print(sentence, style="yellow", soft_wrap=not console.is_terminal, highlight=False)
+    console.print(where_kept(), soft_wrap=not console.is_terminal, highlight=False)
     if no_devices:
         return
     import torch

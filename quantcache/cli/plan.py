@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantcache.cli.arguments import AsJson, Batch, Plot, check_target
 from quantcache.cli.hub import look_for
@@ -145,14 +145,14 @@ def list_presets() -> None:
     from quantcache.planning import PRESETS_SOURCE, find_geometry, plan, preset_names
 
     console = Console()
-    table = Table("preset", "weights", "layers", "bytes per token, bf16", "int8")
+    table = Table(Column("preset", no_wrap=True), "weights", "layers", "bytes a token, bf16", "int8")
     for name in preset_names():
         geometry = find_geometry(name)
         made = plan(geometry, tokens=1)
         weights = f"{(made.num_params or 0) / 1e9:.2f} B"
         table.add_row(name, weights, _layers(made), f"{made.bf16_per_token:,}", f"{made.int8_per_token:,}")
     console.print(table)
-    facts = f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes per token: every layer has a window."
+    facts = f"Geometries are facts from {PRESETS_SOURCE}. 0 bytes a token: every layer has a window."
     console.print(facts, style="dim")
 
 

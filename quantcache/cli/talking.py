@@ -1,5 +1,6 @@
 """What ``generate``, ``chat`` and ``demo`` do: answers as they come, and a prompt cache kept between runs."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -341,7 +342,8 @@ def begin(opening: Opening, sampling: Sampling) -> tuple[Talk, Console]:
     load = opening.load
     if load is not None and not load.is_file():  # before minutes go into a model
         raise TalkError(f"{load} must be a prompt cache, got no such file. --save makes one.")
-    notes = Console(stderr=True, style="dim", highlight=False, markup=False, soft_wrap=True)
+    # A terminal gets whole words, a pipe whole lines.
+    notes = Console(stderr=True, style="dim", highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
     model, tokenizer, label = open_model(opening.spec, opening.device, notes, opening.dtype, opening.attention)
     talk = Talk(model, tokenizer, sampling, Console(), MAKERS[opening.cache])
     notes.print(f"{label} in {str(model.dtype).removeprefix('torch.')} on {opening.device}")

@@ -68,7 +68,7 @@ def open_model(
             f"in float32, since this processor has no units for {own} and takes many times as long there; "
             f"--dtype {own} keeps it",
             style="dim",
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
             highlight=False,
         )
     return model, tokenizer, label

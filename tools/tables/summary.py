@@ -1,6 +1,7 @@
 """One line for each thing that a reader wants to know."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ def _summary_memory() -> list[str]:
         _find(held, model="Llama-3.1-8B", tokens=8192, cache=cache)["held_bytes"] / 2**20
         for cache in ("quantcache int8", "DynamicCache")
     )
-    return ["cache of Llama-3.1-8B, 8,192 tokens", f"{int8:.0f} MiB", f"`DynamicCache` {exact:.0f} MiB"]
+    return ["cache of Llama-3.1-8B, 8,192 tokens", f"{int8:.0f} MiB", f"`DynamicCache` {exact:,.0f} MiB"]
 
 
 def _summary_quality() -> list[str]:
@@ -79,7 +80,8 @@ def _summary_compiled(best: bool) -> list[str]:
     others = f"`StaticCache` {times['StaticCache']:.1f} ms per token"
     if stock:
         others += f", `DynamicCache`, eager, without cuDNN {stock:.1f} ms"
-    name = f"compiled `generate()`, {row['row'].split(' of ')[0]}, H200"
+    what = re.sub(r"\d{4,}", lambda count: f"{int(count[0]):,}", row["row"].split(" of ")[0])
+    name = f"compiled `generate()`, {what}, H200"
     return [name, f"{times['int8']:.1f} ms per token", others]
 
 
