@@ -19,7 +19,7 @@ from quantcache.files import load, prompts, save
 from quantcache.files.container import PathLike, Progress, no_progress
 from quantcache.layers import calls, conversion, moving, native, routing, samples
 from quantcache.layers._host import given_to_generate
-from quantcache.layers.base import BaseInt8Layer, check_states
+from quantcache.layers.base import BaseInt8Layer
 from quantcache.layers.editing import EditedStates, edited
 from quantcache.layers.factory import (
     LayerFactory,
@@ -442,10 +442,11 @@ class QuantizedInt8Cache(DynamicCache):
         if torch.compiler.is_compiling() and (layer_idx >= known or self.offloading):
             return self._update_traced(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= known:
-            check_states(key_states, value_states)  # before layers are made for it
+            made = [self._make() for _ in range(known, layer_idx + 1)]
+            made[-1].checked(key_states, value_states)  # before the cache has them
             if not known:
                 self._begin_at(layer_idx)
-            self.layers += [self._make() for _ in range(known, layer_idx + 1)]
+            self.layers += made
         if self.offloading:
             native.prefetch_next(self.layers, layer_idx, self.only_non_sliding)
         states: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)

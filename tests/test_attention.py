@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from quantcache import FallbackError, FallbackWarning, Int8Tensor, QuantizedInt8Cache
@@ -231,6 +232,16 @@ def test_autocast_may_mix_dtypes(installed: None, dtype: torch.dtype) -> None:
     assert torch.equal(ours, theirs)
     assert torch.equal(direct.transpose(1, 2), theirs)
     assert layer.read_log.reason is None
+
+
+@pytest.mark.parametrize("config", [None, LlamaConfig(num_hidden_layers=1)])
+def test_autocast_may_mix_dtypes_from_the_first_token_on(config: LlamaConfig | None) -> None:
+    key, value = random_states(2, HEADS, 300, HEAD_DIM)
+    cache = QuantizedInt8Cache(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.update(key, value.bfloat16(), 0)
+    assert cache.layers[0].dtype == torch.bfloat16
+    assert cache.get_seq_length() == 300
 
 
 def test_plain_tensors_reach_the_original_untouched() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -235,3 +236,20 @@ def test_gradients_reach_the_new_tokens() -> None:
     torch.testing.assert_close(new_key.grad, exact_key.grad[:, :, 200:])
     torch.testing.assert_close(new_value.grad, exact_value.grad[:, :, 200:])
     torch.testing.assert_close(query.grad, exact_query.grad)
+
+
+@pytest.mark.parametrize("make", [Int8Layer, lambda: StaticInt8Layer(200, offloading=True)])
+def test_exact_keys_are_what_they_were_in_a_backward_pass_after_later_tokens(make: Callable[[], Any]) -> None:
+    """Queries alone carry gradients, as with an adapter on ``q_proj``; torch refuses tensors that changed since."""
+    key, value = random_states(1, HEADS, 46, HEAD_DIM)
+    query = random_states(1, HEADS, 1, HEAD_DIM, seed=4)[0].requires_grad_()
+    layer, outputs = make(), []
+    layer.update(key[:, :, :40], value[:, :, :40])
+    for token in range(40, 46):
+        states = layer.update(key[:, :, token : token + 1], value[:, :, token : token + 1])
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(query, *states).sum())
+    torch.stack(outputs).sum().backward()
+    ours, query.grad = query.grad, None
+    for stop in range(41, 47):
+        torch.nn.functional.scaled_dot_product_attention(query, key[:, :, :stop], value[:, :, :stop]).sum().backward()
+    torch.testing.assert_close(ours, query.grad)

@@ -696,12 +696,13 @@ def test_a_fixed_capacity_can_be_offloaded_and_prefetched_by_hand(device: str) -
 
 @pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 @pytest.mark.parametrize("prefix", [40, 150])
-def test_a_forward_pass_with_gradients_is_that_of_the_growing_cache(prefix: int) -> None:
+@pytest.mark.parametrize("offloading", [False, True])
+def test_a_forward_pass_with_gradients_is_that_of_the_growing_cache(prefix: int, offloading: bool) -> None:
     """Outside of ``torch.no_grad()``, with parameters that require gradients: prompt, chunk and token."""
     model = tiny_model()
     outputs = []
-    for max_cache_len in (None, CAPACITY):
-        cache = QuantizedInt8Cache(model.config, max_cache_len=max_cache_len)
+    for options in ({}, {"max_cache_len": CAPACITY, "offloading": offloading}):
+        cache = QuantizedInt8Cache(model.config, **options)
         for tokens in (prefix, 5, 1):
             model.zero_grad()
             logits = model(prompt(tokens, seed=tokens), **cache_argument(cache)).logits
@@ -711,6 +712,19 @@ def test_a_forward_pass_with_gradients_is_that_of_the_growing_cache(prefix: int)
     for have, want in zip(outputs[3:], outputs[:3], strict=True):
         for one, other in zip(have, want, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", [40, 150])
+def test_steps_that_are_never_compiled_read_the_tokens_there_are(prefix: int) -> None:
+    """transformers makes masks as for a cache that grows: none for a token behind a prompt without padding."""
+    config = Qwen2Config(**SIZES)
+    cache = QuantizedInt8Cache(config, max_cache_len=CAPACITY, offloading=True)
+    states = random_states(1, SIZES["num_key_value_heads"], prefix, 16)
+    cache.update(*states, 0)
+    for tokens in (1, 3):
+        assert cache.get_mask_sizes(tokens, 0) == (cache.get_seq_length() + tokens, 0)
+        key, value = cache.update(*(each[:, :, :tokens] for each in states), 0)
+        assert key.shape[2] == value.shape[2] == cache.get_seq_length()
 
 
 def test_a_full_cache_refuses_a_token_with_gradients_before_it_writes() -> None:

@@ -146,6 +146,11 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
             )
 
     @property
+    def _padded_len(self) -> int | None:
+        """Tokens of the shape that readers see, zeros behind those there are; None: those there are."""
+        return None
+
+    @property
     @abstractmethod
     def storage(self) -> str:
         """What the report calls it."""
@@ -208,7 +213,7 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         Raises:
             TypeError, ValueError: see ``check_states``; the layer is then as it was.
         """
-        key_states, value_states = self._checked(key_states, value_states)
+        key_states, value_states = self.checked(key_states, value_states)
         wants_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if self.is_empty:
             pages = self._pages_for(key_states, value_states)
@@ -224,7 +229,7 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         with_gradient = None
         if wants_gradient:  # before they are stored: what fails then has stored nothing
             keys, values = reads.restore_both(self.pages.view())
-            missing = max(0, (self.pages.capacity or 0) - keys.shape[2] - key_states.shape[2])
+            missing = max(0, (self._padded_len or 0) - keys.shape[2] - key_states.shape[2])
             with_gradient = _joined(keys, key_states, missing), _joined(values, value_states, missing)
         view = self.pages.append(key_states, value_states)
         if num_pages == 0 and not (wants_gradient and self._cut_gradients):
@@ -244,7 +249,7 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
             named: handle of its cache and its place there, if the cache is to be called.
         """
         named = named or (self._handle, traced.ITSELF)
-        if key_states.dtype != value_states.dtype:  # as in _checked
+        if key_states.dtype != value_states.dtype:  # as in checked
             kind = key_states.device.type
             held = torch.get_autocast_dtype(kind) if self.pages is None else self.dtype
             key_states, value_states = autocast_to(held, key_states), autocast_to(held, value_states)
@@ -363,8 +368,8 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.pages, self.is_initialized = pages, True
 
-    def _checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The states as they are stored, or ``check_states`` raises.
+    def checked(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The states as ``update`` stores them, or ``check_states`` raises.
 
         What a decode step hands over is like what the last one did, and passes without (8 us a layer).
         """
@@ -380,7 +385,7 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
                 # Rotated keys come in float32 then. Attention will bring both to autocast's dtype.
                 pages, kind = self.pages, key_states.device.type
                 held = torch.get_autocast_dtype(kind) if pages is None else pages.key_tail.dtype
-                return self._checked(autocast_to(held, key_states), autocast_to(held, value_states))
+                return self.checked(autocast_to(held, key_states), autocast_to(held, value_states))
         check_states(key_states, value_states, self)
         self._accepted = signature
         return key_states, value_states
@@ -391,7 +396,11 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
 
     def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
         """What attention gets of a view."""
-        return (view.key_tail, view.value_tail) if view.is_exact else Int8Tensor.pair(view, self.read_log)
+        if not view.is_exact:
+            return Int8Tensor.pair(view, self.read_log)
+        if torch.is_grad_enabled():  # a backward pass may need them when later tokens are in this memory
+            return view.key_tail.clone(), view.value_tail.clone()
+        return view.key_tail, view.value_tail
 
 
 def _joined(dense: Tensor, new_states: Tensor, missing: int) -> Tensor:

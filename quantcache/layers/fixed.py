@@ -17,6 +17,7 @@ from quantcache.store.fixed import StaticInt8Pages, check_room
 from quantcache.store.pages import Indices, Pages, Selection, as_selection
 from quantcache.store.read_log import FallbackPolicy
 from quantcache.store.tensor import RecordedStates
+from quantcache.store.view import PagesView
 
 _OFFLOADED: Final = "its pages are offloaded"
 
@@ -112,6 +113,11 @@ class StaticInt8Layer(BaseInt8Layer):
         """What the report calls it."""
         return "int8 static"
 
+    @property
+    def _padded_len(self) -> int | None:
+        """All there is room for, where steps can be compiled; elsewhere the host may leave the mask out."""
+        return self.max_cache_len if self.is_compileable else None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_addresses()
@@ -168,6 +174,10 @@ class StaticInt8Layer(BaseInt8Layer):
         self._at_most = self.pages.seq_len
         return states
 
+    def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
+        view.capacity = self._padded_len
+        return super()._states(view)
+
     def _update_recorded(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         pages, common = self.pages, self._common
         assert pages is not None
@@ -179,7 +189,7 @@ class StaticInt8Layer(BaseInt8Layer):
         return RecordedStates(*parts, **kind, is_key=True), RecordedStates(*parts, **kind, is_key=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that ``query_length`` new tokens will see: all there is room for.
+        """Length and offset of the keys that ``query_length`` new tokens will see, see ``_padded_len``.
 
         Raises:
             ValueError: they do not fit. ``generate()`` asks before each step, compiled or not.
@@ -191,7 +201,9 @@ class StaticInt8Layer(BaseInt8Layer):
             self._at_most = 0 if self.pages is None else self.pages.seq_len
         check_room(self.max_cache_len, query_length, self._at_most)
         self._at_most += query_length
-        return (query_length if self.is_empty else self.max_cache_len), 0
+        if self.pages is None or self.is_empty:
+            return query_length, 0
+        return self._padded_len or self.pages.seq_len + query_length, 0
 
     def get_seq_length(self) -> int:
         """Tokens stored; on the device, int32 (), where the host would have to wait for the number."""

@@ -240,10 +240,12 @@ def _run_places(handle: Tensor, layer_idx: int, new_tokens: int, device: torch.d
 
 def _run_attend(query: Tensor, handle: Tensor, layer_idx: int, v_head_dim: int, *options: Any) -> Tensor:
     key, value = _newest_of(handle, layer_idx)
-    found = shared_view(key, value)
+    found, asked = shared_view(key, value), AttentionOptions(*options)
+    if asked.attn_mask is not None:  # made for the shape in the graph, which may be that of a capacity
+        asked = asked._replace(attn_mask=asked.attn_mask[..., : key.shape[2]])
     if found is None:
-        return reads.attention(query, PagesView(ClosedPages(()), key, value), AttentionOptions(*options))
-    return read(*found, query, AttentionOptions(*options))
+        return reads.attention(query, PagesView(ClosedPages(()), key, value), asked)
+    return read(*found, query, asked)
 
 
 def _run_restore(
