@@ -36,9 +36,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert found.process.returncode == 0
 
 
-def chat(running: Served, **options: Any) -> Any:
-    asked = {"model": NAME, "messages": TURNS, "max_tokens": 8, "temperature": 0}
-    return running.client().chat.completions.create(**{**asked, **options})
+def chat(running: Served, client: Any = None, **options: Any) -> Any:
+    """The answer, or all of a stream; of a client that is given, the stream itself."""
+    asked = {"model": NAME, "messages": TURNS, "max_tokens": 8, "temperature": 0, **options}
+    if client is not None:
+        return client.chat.completions.create(**asked)
+    with running.client() as client:
+        found = client.chat.completions.create(**asked)
+        return list(found) if options.get("stream") else found
 
 
 def post(running: Served, body: bytes, path: str = "/chat/completions", **headers: str) -> tuple[int, Any]:
@@ -137,9 +142,10 @@ def test_an_answer_ends_before_its_stop_string(running: Served, whole: str) -> N
         last = chat(running, max_tokens=answer.usage.completion_tokens, stop=string, stream=stream)
         assert (choices_of(last)[0][1] if stream else last.choices[0].finish_reason) == "stop"
     assert chat(running, max_tokens=60, stop=["nowhere in it"]).choices[0].message.content == whole
-    plain = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=60, temperature=0)
-    before, string = words_of(plain.choices[0].text)
-    cut = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=60, temperature=0, stop=string)
+    asked = {"model": NAME, "prompt": "Hello", "max_tokens": 60, "temperature": 0}
+    with running.client() as client:
+        before, string = words_of(client.completions.create(**asked).choices[0].text)
+        cut = client.completions.create(**asked, stop=string)
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == (before, "stop")
 
 
@@ -169,7 +175,8 @@ def test_several_choices_are_of_one_prompt(running: Served) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 90
     sampled = chat(running, messages=turns, max_tokens=30, n=3, temperature=1.5)
     assert len({choice.message.content for choice in sampled.choices}) == 3
-    plain = running.client().completions.create(model=NAME, prompt="Hello", max_tokens=5, n=2, temperature=1.5)
+    with running.client() as client:
+        plain = client.completions.create(model=NAME, prompt="Hello", max_tokens=5, n=2, temperature=1.5)
     assert [choice.index for choice in plain.choices] == [0, 1]
     assert plain.usage.completion_tokens == 10
 
@@ -178,10 +185,11 @@ def test_several_choices_stream_beside_each_other_and_share_blocks(running: Serv
     before, string = words_of(whole)
     chunks, used = [], []
     turns = [{"role": "user", "content": "hello " * 250}]
-    for chunk in chat(running, messages=turns, max_tokens=200, n=4, stream=True):
-        chunks.append(chunk)
-        if len(chunks) in (20, 100):
-            used.append(running.report()["blocks_used"])
+    with running.client() as client:
+        for chunk in chat(running, client, messages=turns, max_tokens=200, n=4, stream=True):
+            chunks.append(chunk)
+            if len(chunks) in (20, 100):
+                used.append(client.get("/../report", cast_to=object)["blocks_used"])
     assert 23 < max(used) < 2 * 23, "the whole pages of the prompt are there once"
     assert len({chunk.id for chunk in chunks}) == 1
     assert chunks[-1].usage.completion_tokens == 800
@@ -199,17 +207,42 @@ def test_several_choices_are_refused_and_left_as_one(running: Served) -> None:
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match=r"must have at most .* tokens together"):
             chat(running, max_tokens=100_000, n=3, stream=stream)
-    stream = chat(running, max_tokens=900, n=3, stream=True)
-    for _, _chunk in zip(range(5), stream, strict=False):
-        pass
-    stream.close()
-    with pytest.raises(openai.APITimeoutError):
-        running.client(timeout=0.3).chat.completions.create(model=NAME, messages=TURNS, max_tokens=900, n=3)
+    with running.client() as client, chat(running, client, max_tokens=900, n=3, stream=True) as stream:
+        for _, _chunk in zip(range(5), stream, strict=False):
+            pass
+    with running.client(timeout=0.3) as client, pytest.raises(openai.APITimeoutError):
+        chat(running, client, max_tokens=900, n=3)
     assert idle(running)["requests_running"] == 0
     status, answer = post(running, json.dumps({"messages": TURNS}).encode(), **{"x-request-id": "a__child#0"})
     assert (status, answer["error"]["message"]) == (
         400, "x-request-id must not have '__child#' in it, got 'a__child#0'."
     )  # fmt: skip
+
+
+def test_many_choices_and_stop_strings_leave_no_block_behind(running: Served, whole: str) -> None:
+    before, string = words_of(whole)
+
+    def ask(index: int, client: Any) -> None:
+        kind = index % 4
+        if kind == 0:
+            answer = chat(running, client, max_tokens=60, n=3, stop=string)
+            assert [choice.message.content for choice in answer.choices] == [before] * 3
+        elif kind == 1:
+            answer = chat(running, client, max_tokens=1 + index, n=2, temperature=1.0)
+            assert 2 <= answer.usage.completion_tokens <= 2 + 2 * index
+        elif kind == 2:
+            chunks = chat(running, client, max_tokens=60, n=2, stop=string, stream=True)
+            assert choices_of(chunks) == dict.fromkeys((0, 1), (before, "stop"))
+        else:
+            with chat(running, client, max_tokens=400, n=4, temperature=1.0, stream=True) as stream:
+                for _, _chunk in zip(range(index), stream, strict=False):
+                    pass
+
+    with running.client() as client, ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda index: ask(index, client), range(48)))
+    report = idle(running)
+    assert (report["requests_running"], report["requests_waiting"]) == (0, 0)
+    assert report["tokens_free"] == report["tokens"]
 
 
 def test_reasoning_and_the_answer_end_each_by_itself() -> None:
@@ -252,11 +285,10 @@ def idle(running: Served) -> dict[str, Any]:
 
 def test_a_request_whose_client_leaves_gives_its_blocks_back(running: Served) -> None:
     before = idle(running)
-    stream = chat(running, max_tokens=900, stream=True)
-    for _, _chunk in zip(range(5), stream, strict=False):
-        pass
-    assert running.report()["blocks_used"] > 0
-    stream.close()
+    with running.client() as client, chat(running, client, max_tokens=900, stream=True) as stream:
+        for _, _chunk in zip(range(5), stream, strict=False):
+            pass
+        assert running.report()["blocks_used"] > 0
     with pytest.raises(openai.APITimeoutError):
         running.client(timeout=0.2).chat.completions.create(model=NAME, messages=TURNS, max_tokens=900)
     after = idle(running)
