@@ -24,7 +24,7 @@ from quantcache.quantization.options import AttentionOptions
 from quantcache.store import reads, writes
 from quantcache.store.segments import ClosedPages, Segment
 from quantcache.store.view import PagesView
-from tests.conftest import compiler_warnings, devices
+from tests.conftest import compiler_warnings, devices, skip_without_gpu
 from tests.file_cases import llama, prompt, read_prompt, stored_tensors
 from tests.processes import skip_below_two_gpus
 from tests.qwen_checkpoint import write_checkpoint
@@ -104,14 +104,14 @@ def test_every_byte_of_a_layer_is_where_its_states_come_from(max_cache_len: int 
             assert torch.equal(have, want)
 
 
-def read_after_every_operation(max_cache_len: int | None, folder: Path) -> list[Tensor]:
+def read_after_every_operation(max_cache_len: int | None, place: str, folder: Path) -> list[Tensor]:
     """What attention reads of a cache after each of its operations, and of the file of it."""
-    config, places = llama(num_hidden_layers=2).config, ("cpu",) * 2
+    config, places = llama(num_hidden_layers=2).config, (place,) * 2
     cache, read = QuantizedInt8Cache(config, max_cache_len=max_cache_len), []
 
     def look() -> None:
         for layer in cache.layers:
-            query = random_states(layer.pages.batch_size, 2, 3, 16, seed=99)[0]
+            query = random_states(layer.pages.batch_size, 2, 3, 16, seed=99, device=place)[0]
             read.append(torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values))
 
     for seed, tokens in enumerate((150, 1, 90)):
@@ -127,22 +127,30 @@ def read_after_every_operation(max_cache_len: int | None, folder: Path) -> list[
     ):
         operation()
         look()
-    read += QuantizedInt8Cache.load(folder / "cache", config=config).layers[0].pages.restore()
+    loaded = QuantizedInt8Cache.load(folder / "cache", config=config, device=place)
+    read += loaded.layers[0].pages.restore()
     step = torch.compile(lambda key, value: cache.update(key, value, 0)[0] * 1, backend="eager")
-    return [*read, step(*random_states(cache.layers[0].pages.batch_size, 2, 1, 16))]
+    return [*read, step(*random_states(cache.layers[0].pages.batch_size, 2, 1, 16, device=place))]
 
 
 @compiler_warnings
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(
+    ("place", "backend", "default"),
+    [
+        ("cpu", "torch", "meta"),
+        ("cpu", "cpu", "meta"),
+        pytest.param("cuda", "cuda", "cuda", marks=[pytest.mark.cuda, skip_without_gpu]),
+    ],
+)
 @pytest.mark.parametrize("max_cache_len", [None, 400])
 def test_torchs_default_device_is_no_matter(
-    max_cache_len: int | None, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_cache_len: int | None, place: str, backend: str, default: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a cache keeps on the host is there, whatever ``torch.set_default_device`` was told; here meta."""
+    """What a cache keeps on the host is there, whatever ``torch.set_default_device`` was told."""
     monkeypatch.setenv("QUANTCACHE_BACKEND", backend)
-    wanted = read_after_every_operation(max_cache_len, tmp_path)
-    with torch.device("meta"):
-        found = read_after_every_operation(max_cache_len, tmp_path)
+    wanted = read_after_every_operation(max_cache_len, place, tmp_path)
+    with torch.device(default):
+        found = read_after_every_operation(max_cache_len, place, tmp_path)
     for have, want in zip(found, wanted, strict=True):
         assert torch.equal(have, want)
 
