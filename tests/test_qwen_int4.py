@@ -52,6 +52,14 @@ def test_a_packed_layer_is_the_layer_it_stands_for(bits: int, in_order: bool, sy
     torch.testing.assert_close(layer(states), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_other_weights_are_read_as_they_are_packed() -> None:
+    layer = GPTQLinear(32, 24, GPTQFallbackConfig(group_size=16))
+    for symmetric, order in ((True, torch.arange(32)), (False, torch.randperm(32)), (True, torch.arange(32))):
+        buffers, weight = pack_linear(torch.randn(24, 32), 4, 16, symmetric, order // 16)
+        layer.load_state_dict({**buffers, "bias": torch.zeros(24).half()})
+        assert torch.equal(layer.restore(0, 24, torch.float32), weight.T)
+
+
 def test_a_wide_layer_is_restored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers, weight = pack_linear(torch.randn(40, 32), symmetric=False)
     layer = GPTQLinear(32, 40, GPTQFallbackConfig(group_size=16))

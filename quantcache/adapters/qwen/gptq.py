@@ -117,9 +117,14 @@ class GPTQLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float16))
-        # What the first call finds out; the zero point is one number in the symmetric files.
+        # What the first call with some weights finds out; the zero point is one number in the symmetric files.
         self._zero_point: int | None = None
         self._in_order: bool | None = None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """See ``nn.Module``; other weights are looked at again."""
+        super()._load_from_state_dict(*args)
+        self._zero_point = self._in_order = None
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
