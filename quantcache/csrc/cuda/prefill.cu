@@ -52,16 +52,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
   }
   if (kLoadsQueryFirst && threadIdx.x < kRowThreads) load_query(args, rows, memory);
 #if !SHARES_PAGES
-#if HAS_BLOCK_TABLE
-  const int tail_len = min(rows.kv_len, range.end * kPageSize) - rows.num_pages * kPageSize;  // that is seen
-#else
-  const int tail_len = rows.kv_len - rows.num_pages * kPageSize;
-#endif
-  if (range.end > rows.num_pages && tail_len > 0) {
-    find_largest<kKeyChunks>(args.key_tail, open_page(args, rows, 0, 0), tail_start(rows, args.key_tail_stride),
-                             args.key_tail_stride[2], tail_len, &shared.tail_largest[0]);
-    find_largest<kValueChunks>(args.value_tail, open_page(args, rows, 1, 0), tail_start(rows, args.value_tail_stride),
-                               args.value_tail_stride[2], tail_len, &shared.tail_largest[1]);
+  // Of the tail what the CTA converts.
+  const int first = max(range.first - rows.num_pages, 0) * kPageSize;
+  const int end = min(rows.kv_len, range.end * kPageSize) - rows.num_pages * kPageSize;
+  if (first < end) {
+    find_largest<kKeyChunks>(args.key_tail, open_page(args, rows, 0, first), tail_start(rows, args.key_tail_stride),
+                             args.key_tail_stride[2], first, end, &shared.tail_largest[0]);
+    find_largest<kValueChunks>(args.value_tail, open_page(args, rows, 1, first),
+                               tail_start(rows, args.value_tail_stride), args.value_tail_stride[2], first, end,
+                               &shared.tail_largest[1]);
   }
   __syncthreads();
 #endif

@@ -201,12 +201,13 @@ DEVICE void convert_tail_values(const PrefillArgs& args, const QueryRows& rows, 
                                            1.0f / memory.shared->tail_factor[1], target);
 }
 
-// Bits of the largest finite magnitude of the tail, of all threads together.
+// Bits of the largest finite magnitude of the tail's tokens `first` to `end`, of all threads together.
 template <int kChunks>
-DEVICE void find_largest(const void* tail, const OpenPage& open, i64 start, i64 step, int tail_len, u32* largest) {
+DEVICE void find_largest(const void* tail, const OpenPage& open, i64 start, i64 step, int first, int end,
+                         u32* largest) {
   u32 found = 0;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < tail_len * 4 * kChunks; i += kThreads) {
+  for (int i = first * 4 * kChunks + threadIdx.x; i < end * 4 * kChunks; i += kThreads) {
 #if HAS_BLOCK_TABLE
     const int token = i / (4 * kChunks);
     const u16* row = token < open.count ? open.states + token * 16 * kChunks
