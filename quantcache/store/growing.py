@@ -20,7 +20,16 @@ from quantcache.store import reads, writes
 from quantcache.store.offloading import HostCopy, write_access
 from quantcache.store.pages import Indices, Pages, as_selection, no_tokens
 from quantcache.store.requantizing import requantized
-from quantcache.store.segments import ClosedPages, RowTable, Segment, drop_beyond, pages_between, sizes_until
+from quantcache.store.segments import (
+    ClosedPages,
+    RowTable,
+    Segment,
+    drop_beyond,
+    pages_between,
+    room_in,
+    sizes_until,
+    without_room,
+)
 from quantcache.store.tail import LateTail, copied, roomier, write_tail
 from quantcache.store.view import PagesView
 
@@ -84,7 +93,7 @@ class Int8Pages(Pages):
 
     def _state(self, copy_page: Callable[[Tensor], Tensor], copy_tail: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """What is stored and nothing else, once parts of pages and tails are copied."""
-        segments = pages_between(self._readable_segments(), 0, self.num_pages)
+        segments = without_room(self._readable_segments(), self.num_pages)
         return vars(self) | {
             "_segments": [Segment(*map(copy_page, segment)) for segment in segments],
             "_tail": (copy_tail(self.key_tail), copy_tail(self.value_tail)),
@@ -136,7 +145,7 @@ class Int8Pages(Pages):
 
     def stored(self, shares: bool = False) -> PagesView:
         """See ``Pages.stored``; nothing moves."""
-        closed, table = pages_between(self._readable_segments(), 0, self.num_pages), None
+        closed, table = without_room(self._readable_segments(), self.num_pages), None
         if self.row_table is not None and shares:
             table = self.row_table.on(torch.device("cpu"))
         elif self.row_table is not None:
@@ -191,7 +200,7 @@ class Int8Pages(Pages):
         """See ``Pages.backend``; ``reader`` goes before."""
         if self._backend is None and self.reader:
             self._backend = self.reader, None
-        return super().backend
+        return self._backend or super().backend
 
     @property
     def tail_len(self) -> int:  # type: ignore[override]
@@ -224,7 +233,7 @@ class Int8Pages(Pages):
     @property
     def rows_stored(self) -> int:
         """See ``Pages.rows_stored``."""
-        return sum(segment.capacity * segment.rows for segment in pages_between(self._held(), 0, self.num_pages))
+        return sum(segment.capacity * segment.rows for segment in without_room(self._held(), self.num_pages))
 
     def no_states(self) -> tuple[Tensor, Tensor]:
         """Keys and values of no tokens, with the shapes, dtype and device of those stored; shares their memory."""
@@ -271,15 +280,20 @@ class Int8Pages(Pages):
         view = self._view_with(key_tail, value_tail)
 
         skipped = min(max(self._oldest_needed(key_states.shape[2]) - self.num_pages, 0), closing)
-        new_segments = self._close(key_tail, value_tail, skipped, closing) if closing else []
+        room = usable = 0
+        if closing and not skipped:
+            room = room_in(self._segments, self.num_pages)
+            usable = room if room and self._segments[-1].rows == self.batch_size else 0
+        new_segments = self._close(key_tail, value_tail, skipped, closing, usable) if closing else []
         if closing or is_empty:
             # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed.
             start, rest = closing * PAGE_SIZE, total - closing * PAGE_SIZE
             tails = key_tail.narrow(2, start, rest), value_tail.narrow(2, start, rest)
             buffers = copied(*tails, self._append_backend)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
-        if new_segments and not skipped and not self._room():
-            held = self._without_room()
+        if new_segments and room > usable:  # others cannot follow room that no page can take
+            *others, last = without_room(self._segments, self.num_pages)
+            held = [*others, last.cloned()]
         # Nothing above changed what is stored, and nothing below can fail.
         if skipped:
             self.first_page += self.num_pages + skipped
@@ -394,7 +408,7 @@ class Int8Pages(Pages):
         elif chosen.share_read(sizes) >= LEAST_SHARE_READ:
             self.row_table = chosen
         else:
-            self._take(chosen.select(pages_between(self._readable_segments(), 0, self.num_pages)))
+            self._take(chosen.select(without_room(self._readable_segments(), self.num_pages)))
         self._tail, self._shares_tail, self._closed = tail, False, None
 
     def _take(self, segments: list[Segment]) -> None:
@@ -450,7 +464,7 @@ class Int8Pages(Pages):
     def _make_closed(self) -> ClosedPages:
         """The pages held, which the views share until they change; for a reader of no row table, in order."""
         self._arrive()
-        segments = pages_between(self._segments, 0, self.num_pages)
+        segments = without_room(self._segments, self.num_pages)
         table, may_share = None, False
         if self.row_table is not None:
             if dispatch.BACKENDS[self.backend[0]].READS_ROW_TABLE:
@@ -461,20 +475,6 @@ class Int8Pages(Pages):
         self._closed = ClosedPages(segments, table, may_share)
         return self._closed
 
-    def _room(self) -> int:
-        """Pages that the last segment has room for, if it has a row for each sequence."""
-        if not self._segments or self._segments[-1].rows != self.batch_size:
-            return 0
-        return sum(segment.capacity for segment in self._segments) - self.num_pages
-
-    def _without_room(self) -> list[Segment]:
-        """The segments without room that no page can take, so that others can follow them."""
-        room = sum(segment.capacity for segment in self._segments) - self.num_pages
-        if not room:
-            return self._segments
-        *others, last = self._segments
-        return [*others, last.narrow(0, last.capacity - room).cloned()]
-
     def _segment_capacity(self, missing: int) -> int:
         """Pages of a new segment."""
         if self.keep_tokens is None:
@@ -482,13 +482,12 @@ class Int8Pages(Pages):
         # Of one size, so that the memory of one that is dropped serves the next.
         return max(self.keep_tokens // PAGE_SIZE // WINDOW_SEGMENTS, 1)
 
-    def _close(self, key_tail: Tensor, value_tail: Tensor, skipped: int, closing: int) -> list[Segment]:
-        """Write the pages ``skipped`` to ``closing`` of the tail: behind those held, or, if some are skipped, alone.
+    def _close(self, key_tail: Tensor, value_tail: Tensor, skipped: int, closing: int, room: int) -> list[Segment]:
+        """Write the pages ``skipped`` to ``closing`` of the tail: first into the ``room`` of the last segment.
 
         Returns:
             The segments that had to be made for them, not yet in the list.
         """
-        room = 0 if skipped else self._room()
         targets = [] if not room else [self._segments[-1].narrow(self._segments[-1].capacity - room, None)]
         new_segments = []
         missing = closing - skipped - room

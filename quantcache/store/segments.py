@@ -1,8 +1,9 @@
 """Closed pages: segments of them, and which stored row each sequence of the batch reads a page from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,6 +96,9 @@ class Segment(_Parts):
         return Segment(*(reference.select_rows(part, table) for part in self))
 
 
+_capacity: Callable[[Segment], int] = attrgetter("capacity")
+
+
 @dataclass(frozen=True, eq=False)
 class ClosedPages:
     """Closed pages, as the operations take them; made once and shared by the views until the pages change.
@@ -114,7 +118,7 @@ class ClosedPages:
     @cached_property
     def num_pages(self) -> int:
         """Pages in all segments."""
-        return sum(segment.capacity for segment in self.segments)
+        return sum(map(_capacity, self.segments))
 
     @cached_property
     def resolved(self) -> "ClosedPages":
@@ -137,6 +141,20 @@ def pages_between(segments: Iterable[Segment], start: int, stop: int) -> tuple[S
             narrowed.append(segment.narrow(low, high))
         first += segment.capacity
     return tuple(narrowed)
+
+
+def room_in(segments: Iterable[Segment], num_pages: int) -> int:
+    """Pages that segments have room for behind the first ``num_pages``."""
+    return sum(map(_capacity, segments)) - num_pages
+
+
+def without_room(segments: Sequence[Segment], num_pages: int) -> tuple[Segment, ...]:
+    """The first ``num_pages`` pages of segments of which only the last has room behind them, sharing memory."""
+    room = room_in(segments, num_pages)
+    if not room:
+        return tuple(segments)
+    *others, last = segments
+    return *others, last.narrow(0, last.capacity - room)
 
 
 def sizes_until(segments: Iterable[Segment], stop: int) -> Sizes:

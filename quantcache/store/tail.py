@@ -26,8 +26,14 @@ def roomier(key_buffer: Tensor, value_buffer: Tensor, used: int, tokens: int, ba
         buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3]) for buffer in (key_buffer, value_buffer)
     )
     if used:
-        writes.append_tail(key_buffer[:, :, :used], value_buffer[:, :, :used], key_made, value_made, 0, backend)
+        tails = first_tokens(key_buffer, used), first_tokens(value_buffer, used)
+        writes.append_tail(*tails, key_made, value_made, 0, backend)
     return key_made, value_made
+
+
+def first_tokens(buffer: Tensor, tokens: int) -> Tensor:
+    """Of a buffer (batch, num_kv_heads, capacity, head_dim) the first ``tokens``, sharing memory."""
+    return buffer if buffer.shape[2] == tokens else buffer.narrow(2, 0, tokens)
 
 
 def copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:

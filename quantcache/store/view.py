@@ -26,6 +26,7 @@ class PagesView:
         closed: the closed pages, without slack; with ``lengths`` all there is room for.
         buffers: exact keys and values behind the closed pages, (batch, num_kv_heads, at least tail_len, head_dim).
         tail_len: tokens of the buffers that count, unless ``lengths`` says.
+        seq_len: tokens in the view.
         backend: what ``dispatch.backend_for`` says of it, where it has been asked.
         pending: the newest keys and values, if they are to be written into the buffers; else None.
         lengths: int32 on the device: closed pages, tokens in the tail, tokens in all. None: the host knows them.
@@ -33,7 +34,7 @@ class PagesView:
         capacity: tokens of the shape that readers see, zeros behind the last; None: as many as there are.
     """
 
-    __slots__ = ("backend", "buffers", "capacity", "closed", "lengths", "pending", "scratch", "tail_len")
+    __slots__ = ("backend", "buffers", "capacity", "closed", "lengths", "pending", "scratch", "seq_len", "tail_len")
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class PagesView:
         self.closed = closed
         self.buffers = key_buffer, value_buffer
         self.tail_len = key_buffer.shape[2] if tail_len is None else tail_len
+        self.seq_len = closed.num_pages * PAGE_SIZE + self.tail_len
         self.backend = backend
         self.pending = pending
         self.lengths, self.scratch, self.capacity = lengths, scratch, capacity
@@ -84,11 +86,6 @@ class PagesView:
     def memo(self) -> dict[object, Any]:
         """What backends found out about the segments."""
         return self.closed.memo
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in the view."""
-        return self.closed.num_pages * PAGE_SIZE + self.tail_len
 
     @property
     def key_tail(self) -> Tensor:

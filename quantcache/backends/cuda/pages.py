@@ -1,6 +1,7 @@
 """Quantising pages, restoring them and writing the tail."""
 
 import functools
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,26 +35,23 @@ def store_pages(key_states: Tensor, value_states: Tensor, target: SegmentLike) -
     """See ``writes.store_pages``."""
     key_states, key_address, *key_strides = readable(key_states)
     value_states, value_address, *value_strides = readable(value_states)
-    targets = [(target.key_qdata, target.value_qdata), (target.key_metadata, target.value_metadata)]
-    written = [[t if t.is_contiguous() else torch.empty_like(t).contiguous() for t in pair] for pair in targets]
+    written, (key_qdata, key_metadata, value_qdata, value_metadata) = _where(target, key_states.device)
     batch, num_kv_heads, _, head_dim = key_states.shape
     kernel = pages_kernel("store_pages", key_states, head_dim, value_states.shape[-1])
     heads, layers = folded(batch * num_kv_heads)
     launch(
         kernel,
-        (len(target.key_qdata), heads, 2 * layers),
+        (written[0].shape[0], heads, 2 * layers),
         key_states.device.index,
         _STORE_ARGS,
-        *(key_address, value_address),
-        *(t.data_ptr() for pair in written for t in pair),
+        *(key_address, value_address, key_qdata, value_qdata, key_metadata, value_metadata),
         *key_strides,
         *value_strides,
         *(num_kv_heads, batch * num_kv_heads),
     )
-    for pair, sources in zip(targets, written, strict=True):
-        for part, source in zip(pair, sources, strict=True):
-            if part is not source:
-                part.copy_(source)
+    for part, source in zip(_parts(target), written, strict=True):
+        if part is not source:
+            part.copy_(source)
 
 
 def append_tail(key_states: Tensor, value_states: Tensor, key_tail: Tensor, value_tail: Tensor, position: int) -> None:
@@ -170,15 +168,19 @@ def _make_table(segments: Sequence[SegmentLike], row_table: Tensor | None, devic
     return SegmentTable(entries, len(segments), first, where, device, (kept, row_table))
 
 
+def _parts(segment: SegmentLike) -> list[Tensor]:
+    return [segment.key_qdata, segment.key_metadata, segment.value_qdata, segment.value_metadata]
+
+
 def _where(segment: SegmentLike, device: torch.device) -> tuple[list[Tensor], list[int]]:
     """The parts of a segment, contiguous, and their addresses; asked once, for most stay from call to call."""
     found: tuple[torch.device, list[Tensor], list[int]] | None = segment.memo.get("cuda")
     if found is None or found[0] != device:
-        parts = [segment.key_qdata, segment.key_metadata, segment.value_qdata, segment.value_metadata]
+        parts = _parts(segment)
         check_pages(device, [parts])
-        whole = [part.contiguous() for part in parts]
-        found = device, whole, [part.data_ptr() for part in whole]
-        if all(part is given for part, given in zip(whole, parts, strict=True)):  # a copy is of what is there now
+        whole = list(map(Tensor.contiguous, parts))
+        found = device, whole, list(map(Tensor.data_ptr, whole))
+        if all(map(operator.is_, whole, parts)):  # a copy is of what is there now
             segment.memo["cuda"] = found
     return found[1:]
 
