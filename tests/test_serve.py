@@ -379,6 +379,19 @@ def test_two_requests_of_one_name_are_refused(running: Served) -> None:
         assert post(running, body.replace(b"200", b"2"), **{"x-request-id": "mine"})[0] == 200
 
 
+def test_a_client_that_left_can_come_again_under_the_name_of_its_request(running: Served) -> None:
+    """A proxy that tries again does so; what it left goes by its name, and must not take the new one along."""
+    url, headers = running.url + "/chat/completions", {"content-type": "application/json", "x-request-id": "again"}
+    for _ in range(5):
+        body = json.dumps({"messages": TURNS, "max_tokens": 900, "temperature": 0}).encode()
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=0.3)
+        body = body.replace(b"900", b"5")
+        while (status := post(running, body, **{"x-request-id": "again"})[0]) == 409:
+            pass
+        assert status == 200
+
+
 @pytest.mark.parametrize("path", ["/../reset", "/../load_model", "/audio/transcriptions", "/systemone"])
 def test_what_would_change_the_model_is_not_there(running: Served, path: str) -> None:
     assert post(running, b"{}", path)[0] == 404

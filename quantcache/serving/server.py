@@ -45,6 +45,9 @@ KEEP_ALIVE_SECONDS: Final = 60
 """How long a connection is kept for another request. Clients give theirs up after 5 s, which is uvicorn's default
 too: a request could then meet a connection that is being closed."""
 
+POLL_SECONDS: Final = 0.01
+"""Between looks at whether the manager has let go of a request that was cancelled."""
+
 ROUTES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
 """Those of transformers' server that stay. The others list, load or throw away models, or want an encoder."""
 
@@ -144,10 +147,15 @@ class _Requests(CBGenerateManager):
     def stop(self) -> None:
         """Nothing: who made the manager ends it."""
 
-    def cancel(self, request_id: str) -> None:
-        """Give the blocks of a request back, if it has any."""
-        for name in self.names.get(request_id, [request_id]):
-            self.manager.cancel_request(name)
+    async def cancel(self, request_id: str) -> None:
+        """Give the blocks of a request back, if it has any, and wait until nothing goes by its name any more."""
+        names, manager = self.names.get(request_id, [request_id]), self.manager
+        for name in names:
+            manager.cancel_request(name)
+        while manager.is_running() and (
+            manager.cancel_queue.qsize() or any(_host.has_request(manager.batch_processor, name) for name in names)
+        ):
+            await asyncio.sleep(POLL_SECONDS)
 
     def forget(self, request_id: str) -> None:
         """Let go of where the output of a request went; what a cancelled one has still delivered belongs to nobody."""
@@ -324,10 +332,10 @@ class _WhileTheClientWaits:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 gone.set()
-                if at_work:
-                    self.requests.cancel(request_id)
                 answer.cancel()
-                await asyncio.gather(answer, return_exceptions=True)
+                await asyncio.gather(answer, return_exceptions=True)  # a stream cancels its request, too
+                if at_work:
+                    await self.requests.cancel(request_id)
             else:
                 answer.result()
         finally:
