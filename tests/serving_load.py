@@ -3,12 +3,14 @@
     PYTHONPATH=. python -m tests.serving_load [--requests 10000] [--at-once 64] [--json FILE]
 
 starts ``quantcache serve`` on the loopback with a tiny random model, sends the requests and ends it. It fails where one
-is not answered, where one that must be refused is answered, where a block is lost, or where memory grows.
+is not answered or gets another answer than alone, where one that must be refused is answered, where a block, a thread
+or a file is lost, or where memory grows. ``docs/benchmarks/serving-load.json`` is what it wrote.
 """
 
 import argparse
 import asyncio
 import collections
+import importlib.metadata
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from typing import Any
 
 import openai
 
+from tests.benchmarks.bench_cpu_attention import processor
 from tests.documentation import make_model, make_tokenizer
 from tests.processes import ROOT
 
@@ -53,13 +56,25 @@ class Served:
 
     def report(self) -> dict[str, Any]:
         """What the server says of its blocks."""
-        found: dict[str, Any] = self.client().get("/../report", cast_to=object)  # type: ignore[assignment]
+        with self.client() as client:
+            found: dict[str, Any] = client.get("/../report", cast_to=object)  # type: ignore[assignment]
         return found
 
     def resident_nbytes(self) -> int:
+        """Memory of the server's process that is no file's."""
+        return self._status("RssAnon") << 10
+
+    def threads(self) -> int:
         """Of the server's process."""
+        return self._status("Threads")
+
+    def files(self) -> int:
+        """Files and connections that the server's process has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def _status(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 @contextmanager
@@ -108,7 +123,7 @@ KINDS = (
         "too long",
         "cancelled stream",
         "prefix",
-        "chat",
+        "known",
         "gone",
         "stream",
     ),
@@ -118,15 +133,25 @@ KINDS = (
 PREFIX = "A prompt that many users have at the beginning, of more than one page of tokens each of which is a byte. "
 
 
-async def send(client: openai.AsyncOpenAI, index: int) -> str:
+KNOWN = 12
+"""Tokens of an answer that is compared with the same request's, alone."""
+
+
+async def send(client: openai.AsyncOpenAI, index: int, known: str) -> str:
     """Send one request; what became of it.
+
+    Args:
+        client: of the server.
+        index: which request, of ``KINDS`` in turn.
+        known: what the server answered, alone, where the kind is "known".
 
     Raises:
         AssertionError: something else than what must.
     """
     kind = KINDS[index % len(KINDS)]
-    new_tokens = 1 + index % 16
-    turns = [{"role": "user", "content": f"{PREFIX if kind == 'prefix' else ''}Request {index}."}]
+    new_tokens = KNOWN if kind == "known" else 1 + index % 16
+    asked = "What is known?" if kind == "known" else f"{PREFIX if kind == 'prefix' else ''}Request {index}."
+    turns = [{"role": "user", "content": asked}]
     chat: dict[str, Any] = {"model": NAME, "messages": turns, "max_tokens": new_tokens, "temperature": 0}
     try:
         if kind == "not JSON":
@@ -153,6 +178,7 @@ async def send(client: openai.AsyncOpenAI, index: int) -> str:
             assert answer.choices[0].finish_reason == (
                 "length" if answer.usage.completion_tokens == new_tokens else "stop"
             )
+            assert kind != "known" or answer.choices[0].message.content == known
     except openai.BadRequestError:
         assert kind in ("not JSON", "refused field", "too long"), kind
         return "refused"
@@ -185,19 +211,24 @@ async def load(served: Served, requests: int, at_once: int) -> dict[str, Any]:
     """Send ``requests``, ``at_once`` of them at a time, and wait until the server is idle.
 
     Returns:
-        how many were answered, refused and cancelled; the server's memory after a fifth of them and at the end; and its
-        report at the end.
+        how many were answered, refused and cancelled; the server's memory after each tenth of them; its threads and
+        open files before and after; and its report at the end.
     """
+    turns: Any = [{"role": "user", "content": "What is known?"}]
+    with served.client() as one:
+        alone = one.chat.completions.create(model=NAME, messages=turns, max_tokens=KNOWN, temperature=0)
+    known = alone.choices[0].message.content or ""
     became: collections.Counter[str] = collections.Counter()
-    memory: list[int] = []
+    marks = {requests * tenth // 10 for tenth in range(1, 10)}
+    before, memory = {"threads": served.threads(), "files": served.files()}, []
     indices = iter(range(requests))
     # A client whose connection was cut closes it; the others go on in theirs.
     async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=PATIENCE) as client:
 
         async def work() -> None:
             for index in indices:
-                became[await send(client, index)] += 1
-                if index == requests // 5:
+                became[await send(client, index, known)] += 1
+                if index in marks:
                     memory.append(served.resident_nbytes())
 
         await asyncio.gather(*(work() for _ in range(at_once)))
@@ -205,7 +236,13 @@ async def load(served: Served, requests: int, at_once: int) -> dict[str, Any]:
     while (report := served.report())["blocks_used"] and time.monotonic() < end:
         await asyncio.sleep(0.1)
     memory.append(served.resident_nbytes())
-    return {**became, "memory": memory, "report": report}
+    after = {"threads": served.threads(), "files": served.files()}
+    return {**became, "memory": memory, "before": before, "after": after, "report": report}
+
+
+ROOM = 16
+"""Threads and files that a server may have more at the end: threads that have answered for its report, and connections
+whose client has left, end in a while."""
 
 
 def check(found: dict[str, Any], requests: int, growth: int) -> None:
@@ -214,7 +251,7 @@ def check(found: dict[str, Any], requests: int, growth: int) -> None:
     Args:
         found: of ``load``.
         requests: how many were sent.
-        growth: bytes that the server may have more at the end.
+        growth: bytes that the server may have more at the end than after a fifth of the requests.
 
     Raises:
         AssertionError: it was not.
@@ -228,8 +265,10 @@ def check(found: dict[str, Any], requests: int, growth: int) -> None:
     report = found["report"]
     assert report["blocks_used"] == 0, "a block is lost"
     assert report["tokens_free"] == report["tokens"]
-    begin, end = found["memory"]
-    assert end - begin <= growth
+    assert report["requests_running"] == report["requests_waiting"] == 0
+    for name, count in found["after"].items():
+        assert count <= found["before"][name] + ROOM, f"{name} are lost"
+    assert found["memory"][-1] - found["memory"][1] <= growth
 
 
 def main() -> int:
@@ -241,10 +280,19 @@ def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, served(Path(folder), "--num-blocks", "64") as server:
         found = asyncio.run(load(server, options.requests, options.at_once))
-    found["seconds"] = round(time.monotonic() - start, 1)
-    print(json.dumps(found, indent=1))
+    print(f"{time.monotonic() - start:.0f} s")
+    names = ("torch", "transformers", "openai", "fastapi", "uvicorn")
+    made = {
+        "command": " ".join(["PYTHONPATH=. python -m tests.serving_load", *sys.argv[1:]]),
+        "hardware": {"processor": processor(), "cores": os.cpu_count()},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "requests": options.requests,
+        "at_once": options.at_once,
+        **found,
+    }
+    print(json.dumps(made, indent=1))
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(made, indent=1) + "\n")
     check(found, options.requests, growth=16 << 20)
     return 0
 

@@ -33,3 +33,17 @@ def serving_gpu() -> str:
             body.append([f"{job['job']}{told}", f"{way}{part}", number(speed), number(row["peak_gib"]), ratio])
     header = "job | way | new tokens/s | peak over the weights, GiB | int8 blocks, times as fast"
     return table(header, body) + "\n\n" + where("serving-gpu")
+
+
+def serving_load() -> str:
+    """What became of many short requests, in a sentence."""
+    load_run = load("serving-load")
+    memory, report = load_run["memory"], load_run["report"]
+    first, last = (f"{nbytes / 2**20:,.0f} MiB" for nbytes in (memory[1], memory[-1]))
+    return (
+        f"{load_run['requests']:,} requests, {load_run['at_once']} at a time: {load_run['answered']:,} were answered, "
+        f"{load_run['refused']:,} were malformed or too long and were refused, and the clients of "
+        f"{load_run['cancelled']:,} left. Then {report['blocks_used']} of {report['blocks']} blocks were in use; the "
+        f"server had {first} of memory after a fifth of the requests, and {last} at the end.\n\n"
+        + where("serving-load")
+    )
