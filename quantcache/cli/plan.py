@@ -241,6 +241,7 @@ def draw(geometry: "Geometry", made: "Plan", file: Path) -> None:
     if room is not None and room > 0:
         axes.axhline(room / GIB, color="grey", linestyle="--", label="left next to bf16 weights")
     axes.set(xlabel=f"tokens, batch {made.batch}", ylabel="GiB", title=made.model, xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     figure.savefig(file, dpi=150)
 

@@ -130,9 +130,10 @@ class CacheReport:
         mib = 1 << 20
         axes.bar(places, [row.exact_nbytes / mib for row in self.layers], color="lightgrey", label=self._exact_name())
         axes.bar(places, [row.nbytes / mib for row in self.layers], width=0.5, label="this cache")
-        axes.set(xlabel="layer", ylabel="MiB", title=f"{human_bytes(self.nbytes)}, {self._saved(self)}")
+        title = f"{human_bytes(self.nbytes)}, saved {self._saved(self)}"
+        axes.set(xlabel="layer", ylabel="MiB", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         return figure
 
     def _cells(self) -> list[tuple[str, ...]]:
