@@ -547,10 +547,11 @@ def test_a_silent_hub_is_waited_for_once(
 
 
 def test_messages_do_not_name_functions(folder: Path) -> None:
-    for arguments in (["plan", "nonsense"], ["generate", "a", "--model", "missing.gguf"]):
+    for arguments in (["plan", "nonsense"], ["generate", "a", "--model", "missing.gguf"], ["eval", "--caches", "int9"]):
         error = run(*arguments)[2]
         assert "find_geometry" not in error
         assert "load_model" not in error
+        assert "check_names" not in error
 
 
 def test_a_model_without_a_chat_template_is_said_to_be_one(folder: Path, tmp_path: Path) -> None:

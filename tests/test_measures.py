@@ -65,7 +65,7 @@ def test_what_cannot_be_compared_is_left_out_with_the_reason() -> None:
     assert baselines.INT8 in made
     assert baselines.candidates(llama().to(torch.bfloat16))[1][baselines.BF16] == "the reference is bfloat16 itself"
     with pytest.raises(
-        ValueError, match=r"^candidates: a cache must be one of int8, bf16-cache, bf16, fp8, hqq, quanto"
+        ValueError, match=r"^check_names: a cache must be one of int8, bf16-cache, bf16, fp8, hqq, quanto"
     ):
         baselines.candidates(llama(), ["int3"])
 

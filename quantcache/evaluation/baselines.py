@@ -55,7 +55,7 @@ def check_names(wanted: list[str] | None) -> None:
     """
     for name in wanted or ():
         if name not in NAMES:
-            raise ValueError(f"candidates: a cache must be one of {', '.join(NAMES)}, got {name!r}.")
+            raise ValueError(f"check_names: a cache must be one of {', '.join(NAMES)}, got {name!r}.")
 
 
 def candidates(model: PreTrainedModel, wanted: list[str] | None = None) -> tuple[dict[str, Candidate], dict[str, str]]:
