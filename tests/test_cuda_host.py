@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from quantcache import QuantizedInt8Cache
 from quantcache.backends import cuda, dispatch
 from quantcache.backends.cuda import nvrtc
 from quantcache.backends.cuda.plan import Shape
-from quantcache.layers._host import cache_argument
+from quantcache.layers import routing
+from quantcache.layers._host import attention_function, cache_argument
 from quantcache.layers.growing import Int8Layer
 from quantcache.layers.sliding import Int8SlidingLayer
 from quantcache.quantization import reference
@@ -340,6 +342,37 @@ def test_a_later_turn_under_a_window_asks_the_gpu_for_no_more_than_one_without(l
     assert asked[0] == {"store_pages": 1, "append": 1, "scan_mask": 1, "prefill": 1, "merge_parts": 1}
     # Its pages begin behind those of the turn before, and so they go to the end of one segment and to the next ones.
     assert asked[1] - asked[0] <= Counter(store_pages=2)
+
+
+def test_a_later_turn_under_a_window_takes_the_host_few_calls(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Python and of torch, in one layer; where the GPU has less to do, their time is that of the turn."""
+    for module in emulated_cuda.MODULES:
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+    routing.install()
+    layer, module, attend = Int8SlidingLayer(4096), torch.nn.Module(), attention_function("sdpa")
+    states = torch.randn(1, 1, 8192, 16).bfloat16()
+    turn, mask = states[:, :, :512], torch.ones(1, 1, 512, 8704, dtype=torch.bool)
+    counts: Counter[str] = Counter()
+
+    def take() -> None:
+        keys, values = layer.update(turn, turn)
+        attend(module, turn, keys, values, mask[..., : keys.shape[2]], scaling=0.25)  # type: ignore[misc]
+
+    layer.update(states, states)
+    for _ in range(2):
+        take()
+    # What is written is read next: its address need not be asked for again.
+    assert all("cuda" in segment.memo for segment in layer.pages.segments)  # type: ignore[union-attr]
+    sys.setprofile(lambda frame, event, argument: counts.update([event]))
+    try:
+        take()
+    finally:
+        sys.setprofile(None)
+    assert counts["call"] <= 160  # 222 where masks, segments and lengths were looked at for every use
+    assert counts["c_call"] <= 150
 
 
 def test_more_segments_than_go_with_a_launch_are_read_from_a_table(launched: list[str]) -> None:

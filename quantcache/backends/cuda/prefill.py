@@ -305,21 +305,17 @@ def launch_plan(
         key_tail, key_address, key0, key1, key2 = readable(key_tail)
         value_tail, value_address, value0, value1, value2 = readable(value_tail)
 
-    mask = blocks = sighted = mask_dtype = 0
-    mask_strides, block_strides, sighted_strides, found = [0] * 4, [0] * 3, [0] * 3, None
+    found = _NO_MASK
     if attn_mask is not None:
         if attn_mask.dtype not in MASK_DTYPES:
             attn_mask = attn_mask.float()
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        mask, mask_dtype = attn_mask.data_ptr(), MASK_DTYPES[attn_mask.dtype]
-        mask_strides = _broadcast_strides(attn_mask)
+        if attn_mask.dim() < 4:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         # In a recorded step all that there is room for.
         kv_len = table.num_pages * PAGE_SIZE + view.tail_len
         found = _scanned(kernels, attn_mask, kv_len if attn_mask.shape[3] == 1 else attn_mask.shape[3], lengths)
-        blocks, block_strides = found.blocks.data_ptr(), _broadcast_strides(found.blocks)[:3]
-        # Where another rule hides keys, too, a key that the mask shows may be none that is seen.
-        if found.sighted is not None and not is_causal and window is None:
-            sighted, sighted_strides = found.sighted.data_ptr(), _broadcast_strides(found.sighted)
+    # Where another rule hides keys, too, a key that the mask shows may be none that is seen.
+    sighted = 0 if is_causal or window is not None else found.sighted
     if sinks is not None:
         sinks = sinks.float().contiguous()
     heads = num_kv_heads if sequences else batch * num_kv_heads
@@ -332,15 +328,13 @@ def launch_plan(
     arguments = (
         *(query_address, 0 if output is None else output.data_ptr()),
         *(table.address_beyond(FEW_SEGMENTS), key_address, value_address),
-        *(mask, blocks, sighted),
+        *(found.mask, found.blocks, sighted),
         *(0 if sinks is None else sinks.data_ptr(), 0 if lengths is None else lengths.data_ptr()),
         *(partial, sums),
         *(query0, query1, query2, key0, key1, key2, value0, value1, value2),
-        *mask_strides,
-        *block_strides,
-        *sighted_strides,
+        *found.strides,
         *(num_kv_heads, group, query_len, table.num_pages, view.tail_len, table.num_segments),
-        *(num_splits, is_causal, window or 0, mask_dtype, batch, row_tiles),
+        *(num_splits, is_causal, window or 0, found.dtype, batch, row_tiles),
         options.scale(head_dim),
         softcap or 0.0,
         *table.few,
@@ -364,19 +358,27 @@ BLOCK_QUERIES: Final = 32
 
 
 class _Scanned(NamedTuple):
-    """What was found in a mask.
+    """A mask and what was found in it, as launches are told of it.
 
     Attributes:
-        key: of the mask.
-        base: its memory.
-        blocks: uint8 (batch, heads, query blocks, key blocks).
-        sighted: int32 (batch, heads, query blocks), a bit for each query that sees some key; None for a mask of bools.
+        mask: its address; (batch or 1, heads or 1, query_len or 1, kv_len or 1).
+        blocks: address of uint8 (batch, heads, query blocks, key blocks).
+        sighted: address of int32 (batch, heads, query blocks), a bit for each query that sees some key; 0 for a mask
+            of bools.
+        strides: four of the mask, three of the blocks and of what is sighted, 0 along an axis of one.
+        dtype: of the mask, as the kernels number it.
+        kept: the tensors that were made.
     """
 
-    key: tuple[object, ...]
-    base: TensorWeakRef
-    blocks: Tensor
-    sighted: Tensor | None
+    mask: int
+    blocks: int
+    sighted: int
+    strides: tuple[int, ...]
+    dtype: int
+    kept: tuple[Tensor | None, ...] = ()
+
+
+_NO_MASK: Final = _Scanned(0, 0, 0, (0,) * 10, 0)
 
 
 def _scanned(kernels: Kernels, mask: Tensor, kv_len: int, lengths: Tensor | None) -> _Scanned:
@@ -390,31 +392,34 @@ def _scanned(kernels: Kernels, mask: Tensor, kv_len: int, lengths: Tensor | None
     is_known = is_known and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     if is_known:
         key = (*key, base._version)
-        for known in _known.get(mask.device.index, ()):
-            if known.key == key and known.base() is base:
+        for known_key, known_base, known in _known.get(mask.device.index, ()):
+            if known_key == key and known_base() is base:
                 return known
     batch, heads, queries, _ = mask.shape
     blocks = mask.new_empty(batch, heads, -(-queries // BLOCK_QUERIES), -(-kv_len // PAGE_SIZE), dtype=torch.uint8)
     sighted = None if is_bool else mask.new_zeros(blocks.shape[:3], dtype=torch.int32)
+    strides = [*_broadcast_strides(mask), *_broadcast_strides(blocks)[:3]]
+    strides += [0] * 3 if sighted is None else _broadcast_strides(sighted)
+    addresses = mask.data_ptr(), blocks.data_ptr(), 0 if sighted is None else sighted.data_ptr()
+    scanned = _Scanned(*addresses, tuple(strides), MASK_DTYPES[mask.dtype], (blocks, sighted))
     launch(
         kernels.scan_mask,
         (-(-blocks.numel() // (kernels.shape.threads // 32)), 1, 1),
         mask.device.index,
         _SCAN_ARGS,
-        *(mask.data_ptr(), blocks.data_ptr(), 0 if sighted is None else sighted.data_ptr()),
+        *addresses,
         0 if lengths is None else lengths.data_ptr(),
-        *_broadcast_strides(mask),
-        *(batch, heads, queries, kv_len, MASK_DTYPES[mask.dtype]),
+        *strides[:4],
+        *(batch, heads, queries, kv_len, scanned.dtype),
     )
-    scanned = _Scanned(key, TensorWeakRef(base), blocks, sighted)
     if is_known:
-        others = [known for known in _known.get(mask.device.index, ()) if known.base() is not None]
-        _known[mask.device.index] = [scanned, *others[: KNOWN_MASKS - 1]]
+        others = [known for known in _known.get(mask.device.index, ()) if known[1]() is not None]
+        _known[mask.device.index] = [(key, TensorWeakRef(base), scanned), *others[: KNOWN_MASKS - 1]]
     return scanned
 
 
 KNOWN_MASKS: Final = 4
 """Of a device, that are remembered: layers with a window and layers without have masks of their own, and take turns."""
 
-_known: Final[dict[int, list[_Scanned]]] = {}
-"""Newest first."""
+_known: Final[dict[int, list[tuple[object, TensorWeakRef, _Scanned]]]] = {}
+"""Of each mask what tells it from others and its memory, and what was found; newest first."""
