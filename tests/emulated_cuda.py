@@ -438,7 +438,7 @@ def built_as(args: Arguments) -> Any:
 def prefill(args: Arguments) -> None:
     given = args.given
     shape = built_as(args)
-    assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths, bool(args.macros["SHARES_PAGES"]))
+    assert args.macros["SHARED_BYTES"] == shape.shared_bytes(*args.widths)
     num_pages, tail_len = live_lengths(args)
     if args.macros["SHARES_PAGES"]:
         passed_over(given, num_pages * PAGE_SIZE + tail_len)

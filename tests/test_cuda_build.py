@@ -309,7 +309,7 @@ def test_pages_that_are_shared_are_read_by_two_ctas_of_a_processor_where_they_fi
     device = emulated_cuda.H200
     shape = emulated_cuda.SHARED.shape_on(device, batch, rows_each, head_dim, head_dim)
     assert shape.at_once == (2 if rows == 64 and head_dim <= 128 else 1)
-    needed = shape.shared_bytes(head_dim, head_dim, True)
+    needed = shape.shared_bytes(head_dim, head_dim)
     assert needed <= device.shared_per_block
     assert shape.at_once * (needed + 1024) <= device.shared_per_processor
     if head_dim in range(80, 129, 16):  # else there are more rows in a CTA

@@ -63,7 +63,7 @@ class Shape(NamedTuple):
         """Threads of a CTA."""
         return 32 * self.warps + (128 if self.is_warpgroup else 0)
 
-    def shared_bytes(self, head_dim: int, v_head_dim: int, shares_pages: bool = False) -> int:
+    def shared_bytes(self, head_dim: int, v_head_dim: int) -> int:
         """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
         keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
         makers = 128 if self.is_warpgroup else self.threads
@@ -141,7 +141,7 @@ def macros_for(
         ("AT_ONCE", shape.at_once),
         *(("HAS_MASK", int(has_mask)), ("HAS_SOFTCAP", int(has_softcap)), ("HAS_ROW_TABLE", int(has_row_table))),
         *(("SHARES_PAGES", int(shares_pages)), ("HAS_BLOCK_TABLE", int(has_block_table))),
-        ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim, shares_pages)),
+        ("SHARED_BYTES", shape.shared_bytes(head_dim, v_head_dim)),
     )
 
 
@@ -166,7 +166,7 @@ def kernels_for(
     def load(name: str, shared_bytes: int) -> Kernel:
         return load_kernel("prefill.cu", macros, name, index, shape.threads, shared_bytes, arch)
 
-    shared_bytes = shape.shared_bytes(head_dim, v_head_dim, shares_pages)
+    shared_bytes = shape.shared_bytes(head_dim, v_head_dim)
     return Kernels(shape, load("prefill", shared_bytes), load("merge_parts", 0), load("scan_mask", 0))
 
 

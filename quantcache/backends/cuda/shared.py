@@ -60,7 +60,7 @@ def shape_on(device: Gpu, batch: int, rows_each: int, head_dim: int, v_head_dim:
         return shape
     if rows_each * LEAST_SEQUENCES <= 64 and max(head_dim, v_head_dim) <= 128:
         small = shape._replace(warps=4, at_once=2)
-        if 2 * (small.shared_bytes(head_dim, v_head_dim, True) + 1024) <= device.shared_per_processor:
+        if 2 * (small.shared_bytes(head_dim, v_head_dim) + 1024) <= device.shared_per_processor:
             return small
     return shape._replace(warps=min(shape.warps, 4 * -(-batch * rows_each // 64)))  # no more of them than have rows
 
