@@ -24,6 +24,7 @@ def shared_model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.filterwarnings("ignore::quantcache.FallbackWarning")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, skip_below_two_gpus])])
 def test_two_processes_answer_as_one(device: str, tmp_path: Path) -> None:
     model = shared_model()

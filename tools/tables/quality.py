@@ -45,7 +45,7 @@ def tasks() -> str:
             cells = [f"{score['right']:,} of {score['asked']:,}", percent(score["right"] / score["asked"])]
             cells += [f"{score[alike]:,}" for alike in ("answers_alike", "verdicts_alike")]
             body.append([TASKS.get(task, task), name, *cells, number(score["mean_kl"], 2)])
-    header = "task | cache | right | | answers alike | verdicts alike | KL"
+    header = "task | cache | right | share | answers alike | verdicts alike | KL"
     return f"{report['model']} in {report['dtype']}.\n\n" + table(header, body) + "\n\n" + where("tasks")
 
 
