@@ -63,13 +63,21 @@ def cuda_shared() -> str:
 
 
 def reorder_cpu() -> str:
+    return _reordering("reorder-cpu")
+
+
+def reorder_gpu() -> str:
+    return _reordering("reorder-gpu")
+
+
+def _reordering(name: str) -> str:
     body = []
-    for row in rows("reorder-cpu"):
+    for row in rows(name):
         (baseline, ratio), *_ = row["ratios"].items()
-        times = (number(row["median_ms"][name]) for name in ("int8", baseline))
+        times = (number(row["median_ms"][cache]) for cache in ("int8", baseline))
         body.append([row["row"], *times, baseline, f"**{ratio:.1f}**"])
     header = "ms, all layers | int8 | stock | which stock cache | times as fast"
-    return table(header, body) + "\n\n" + where("reorder-cpu")
+    return table(header, body) + "\n\n" + where(name)
 
 
 def cuda_blocks() -> str:
