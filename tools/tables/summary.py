@@ -85,12 +85,40 @@ def _summary_compiled(best: bool) -> list[str]:
     return [name, f"{times['int8']:.1f} ms per token", others]
 
 
+def _summary_samples() -> list[str]:
+    """Each cache where torch's choice of attention suits it best."""
+    found = [row for row in rows("generate-gpu") if row["name"] == "shared-samples"]
+    if not found:
+        raise NotMeasuredError("Not measured yet: samples of one prompt in `generate-gpu.json`.")
+    seconds, peaks = (
+        {cache: min(row[key][cache] for row in found) for cache in ("int8", "DynamicCache")}
+        for key in ("seconds", "peak_gib")
+    )
+    return [
+        f"{found[0]['row']} tokens, Qwen2.5-7B geometry, H200",
+        f"{seconds['int8']:.2f} s, {peaks['int8']:.1f} GiB over the weights",
+        f"`DynamicCache` {seconds['DynamicCache']:.2f} s, {peaks['DynamicCache']:.1f} GiB",
+    ]
+
+
+def _summary_serving() -> list[str]:
+    job = _find(load("serving-gpu")["jobs"], name="even")
+    ways = job["ways"]
+    stock = ways["stock"]["whole_job_tokens_per_second"]
+    return [
+        f"`generate_batch`, {job['job']}, the same",
+        f"{ways['int8 blocks']['new_tokens_per_second']:,.0f} tokens/s",
+        f"blocks in bfloat16 without flash-attn {stock:,.0f} tokens/s",
+    ]
+
+
 def summary() -> str:
     """One line for each thing that a reader wants to know, what is worse included; lines that lack a measurement go."""
     body = []
     best, worst = (partial(_summary_compiled, best=best) for best in (True, False))
     lines: tuple[Callable[[], list[str]], ...]
-    lines = (_summary_memory, _summary_quality, _summary_gpu, _summary_flashinfer, best, worst, _summary_cpu)
+    lines = (_summary_memory, _summary_quality, _summary_gpu, _summary_flashinfer, best, worst)
+    lines += (_summary_samples, _summary_serving, _summary_cpu)
     for line in lines:
         with contextlib.suppress(NotMeasuredError):
             body.append(line())
