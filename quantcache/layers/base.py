@@ -226,16 +226,19 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
         num_pages = self.pages.num_pages
         if wants_gradient and (num_pages or self._cut_gradients):
             self.read_log.cut_gradients("restored" if num_pages else "exact")
-        with_gradient = None
-        if wants_gradient:  # before they are stored: what fails then has stored nothing
+        dense = None
+        # Exact states, too, as a backward pass may need them when later tokens are in the memory of the tail.
+        if wants_gradient or (torch.is_grad_enabled() and not num_pages):
+            # Before they are stored: what fails then has stored nothing.
             keys, values = reads.restore_both(self.pages.view())
             missing = max(0, (self._padded_len or 0) - keys.shape[2] - key_states.shape[2])
-            with_gradient = _joined(keys, key_states, missing), _joined(values, value_states, missing)
+            dense = _joined(keys, key_states, missing), _joined(values, value_states, missing)
         view = self.pages.append(key_states, value_states)
         if num_pages == 0 and not (wants_gradient and self._cut_gradients):
             self.read_log.ran("exact")
         self._cut_gradients |= wants_gradient
-        return with_gradient or self._states(view)
+        states = self._states(view)
+        return dense if dense and (wants_gradient or view.is_exact) else states
 
     def _update_traced(
         self, key_states: Tensor, value_states: Tensor, is_empty: bool, named: tuple[Tensor, int] | None = None
@@ -396,11 +399,7 @@ class BaseInt8Layer(CacheLayerMixin, ABC):
 
     def _states(self, view: PagesView) -> tuple[Tensor, Tensor]:
         """What attention gets of a view."""
-        if not view.is_exact:
-            return Int8Tensor.pair(view, self.read_log)
-        if torch.is_grad_enabled():  # a backward pass may need them when later tokens are in this memory
-            return view.key_tail.clone(), view.value_tail.clone()
-        return view.key_tail, view.value_tail
+        return (view.key_tail, view.value_tail) if view.is_exact else Int8Tensor.pair(view, self.read_log)
 
 
 def _joined(dense: Tensor, new_states: Tensor, missing: int) -> Tensor:
