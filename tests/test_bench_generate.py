@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import bench_generate
+from tests.benchmarks import bench_generate, profile_generate
 from tests.processes import made_once
 
 ROWS = [
@@ -133,3 +133,16 @@ def test_the_documentation_takes_what_was_measured(measured: Path, monkeypatch: 
     assert "second turn: 80 tokens after 300" in written
     assert "StaticCache" in written
     assert FIGURES["generate-cpu"](THEMES["dark"]).startswith("<?xml")
+
+
+def test_a_profile_has_the_time_of_the_host_for_each_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "profile.json"
+    monkeypatch.setattr(bench_generate, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(bench_generate, "ON_GPU", False)
+    monkeypatch.setattr(profile_generate, "ON_GPU", False)
+    monkeypatch.setattr(sys, "argv", ["profile_generate.py", "--size", "tiny", "--rows", "turn", "--out", str(out)])
+    profile_generate.main()
+    int8, stock = json.loads(out.read_text())["rows"]
+    assert (int8["cache"], stock["cache"]) == ("int8", "DynamicCache")
+    assert len(int8["seconds"]) == len(stock["seconds"]) == profile_generate.CALLS
+    assert min(int8["host_ms"], stock["host_ms"], *int8["seconds"], *stock["seconds"]) > 0

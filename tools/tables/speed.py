@@ -80,6 +80,15 @@ def _reordering(name: str) -> str:
     return table(header, body) + "\n\n" + where(name)
 
 
+def generate_profile() -> str:
+    body = []
+    for row in rows("generate-profile"):
+        first, *others = (number(1e3 * seconds) for seconds in row["seconds"])
+        body.append([row["row"], row["cache"], first, ", ".join(others), number(row["host_ms"]), number(row["gpu_ms"])])
+    header = "ms |  | first call | others | host, profiled | GPU, profiled"
+    return table(header, body) + "\n\n" + where("generate-profile")
+
+
 def cuda_blocks() -> str:
     body = []
     for row in rows("cuda-blocks"):
