@@ -512,8 +512,8 @@ def test_a_plan_of_requests_counts_blocks() -> None:
 def test_an_unreachable_hub_is_named_once_and_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for command in (["generate", "a", "--model"], ["plan"]):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    for command, is_offline in ((["generate", "a", "--model"], "0"), (["plan"], "")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", is_offline)
         code, output, error = run(*command, "owner/model-that-is-not-here")
         assert (code, output) == (1, "")
         assert error.count("cannot be reached") == 1

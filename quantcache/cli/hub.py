@@ -37,7 +37,7 @@ def look_for(spec: str) -> None:
     Raises:
         UnreachableError: the cache does not hold the repository ``spec``.
     """
-    if not is_hub_id(spec) or os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
+    if not is_hub_id(spec) or _is_offline():
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     reason = why_unreachable(endpoint)
@@ -52,6 +52,12 @@ def look_for(spec: str) -> None:
             "Check the network and HF_ENDPOINT, or name a folder or a .gguf file."
         )
     typer.echo(f"{endpoint} cannot be reached ({reason}): taking {spec} from the hub's cache", err=True)
+
+
+def _is_offline() -> bool:
+    """Whether the hub's library will not ask it, by its own reading of the environment."""
+    asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return asked.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def why_unreachable(endpoint: str) -> str | None:
