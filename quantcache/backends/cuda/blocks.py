@@ -8,8 +8,8 @@ device, and grids follow from sizes alone, so that a step can be recorded.
 
 import functools
 import struct
-from dataclasses import replace
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,11 +48,12 @@ def attend_blocks(
     if query_lens is None or 1 in query_lens:
         attend_single(call)
     if pages.batch.max_query_len > 1:
-        prompts = _whole_prompts(pages, options)
-        if several := _with_several(pages, prompts):
-            attend_several(call._replace(pages=several))
-        for index in prompts:
-            _attend_prompt(call, index)
+        several, prompts = _divided(pages, options)
+        if several is not None:
+            attend_several(call._replace(pages=pages._replace(batch=several)))
+        for prompt in prompts:
+            own = query[:, :, prompt], key_states[:, :, prompt], value_states[:, :, prompt]
+            output[:, prompt] = torch_blocks.attend_causal(*own, options)
     return output
 
 
@@ -73,29 +74,36 @@ which that reads 4.8 times as fast as the prefill kernel (2,048 tokens, 28/4 hea
 launches."""
 
 
-def _whole_prompts(pages: BlockPages, options: AttentionOptions) -> list[int]:
-    """Sequences that torch's attention takes, by a kernel of its own that reads grouped heads and writes no scores."""
+def _divided(pages: BlockPages, options: AttentionOptions) -> tuple[BlockBatch | None, Sequence[slice]]:
+    """What the prefill kernel has to attend to, and the tokens of the prompts that torch's attention takes.
+
+    That takes them by a kernel which reads grouped heads and writes no scores. The layers of a pass share the division.
+    """
     batch, layout = pages.batch, pages.layout
-    if batch.query_lens is None or batch.kv_lens is None or options.softcap is not None or options.sinks is not None:
-        return []
+    if batch.query_lens is None or options.softcap is not None or options.sinks is not None:
+        return batch, ()
     if layout.head_dim != layout.v_head_dim:
-        return []
-    lens = enumerate(zip(batch.query_lens, batch.kv_lens, strict=True))
-    return [index for index, (query_len, kv_len) in lens if query_len == kv_len >= PROMPT_TOKENS]
+        return batch, ()
+    if "prompts" not in batch.memo:
+        batch.memo["prompts"] = _divide(batch)
+    prompts, several = cast("tuple[list[slice], BlockBatch | None]", batch.memo["prompts"])
+    return (several if prompts else batch), prompts
 
 
-def _with_several(pages: BlockPages, prompts: list[int]) -> BlockPages | None:
-    """``pages`` of the sequences from the first to the last with several new tokens that are not among ``prompts``."""
-    batch = pages.batch
-    if not prompts or batch.query_lens is None or batch.kv_lens is None:
-        return pages
-    others = [index for index, count in enumerate(batch.query_lens) if count > 1 and index not in prompts]
-    if not others:
-        return None
+def _divide(batch: BlockBatch) -> tuple[list[slice], BlockBatch | None]:
+    """The tokens of the long prompts, and, if there are any, the sequences from the first to the last of the others."""
+    prompts, others = [], []
+    for index, tokens, stored in torch_blocks.sequences_of(batch):
+        count = tokens.stop - tokens.start
+        if not stored and count >= PROMPT_TOKENS:
+            prompts.append(tokens)
+        elif count > 1:
+            others.append(index)
+    if not prompts or not others:
+        return prompts, None
     first, last = others[0], others[-1] + 1
-    query_lens, kv_lens = batch.query_lens[first:last], batch.kv_lens[first:last]
-    between = replace(
-        batch,
+    query_lens, kv_lens = (lens[first:last] for lens in batch.on_host())
+    between = BlockBatch(
         block_table=batch.block_table[first:last],
         cu_seqlens_q=batch.cu_seqlens_q[first : last + 1],
         cu_seqlens_k=batch.cu_seqlens_k[first : last + 1],
@@ -104,16 +112,7 @@ def _with_several(pages: BlockPages, prompts: list[int]) -> BlockPages | None:
         query_lens=query_lens,
         kv_lens=kv_lens,
     )
-    return pages._replace(batch=between)
-
-
-def _attend_prompt(call: _Call, index: int) -> None:
-    """Attention of a sequence that has nothing stored."""
-    query_lens = call.pages.batch.on_host()[0]
-    start = sum(query_lens[:index])
-    tokens = slice(start, start + query_lens[index])
-    query, key, value = (states[:, :, tokens] for states in (call.query, call.key_states, call.value_states))
-    call.output[:, tokens] = torch_blocks.attend_causal(query, key, value, call.options)
+    return prompts, between
 
 
 class SinglePlan(NamedTuple):
