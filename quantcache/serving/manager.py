@@ -404,7 +404,7 @@ class Int8BatchingManager(_host.Manager):
     @property
     def max_positions(self) -> int | None:
         """Tokens that the model was made for, None if its config does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
+        return refusals.max_positions(self.model.config.get_text_config())
 
     def _allocator(self) -> Int8Allocator:
         if self.batch_processor is None:

@@ -209,6 +209,11 @@ def tokens_of(prompt: Any) -> list[int]:
         ) from None
 
 
+def max_positions(config: Any) -> int | None:
+    """Tokens that a model was made for, None if its config, that of the text model, does not say."""
+    return getattr(config, "max_position_embeddings", None) or None
+
+
 def check_positions(config: Any, length: int, max_new_tokens: int) -> None:
     """Refuse a request with tokens for which the model has no position; rotary embeddings are computed for any.
 
@@ -220,7 +225,7 @@ def check_positions(config: Any, length: int, max_new_tokens: int) -> None:
     Raises:
         ValueError: the model looks positions up, and the last token is behind them.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if getattr(config, "rope_parameters", None) is None and positions and length + max_new_tokens - 1 > positions:
         raise ValueError(
             f"{PLACE}: a prompt and its answer must fit the {positions} positions of the model, got {length} and up to "

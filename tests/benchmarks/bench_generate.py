@@ -36,6 +36,7 @@ from quantcache.backends import processor
 from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
+from tests.benchmarks import report
 
 Row = dict[str, Any]
 
@@ -629,8 +630,7 @@ def main() -> int:
                 row |= {"peak_gib": in_gib(peaks_alone(size, name, call))}
             rows.append(row)
             print(json.dumps(row), flush=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(merged(out, rows), indent=1) + "\n")
+            report.write(merged(out, rows), out)
     return int(failed)
 
 
