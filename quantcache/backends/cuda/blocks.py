@@ -20,7 +20,7 @@ from quantcache.backends.cuda.attention import ATTENTION_ARGS, NUM_COUNTERS
 from quantcache.backends.cuda.launch import Kernel, gpu, launch, load_kernel, readable
 from quantcache.backends.cuda.pages import FEW_SEGMENTS, NO_ENTRY, pages_kernel
 from quantcache.backends.cuda.plan import MAX_SPLITS, SHORT, Shape, choose_shape, choose_splits, macros_for
-from quantcache.backends.cuda.prefill import PREFILL_ARGS, kernels_for
+from quantcache.backends.cuda.prefill import PREFILL_ARGS, kernels_for, launch_merge
 from quantcache.backends.cuda.prefill import Shape as SeveralShape
 from quantcache.backends.cuda.prefill import choose_shape as choose_several_shape
 from quantcache.backends.cuda.prefill import choose_splits as choose_several_splits
@@ -224,8 +224,7 @@ def attend_several(call: _Call, shape: SeveralShape | None = None, splits: int |
     )
     launch(kernels.prefill, (tiles * splits, 1, 1), index, PREFILL_ARGS, *arguments)
     if splits > 1:
-        merging = -(-tiles * shape.rows // (shape.threads // 32))
-        launch(kernels.merge_parts, (merging, 1, 1), index, PREFILL_ARGS, *arguments)
+        launch_merge(kernels, tiles * shape.rows, index, arguments)
 
 
 def append_blocks(key_states: Tensor, value_states: Tensor, pages: BlockPages) -> None:

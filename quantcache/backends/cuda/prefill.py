@@ -2,7 +2,7 @@
 
 import functools
 import struct
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,15 +61,20 @@ class Shape(NamedTuple):
     @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return 32 * self.warps + (128 if self.is_warpgroup else 0)
+        return 32 * self.warps + (self.makers if self.is_warpgroup else 0)
+
+    @property
+    def makers(self) -> int:
+        """Threads of a CTA that make tiles."""
+        is_narrow = self.is_warpgroup and (self.warps, self.tile_keys) != (8, PAGE_SIZE)
+        return 128 if is_narrow else 32 * self.warps
 
     def shared_bytes(self, head_dim: int, v_head_dim: int) -> int:
         """Shared memory of a CTA: the query, tiles, codes on their way, and ``Shared`` of ``prefill/shared.cuh``."""
         keys, key_pitch, widths = self.tile_keys, 2 * head_dim + 16, (head_dim, v_head_dim)
-        makers = 128 if self.is_warpgroup else self.threads
-        pieces = sum(-(-keys * width // (16 * makers)) for width in widths)
+        pieces = sum(-(-keys * width // (16 * self.makers)) for width in widths)
         pitches = [-(-width // 64) * 128 if self.is_warpgroup else 2 * width + 16 for width in widths]
-        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * makers * pieces
+        tiles = self.rows * pitches[0] + self.buffers * keys * sum(pitches) + 16 * self.makers * pieces
         queue = 40 * (48 if self.at_once > 1 else 64) * (PAGE_SIZE // keys) + 4 * 14 + 4 * 3 * _SLOTS
         tables = _SLOTS * (8 * keys + 2 * head_dim) + 2 * _SLOTS * key_pitch
         metadata = _SLOTS // 2 * 4 * (head_dim + keys)
@@ -344,9 +349,14 @@ def launch_plan(
     )
     launch(kernels.prefill, (heads * num_splits * row_tiles, 1, 1), index, PREFILL_ARGS, *arguments)
     if num_splits > 1 and output is not None:
-        merging = -(-heads * group * query_len // (kernels.shape.threads // 32))
-        launch(kernels.merge_parts, (merging, 1, 1), index, PREFILL_ARGS, *arguments)
+        launch_merge(kernels, heads * group * query_len, index, arguments)
     return workspace
+
+
+def launch_merge(kernels: Kernels, rows: int, index: int, arguments: tuple[Any, ...]) -> None:
+    """Queue the merging of the parts of ``rows`` query rows behind the launch with ``arguments`` that finds them."""
+    grid = -(-rows // (kernels.shape.threads // 32)), 1, 1
+    launch(kernels.merge_parts, grid, index, PREFILL_ARGS, *arguments, begins_early=gpu(index).begins_early)
 
 
 def _broadcast_strides(tensor: Tensor) -> list[int]:

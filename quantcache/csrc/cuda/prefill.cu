@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 #endif
   const BlockRange range = blocks_of_cta(args, rows);
 
-#if SHARES_PAGES && __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900
   // The kernel that merges what is found here may begin with what it has to do itself.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -95,6 +95,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) prefill(const
 
 // Launch: one warp of kThreads for each row.
 extern "C" __global__ void __launch_bounds__(kThreads) merge_parts(const __grid_constant__ PrefillArgs args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // launched while parts are still being found
+#endif
   const i64 index = static_cast<i64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
 #if HAS_BLOCK_TABLE
   const int rows = args.row_tiles * kRows;

@@ -111,9 +111,9 @@ DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
 #else
 DEVICE QueryRows rows_of_cta(const PrefillArgs& args) {
   QueryRows rows;
-  // CTAs that run at the same time read the same pages.
+  // CTAs that run at the same time read the same pages; later rows see more of them and begin first.
   u32 index = blockIdx.x;
-  rows.row_tile = index % args.row_tiles, index /= args.row_tiles;
+  rows.row_tile = args.row_tiles - 1 - index % args.row_tiles, index /= args.row_tiles;
   rows.split = index % args.num_splits, index /= args.num_splits;
   rows.head = index;
 #if SHARES_PAGES

@@ -81,6 +81,10 @@ DEVICE void fetch_tile(const Memory& memory, int number, int queued) {
   }
 }
 
+// Where a tile is made.
+DEVICE u32 keys_of(const Memory& memory, int number) { return memory.keys + (number & 1) * kKeyTileBytes; }
+DEVICE u32 values_of(const Memory& memory, int number) { return memory.values + (number & 1) * kValueTileBytes; }
+
 // The loop of warps that make tiles. In the turn of tile `number` they make the keys of the tile behind the next and the
 // next tile's values, while the others attend to the next tile's keys and to this tile's values; the first two turns are
 // theirs alone. Where SHARES_PAGES a turn waits for codes: those of the tile behind are on their way as soon as those
@@ -143,65 +147,116 @@ DEVICE void make_tiles(const PrefillArgs& args, const QueryRows& rows, const Blo
         copy_metadata(memory, number + 2 * kGroup, queued);
         if (!is_early) commit_copies();
       }
-      if (maker() < 32) fill_queue(args, rows, range, shared, number);
+      if (maker() / 32 == kMakers - 1) fill_queue(args, rows, range, shared, number);
     }
     show_to_tensor_cores();
   }
   wait_at_barrier<kThreads>(0);
 }
 
-// The loop of the warps that have query rows.
-DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, const Memory& memory,
-                            OnlineSoftmax& softmax, int queued) {
-  auto keys_of = [&](int number) { return memory.keys + (number & 1) * kKeyTileBytes; };
-  auto values_of = [&](int number) { return memory.values + (number & 1) * kValueTileBytes; };
+// What a thread with query rows has at hand.
+struct Attending {
   QueryRegisters query;
-  if (kKeepsQuery) load_query_registers(memory, query);
-  show_to_tensor_cores();  // the rows in shared memory
   Scores scores;
   Weights weights;
+};
+
+// The first tile's scores.
+DEVICE void start_attending(const Memory& memory, Attending& now) {
+  if (kKeepsQuery) load_query_registers(memory, now.query);
+  show_to_tensor_cores();  // the rows in shared memory
   wait_at_barrier<kThreads>(0);
-  multiply_offsets(memory, query, 0);
+  multiply_offsets(memory, now.query, 0);
   begin_multiplying();
-  start_scores(memory, scores, query, keys_of(0));
+  start_scores(memory, now.scores, now.query, keys_of(memory, 0));
   commit_products();
   wait_for_products<0>();
-  settle(scores[0]);
-  Rescale rescale = weigh(args, rows, memory, softmax, scores, 0);
+  settle(now.scores[0]);
+}
+
+// Puts the next tile's scores and this tile's outputs on their way.
+DEVICE void start_products(const Memory& memory, OnlineSoftmax& softmax, Attending& now, int number, int& queued) {
+  settle(now.weights[0]);
+  begin_multiplying();
+  start_scores(memory, now.scores, now.query, keys_of(memory, number + 1));
+  commit_products();
+  start_outputs<0>(softmax, now.weights, values_of(memory, number));
+  commit_products();
+  queued = memory.shared->queued[number % kTurns];
+  if (number % kGroup == kGroup - 1) multiply_offsets(memory, now.query, (number + 1) % kSlots / kGroup);
+}
+
+DEVICE void finish_outputs(const Memory& memory, OnlineSoftmax& softmax, Attending& now, int number) {
+  begin_multiplying();
+  start_outputs<0>(softmax, now.weights, values_of(memory, number));
+  commit_products();
+  wait_for_products<0>();
+  settle(softmax.output[0]);
+}
+
+// The loop of the warps that have query rows. Of two warpgroups one multiplies while the other weighs what it has
+// multiplied before: the first in the first half of a turn, the second in the second half.
+DEVICE void multiply_then_weigh(const PrefillArgs& args, const QueryRows& rows, const Memory& memory,
+                                OnlineSoftmax& softmax, int queued) {
+  Attending now;
+  start_attending(memory, now);
+  Rescale rescale = weigh(args, rows, memory, softmax, now.scores, 0);
   fit_value_factor(memory, softmax, 0, rescale);
-  scale_weights(memory, softmax, scores, 0, weights);
+  scale_weights(memory, softmax, now.scores, 0, now.weights);
 
   int number = 0;
 #pragma unroll 1
   for (; number + 1 < queued; number++) {
     // The next tile's keys and this tile's values are made, and nobody reads those before them any more.
     wait_at_barrier<kThreads>(0);
-    settle(weights[0]);
-    begin_multiplying();
-    start_scores(memory, scores, query, keys_of(number + 1));
-    commit_products();
-    start_outputs<0>(softmax, weights, values_of(number));
-    commit_products();
-    queued = memory.shared->queued[number % kTurns];
-    if (number % kGroup == kGroup - 1) multiply_offsets(memory, query, (number + 1) % kSlots / kGroup);
+    start_products(memory, softmax, now, number, queued);
     wait_for_products<1>();
-    settle(scores[0]);
-    rescale = weigh(args, rows, memory, softmax, scores, number + 1);
+    settle(now.scores[0]);
+    rescale = weigh(args, rows, memory, softmax, now.scores, number + 1);
     const int slot = (number + 1) % kSlots;
     // The branch in there keeps the wait behind the exponentials, beside which the tensor cores multiply; where there are
     // two warpgroups these do so for each other.
     if (SHARES_PAGES) fit_value_factor(memory, softmax, slot, rescale);
     wait_for_products<0>();
-    settle(softmax.output[0]), settle(scores[0]);
+    settle(softmax.output[0]), settle(now.scores[0]);
     if (!SHARES_PAGES) fit_value_factor(memory, softmax, slot, rescale);
-    scale_weights(memory, softmax, scores, slot, weights);
+    scale_weights(memory, softmax, now.scores, slot, now.weights);
     rescale_output(softmax, rescale);
   }
   wait_at_barrier<kThreads>(0);
-  begin_multiplying();
-  start_outputs<0>(softmax, weights, values_of(number));
-  commit_products();
-  wait_for_products<0>();
-  settle(softmax.output[0]);
+  settle(now.weights[0]);
+  finish_outputs(memory, softmax, now, number);
+}
+
+DEVICE void weigh_then_multiply(const PrefillArgs& args, const QueryRows& rows, const Memory& memory,
+                                OnlineSoftmax& softmax, int queued) {
+  Attending now;
+  start_attending(memory, now);
+#pragma unroll 1
+  for (int number = 0;; number++) {
+    wait_at_barrier<kThreads>(0);
+    Rescale rescale = weigh(args, rows, memory, softmax, now.scores, number);
+    const int slot = number % kSlots;
+    fit_value_factor(memory, softmax, slot, rescale);
+    scale_weights(memory, softmax, now.scores, slot, now.weights);
+    rescale_output(softmax, rescale);
+    if (number + 1 >= queued) {
+      settle(now.weights[0]);
+      finish_outputs(memory, softmax, now, number);
+      return;
+    }
+    start_products(memory, softmax, now, number, queued);
+    wait_for_products<0>();
+    settle(softmax.output[0]), settle(now.scores[0]);
+  }
+}
+
+DEVICE void attend_in_turns(const PrefillArgs& args, const QueryRows& rows, const Memory& memory,
+                            OnlineSoftmax& softmax, int queued) {
+  constexpr bool alternate = kRowThreads > 128 && V_HEAD_DIM <= 128;  // more would not fit in registers
+  if (alternate && threadIdx.x / 128 % 2 == 1)
+    weigh_then_multiply(args, rows, memory, softmax, queued);
+  else
+    multiply_then_weigh(args, rows, memory, softmax, queued);
 }
 #endif

@@ -4,7 +4,7 @@
 //   TILE_KEYS    keys attended to at once, a page or half of one
 //   BUFFERS      converted tiles in shared memory: with two the next is converted between the products of the current
 //   WARPGROUP    whether products are those of common/warpgroup.cuh, of sm_90a alone (0 or 1): of one row tile then, with
-//                two buffers, and four further warps that convert
+//                two buffers, and four further warps that convert, or eight where kMakers says so
 //   AT_ONCE      CTAs that a processor of 9.0 shall hold at once (1 or 2): two of up to 64 query rows and 128 channels
 //   HAS_MASK     whether there is a mask (0 or 1)
 //   HAS_SOFTCAP  whether logits are capped (0 or 1)
@@ -33,11 +33,12 @@ static_assert(SHARES_PAGES == 0 || (SHARES_PAGES == 1 && HAS_ROW_TABLE), "a yes 
 
 constexpr int kRowThreads = 32 * WARPS;             // that have query rows
 constexpr int kFirstMaker = WARPGROUP ? WARPS : 0;  // warp of those that make tiles
-constexpr int kMakers = WARPGROUP ? 4 : WARPS;      // such warps
-constexpr int kThreads = kRowThreads + (WARPGROUP ? 128 : 0);
+// Such warps. A turn is hardly shorter than theirs; the registers of eight are those that 128 channels of output leave.
+constexpr int kMakers = WARPGROUP && !(WARPS == 8 && TILE_KEYS == kPageSize) ? 4 : WARPS;
+constexpr int kThreads = kRowThreads + (WARPGROUP ? 32 * kMakers : 0);
 // Of a thread, in warpgroups: what 65536 leave those with query rows, or half as many where two CTAs have them.
 constexpr int kMakerRegisters = WARPS == 12 ? 80 : 72;
-constexpr int kRowRegisters = AT_ONCE == 2 ? 184 : WARPS == 12 ? 144 : WARPS == 8 ? 216 : 240;
+constexpr int kRowRegisters = WARPS == 12 ? 144 : kMakers == 8 || AT_ONCE == 2 ? 184 : WARPS == 8 ? 216 : 240;
 constexpr int kWarpRows = 16 * ROW_TILES, kRows = WARPS * kWarpRows;
 constexpr int kKeyChunks = HEAD_DIM / 16, kValueChunks = V_HEAD_DIM / 16;
 constexpr int kTilesPerPage = kPageSize / TILE_KEYS;
