@@ -86,13 +86,16 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int = 30) 
 
 
 def filled(
-    batch: int, num_kv_heads: int, tokens: int, head_dim: int, device: str = "cuda"
+    batch: int, num_kv_heads: int, tokens: int, head_dim: int, device: str = "cuda", new: int = 0
 ) -> tuple[PagesView, Tensor, Tensor]:
+    """What the call that brings the ``new`` last tokens reads, those exact, or a later one if 0; and the states."""
     shape = (batch, tokens, num_kv_heads, head_dim)
     key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     pages = Int8Pages(key, value)
-    pages.append(key, value)
-    return pages.view(), key.contiguous(), value.contiguous()
+    stored = tokens - new
+    pages.append(key[:, :, :stored], value[:, :, :stored])
+    view = pages.append(key[:, :, stored:], value[:, :, stored:]) if new else pages.view()
+    return view, key.contiguous(), value.contiguous()
 
 
 def check(view: PagesView, query: Tensor, output: Tensor, attn_mask: Tensor | None = None) -> float:
@@ -192,12 +195,12 @@ PREFILLS = [  # new tokens, tokens, q heads, kv heads, head_dim, target against 
 
 
 def prefill_row(new: int, tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, target: float) -> Row:
-    """New tokens behind others, with the mask that ``generate()`` passes and without one.
+    """New tokens behind others, exact as in their call, with the mask that ``generate()`` passes and without one.
 
     Baselines over exact states: SDPA with that mask, its heads grouped (which cuDNN takes) and repeated without cuDNN
     (which transformers does for kernels that know no groups); and flash attention, which takes no mask.
     """
-    view, key, value = filled(1, num_kv_heads, tokens, head_dim)
+    view, key, value = filled(1, num_kv_heads, tokens, head_dim, new=new)
     query = torch.randn(1, new, num_q_heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     mask = mask_of_generate(new, tokens)
     masked = AttentionOptions(mask)

@@ -21,4 +21,4 @@ def peers(name: str) -> str:
         used = [i for i in range(len(columns)) if i < 4 or any(row[i] != "-" for row in body)]
         tables.append(table(" | ".join(columns[i] for i in used), [[row[i] for i in used] for row in body]))
     left_out = "; ".join(f"{cache}: {reason}" for cache, reason in report["left_out"].items())
-    return "\n\n".join([*tables, f"Left out: {left_out}." if left_out else "", where(name)])
+    return "\n\n".join([*tables, *([f"Left out: {left_out}."] if left_out else []), where(name)])

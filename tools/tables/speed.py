@@ -212,20 +212,23 @@ ACCOUNT = {
 """Kinds of kernels in the measurement, and what the table calls them."""
 
 
+_WAYS: Final = "`compile_config` | first replayed token, s | in a later call, s | ms per token"
+
+
 def compiled_variants() -> str:
     (row,) = rows("compiled-variants", "variants")
     ways = [
         [
             name,
             *(number(found.get(key)) for key in ("first_s", "later_s", "ms")),
-            found.get("why") or ("skipped" if found["cudagraph_skips"] else "recorded"),
+            found.get("why") or str(found["cudagraph_skips"]),
         ]
         for name, found in row["variants"].items()
     ]
     loops = [[name, number(found), number(found - row["step_ms"])] for name, found in row["loops_ms"].items()]
     return "\n\n".join(
         [
-            table("`compile_config` | first replayed token, s | in a later call, s | ms per token | CUDA graph", ways),
+            table(f"{_WAYS} | CUDA graphs that torch skipped", ways),
             table("the loop, with the default | ms per token | of it not the step", loops),
             where("compiled-variants"),
         ]
