@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.benchmarks import bench_generate, profile_generate
-from tests.processes import made_once
+from tests.processes import finished, made_once
 
 ROWS = [
     *("turn", "chunk", "lookup", "assisted", "beams", "shared-samples", "shared-beams", "padding", "sliding", "fixed"),
@@ -68,16 +68,29 @@ def test_a_peak_is_what_one_call_takes_over_the_weights() -> None:
     assert 0 < peaks["int8"] < 16 * held  # type: ignore[operator]
 
 
-def test_a_peak_forgets_what_was_freed_before_it() -> None:
-    mebi = 1 << 20
-    peak = bench_generate.Peak()
-    if peak.before is None:
-        pytest.skip("this system does not let a peak begin anew")
+PEAKS = """
+import torch
+from tests.benchmarks.bench_generate import Peak
+
+mebi = 1 << 20
+peak = Peak()
+if peak.before is None:
+    print("no peak")
+else:
     first = torch.ones(64 * mebi, dtype=torch.uint8)
-    assert peak.nbytes() >= 64 * mebi  # type: ignore[operator]
+    assert peak.nbytes() >= 64 * mebi, peak.nbytes()
     del first
     peak.restart()
-    assert peak.nbytes() < 32 * mebi  # type: ignore[operator]
+    assert peak.nbytes() < 32 * mebi, peak.nbytes()
+"""
+
+
+def test_a_peak_forgets_what_was_freed_before_it() -> None:
+    # In a process of its own: of an old one that is large, the system may take pages back meanwhile.
+    done = finished([sys.executable, "-c", PEAKS])
+    assert done.returncode == 0, done.stderr
+    if "no peak" in done.stdout:
+        pytest.skip("this system does not let a peak begin anew")
 
 
 def test_peaks_alone_leave_the_times_as_they_are(
