@@ -320,16 +320,12 @@ def cpu_generate() -> str:
 def llama_cpp() -> str:
     """One model on a CPU, here and in llama.cpp."""
     found = rows("llama-cpp")
-    kinds = list(found[0]["tokens_per_s"])
-    body = [
-        [
-            row["row"],
-            *(number(row["tokens_per_s"][kind]) for kind in kinds),
-            *(f"**{row['times_as_fast_as'][kind]:.2f}**" for kind in kinds[1:]),
-        ]
-        for row in found
-    ]
-    header = " | ".join(["tokens per second", *kinds, *(f"int8, times as fast as {kind}" for kind in kinds[1:])])
+    body = []
+    for row in found:
+        ratios = {kind: f"**{ratio:.2f}**" for kind, ratio in row["times_as_fast_as"].items()}
+        for kind, pace in row["tokens_per_s"].items():
+            body.append([row["row"], kind, number(pace), ratios.get(kind, "")])
+    header = "model and tokens | cache | tokens per second | int8, times as fast"
     built = f"llama.cpp: {load('llama-cpp')['llama_cpp_system']}."
     return table(header, body) + f"\n\n{built.replace(' | ', ', ')}\n\n" + where("llama-cpp")
 
