@@ -92,9 +92,7 @@ def on_host(view: View, options: AttentionOptions) -> tuple[View, AttentionOptio
     """A view with lengths in device memory as one whose lengths the host knows, and its mask cut to them."""
     known = view.on_host()
     kv_len = known.num_pages * PAGE_SIZE + known.tail_len
-    if options.attn_mask is not None and options.attn_mask.shape[-1] > 1:
-        options = options._replace(attn_mask=options.attn_mask[..., :kv_len])
-    return known, options
+    return known, options.up_to(kv_len)
 
 
 def make_scratch(device: torch.device, v_head_dim: int) -> Tensor:

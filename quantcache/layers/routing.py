@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from quantcache.layers import _host, calls
 from quantcache.layers.eager import AttentionFunction, honoured_by
-from quantcache.quantization.options import PLAIN, AttentionOptions
+from quantcache.quantization.options import PLAIN, AttentionOptions, mask_up_to
 from quantcache.store.states import CachedStates
 from quantcache.store.tensor import RecordedStates, autocast_to, read, shared_view
 from quantcache.store.traced import TracedStates, dense_in_graph, is_pair_in_graph, read_in_graph, wants_gradient
@@ -180,7 +180,7 @@ def _options(
         is_causal = is_causal and name != "flex_attention"  # which has no rule of its own
     elif mask.dim() == 4 and not is_flash:
         # The mask is the whole rule, causality and window included; a static one may reach beyond the keys there are.
-        mask, is_causal = _up_to(kv_len, mask), False
+        mask, is_causal = mask_up_to(kv_len, mask), False
     elif mask.dim() == 2 and is_flash:
         mask = mask[:, None, None, -kv_len:].bool()
     else:
@@ -210,7 +210,7 @@ def _eager_options(
     if mask is not None:
         if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()):
             return "a mask that is not a float tensor of 4 axes", PLAIN
-        mask = _up_to(kv_len, mask)
+        mask = mask_up_to(kv_len, mask)
     position_bias = kwargs.get("position_bias") if "position_bias" in honoured else None
     if position_bias is not None:
         mask = _biased(position_bias[..., :kv_len], mask)
@@ -227,11 +227,6 @@ def _dense_mask(mask: BlockMask, query: Tensor, kv_len: int) -> Tensor:
         dense = create_mask(mask.mask_mod, batch, heads, query.shape[2], kv_len, device=query.device)
         _block_masks[mask] = dense
     return dense
-
-
-def _up_to(kv_len: int, mask: Tensor) -> Tensor:
-    """``mask`` (..., keys) for the first ``kv_len`` keys; itself where it is of no more."""
-    return mask if mask.shape[-1] <= kv_len else mask[..., :kv_len]
 
 
 def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -29,6 +29,15 @@ class AttentionOptions(NamedTuple):
         """The factor on the logits of queries of ``head_dim``."""
         return float(head_dim) ** -0.5 if self.softmax_scale is None else self.softmax_scale
 
+    def up_to(self, kv_len: int) -> "AttentionOptions":
+        """These for the first ``kv_len`` keys, where the mask may be of more."""
+        return self if self.attn_mask is None else self._replace(attn_mask=mask_up_to(kv_len, self.attn_mask))
+
+
+def mask_up_to(kv_len: int, mask: Tensor) -> Tensor:
+    """``mask`` (..., keys) for the first ``kv_len`` keys; itself where it is of no more."""
+    return mask if mask.shape[-1] <= kv_len else mask[..., :kv_len]
+
 
 SCHEMA: Final = "Tensor? attn_mask, bool is_causal, float? softmax_scale, int? window, float? softcap, Tensor? sinks"
 """The options as the last arguments of a registered operation."""

@@ -86,9 +86,8 @@ def attention(query: Tensor, view: PagesView, options: AttentionOptions = PLAIN)
         ValueError: shapes or numbers that do not fit together, or a tensor on another device than the layer.
         TypeError: a query whose dtype is not the tail's.
     """
-    attn_mask = options.attn_mask
-    if view.capacity and attn_mask is not None and attn_mask.shape[-1] > view.seq_len:
-        options = options._replace(attn_mask=attn_mask[..., : view.seq_len])
+    if view.capacity:
+        options = options.up_to(view.seq_len)
     _check_attention(query, view, options)
     if query.requires_grad and torch.is_grad_enabled():
         # The operation has no derivative; the same numbers in differentiable torch keep the query's gradient.

@@ -240,9 +240,8 @@ def _run_places(handle: Tensor, layer_idx: int, new_tokens: int, device: torch.d
 
 def _run_attend(query: Tensor, handle: Tensor, layer_idx: int, v_head_dim: int, *options: Any) -> Tensor:
     key, value = _newest_of(handle, layer_idx)
-    found, asked = shared_view(key, value), AttentionOptions(*options)
-    if asked.attn_mask is not None:  # made for the shape in the graph, which may be that of a capacity
-        asked = asked._replace(attn_mask=asked.attn_mask[..., : key.shape[2]])
+    # The mask is made for the shape in the graph, which may be that of a capacity.
+    found, asked = shared_view(key, value), AttentionOptions(*options).up_to(key.shape[2])
     if found is None:
         return reads.attention(query, PagesView(ClosedPages(()), key, value), asked)
     return read(*found, query, asked)

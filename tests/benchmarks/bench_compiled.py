@@ -444,12 +444,7 @@ def main() -> None:
         write()
 
     def write() -> None:
-        result = {
-            "command": command,
-            "hardware": {"gpu": torch.cuda.get_device_properties(0).name},
-            "versions": report.versions(),
-            "rows": rows,
-        }
+        result = {"command": command, **report.surroundings(on_gpu=True), "rows": rows}
         report.write(result, Path(options.out))
 
     model, at = None, ""

@@ -27,12 +27,10 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, StoppingCriteria
 
 from quantcache import QuantizedInt8Cache
-from quantcache.backends import processor
 from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
@@ -526,16 +524,6 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     }
 
 
-def surroundings() -> Row:
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    if ON_GPU:
-        hardware: Row = {"gpu": torch.cuda.get_device_properties(0).name}
-        versions["cuda"] = str(torch.version.cuda)
-    else:
-        hardware = {"processor": processor.name(), "threads": torch.get_num_threads()}
-    return {"hardware": hardware, "versions": versions}
-
-
 def key(row: Row) -> tuple[Any, ...]:
     return row["name"], row["size"], row["cudnn"]
 
@@ -569,7 +557,7 @@ def merged(out: Path, rows: list[Row]) -> Row:
     order = list(calls(SIZES["tiny"]))
     return {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_generate.py",
-        **surroundings(),
+        **report.surroundings(ON_GPU),
         "load_average": round(statistics.median(row["load_average"] for row in rows), 2),
         "rows": sorted([*kept, *rows], key=lambda row: (order.index(row["name"]), row["cudnn"] is False)),
     }
@@ -621,7 +609,7 @@ def main() -> int:
                     row = held_row(out, row)
                 else:
                     row |= measure(bench, call, options.pairs)
-                    row |= {"load_average": round(os.getloadavg()[0], 2)} | surroundings()
+                    row |= {"load_average": round(os.getloadavg()[0], 2)} | report.surroundings(ON_GPU)
             except (WrongResultError, torch.OutOfMemoryError, NotMeasuredError) as reason:
                 print(f"{name}, cudnn={cudnn}: {reason}", file=sys.stderr)
                 failed = True

@@ -40,7 +40,8 @@ from quantcache.layers._host import cache_argument
 from quantcache.planning import Geometry
 from quantcache.planning.serving import EXACT_BLOCK_TOKENS, blocks
 from quantcache.quantization.scheme import PAGE_SIZE
-from tests.benchmarks.bench_generate import DEVICE, GEOMETRIES, ON_GPU, SPOKEN, Peak, now, random_model, surroundings
+from tests.benchmarks import report
+from tests.benchmarks.bench_generate import DEVICE, GEOMETRIES, ON_GPU, SPOKEN, Peak, now, random_model
 
 Row = dict[str, Any]
 Kind = Callable[[PreTrainedModel, ContinuousBatchingConfig, GenerationConfig], AbstractContextManager[Any]]
@@ -311,7 +312,7 @@ def merged(out: Path, rows: list[Row]) -> Row:
     jobs = [*(row for row in old if row["name"] not in new), *rows]
     return {
         "command": "PYTHONPATH=. python tests/benchmarks/bench_serving.py",
-        **surroundings(),
+        **report.surroundings(ON_GPU),
         "jobs": sorted(jobs, key=lambda row: str(row["name"])),
     }
 
@@ -343,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             continue
         row |= {"model": f"{geometry} geometry, random weights", "size": size, "flash_attn": flash_attn()}
-        rows.append(row | {"load_average": round(os.getloadavg()[0], 2)} | surroundings())
+        rows.append(row | {"load_average": round(os.getloadavg()[0], 2)} | report.surroundings(ON_GPU))
         print(json.dumps(rows[-1]), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(merged(out, rows), indent=1) + "\n")

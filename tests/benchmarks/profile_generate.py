@@ -16,19 +16,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.benchmarks.bench_generate import (
-    GEOMETRY_OF,
-    ON_GPU,
-    SIZES,
-    Bench,
-    Caches,
-    Row,
-    calls,
-    generate,
-    run,
-    surroundings,
-)
-from tests.benchmarks.report import write
+from tests.benchmarks import report
+from tests.benchmarks.bench_generate import GEOMETRY_OF, ON_GPU, SIZES, Bench, Caches, Row, calls, generate, run
 
 CALLS = 4
 
@@ -76,8 +65,12 @@ def main() -> None:
     for name in options.rows:
         rows += profiled(bench, size, name)
         print(json.dumps(rows[-len(calls(SIZES[size])[name].caches) :]), flush=True)
-        write(
-            {"command": "PYTHONPATH=. python tests/benchmarks/profile_generate.py", **surroundings(), "rows": rows},
+        report.write(
+            {
+                "command": "PYTHONPATH=. python tests/benchmarks/profile_generate.py",
+                **report.surroundings(ON_GPU),
+                "rows": rows,
+            },
             options.out,
         )
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from quantcache.backends import processor
+
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Of Python, torch and transformers, of CUDA if torch was built with it, and of ``packages``."""
@@ -15,6 +17,15 @@ def versions(*packages: str) -> dict[str, str | None]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found | {name: version(name) for name in ("transformers", *packages)}
+
+
+def surroundings(on_gpu: bool) -> dict[str, Any]:
+    """``versions``, and the GPU, or the processor and torch's threads on it."""
+    if on_gpu:
+        hardware: dict[str, Any] = {"gpu": torch.cuda.get_device_properties(0).name}
+    else:
+        hardware = {"processor": processor.name(), "threads": torch.get_num_threads()}
+    return {"hardware": hardware, "versions": versions()}
 
 
 def version(package: str) -> str | None:
