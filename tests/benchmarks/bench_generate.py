@@ -206,7 +206,7 @@ def calls(sizes: Sizes) -> dict[str, Call]:
     return {
         "first": Call(f"first token of {s.first:,}", s.first),
         "turn": Call(f"second turn: {s.new:,} tokens after {s.turn:,}", s.turn + s.new, held=s.turn),
-        "chunk": Call(f"prefill_chunk_size={s.chunk:,}, prompt of {s.first:,}", s.first,
+        "chunk": Call(f"prefill_chunk_size={s.chunk:,} of {s.first:,}", s.first,
                       options={"prefill_chunk_size": s.chunk}),
         "lookup": Call(f"prompt lookup, 8 candidates after {s.lookup:,}", s.lookup, s.decoded,
                        options={"prompt_lookup_num_tokens": 8}),
@@ -230,7 +230,7 @@ def calls(sizes: Sizes) -> dict[str, Call]:
         "fixed": Call(f"max_cache_len, eager, after {s.decode:,}", s.decode, s.decoded, fixed(whole), options=eager),
         "fixed-turn": Call(f"max_cache_len, second turn: {s.new:,} tokens after {s.turn:,}", s.turn + s.new,
                            caches=fixed(room), held=s.turn, options=eager),
-        "fixed-chunk": Call(f"max_cache_len, prefill_chunk_size={s.chunk:,}, prompt of {s.first:,}", s.first,
+        "fixed-chunk": Call(f"max_cache_len, prefill_chunk_size={s.chunk:,} of {s.first:,}", s.first,
                             caches=fixed(s.first + 1), options=eager | {"prefill_chunk_size": s.chunk}),
         "compiled": Call(f"max_cache_len, compiled, after {s.decode:,}", s.decode, s.decoded, fixed(whole),
                          reuses=True, gpu_only=True),

@@ -335,12 +335,12 @@ def _generate(name: str) -> str:
     body = []
     for row in rows(name):
         factor, unit = (1e3, "ms") if row["unit"] == "per token" else (1, "s")
-        what = row["row"] + ("" if row["cudnn"] is not False else ", no cuDNN")
         stock = [cache for cache in row["seconds"] if cache != "int8"]
+        against = " / ".join(stock) + (", no cuDNN" if row["cudnn"] is False else "")
         times = [[number(factor * row["seconds"][cache]) for cache in caches] for caches in (["int8"], stock)]
         peaks = [[number(row["peak_gib"][cache] or None) for cache in caches] for caches in (["int8"], stock)]
         cells = [*map(" / ".join, times), f"**{row['ratio']:.2f}**", *map(" / ".join, peaks)]
-        body.append([what, f"{unit}, {row['unit']}", " / ".join(stock), *cells, row["path"]])
+        body.append([row["row"], f"{unit}, {row['unit']}", against, *cells, row["path"]])
     header = " |  | against | int8 | stock cache | times as fast | int8, peak GiB | stock cache | read by"
     models = ", ".join(dict.fromkeys(row["model"] for row in rows(name)))
     return table(header, body) + f"\n\n{models}. " + where(name)
