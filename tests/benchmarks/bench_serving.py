@@ -346,8 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row |= {"model": f"{geometry} geometry, random weights", "size": size, "flash_attn": flash_attn()}
         rows.append(row | {"load_average": round(os.getloadavg()[0], 2)} | report.surroundings(ON_GPU))
         print(json.dumps(rows[-1]), flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(merged(out, rows), indent=1) + "\n")
+        report.write(merged(out, rows), out)
     return int(failed)
 
 

@@ -187,6 +187,7 @@ DEVICE void start_products(const Memory& memory, OnlineSoftmax& softmax, Attendi
 }
 
 DEVICE void finish_outputs(const Memory& memory, OnlineSoftmax& softmax, Attending& now, int number) {
+  settle(now.weights[0]);
   begin_multiplying();
   start_outputs<0>(softmax, now.weights, values_of(memory, number));
   commit_products();
@@ -224,7 +225,6 @@ DEVICE void multiply_then_weigh(const PrefillArgs& args, const QueryRows& rows, 
     rescale_output(softmax, rescale);
   }
   wait_at_barrier<kThreads>(0);
-  settle(now.weights[0]);
   finish_outputs(memory, softmax, now, number);
 }
 
@@ -241,7 +241,6 @@ DEVICE void weigh_then_multiply(const PrefillArgs& args, const QueryRows& rows, 
     scale_weights(memory, softmax, now.scores, slot, now.weights);
     rescale_output(softmax, rescale);
     if (number + 1 >= queued) {
-      settle(now.weights[0]);
       finish_outputs(memory, softmax, now, number);
       return;
     }
