@@ -159,3 +159,15 @@ def test_a_profile_has_the_time_of_the_host_for_each_cache(tmp_path: Path, monke
     assert (int8["cache"], stock["cache"]) == ("int8", "DynamicCache")
     assert len(int8["seconds"]) == len(stock["seconds"]) == profile_generate.CALLS
     assert min(int8["host_ms"], stock["host_ms"], *int8["seconds"], *stock["seconds"]) > 0
+
+
+def test_calls_that_take_turns_by_steps_fill_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = bench_generate.calls(bench_generate.SIZES["tiny"])["decode"]
+    bench = bench_generate.Bench("tiny")
+    assert call.takes_turns == bench_generate.ON_GPU
+    alone = bench_generate.measure(bench, call, pairs=1)
+    monkeypatch.setattr(bench_generate.Call, "takes_turns", True)
+    in_turn = bench_generate.measure(bench, call, pairs=3)
+    assert set(alone) == set(in_turn)
+    assert in_turn["path"] == alone["path"]
+    assert all(seconds > 0 for seconds in in_turn["seconds"].values())

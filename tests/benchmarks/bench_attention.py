@@ -7,6 +7,7 @@ medians and their ratios are written as JSON. Times are the GPU's, between event
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -36,6 +37,7 @@ from quantcache.store import reads
 from quantcache.store.growing import Int8Pages, PagesView
 from quantcache.store.segments import Segment
 from tests.benchmarks import report
+from tests.benchmarks.turns import Clock, PassOn, taken_in_turn
 
 Row = dict[str, Any]
 
@@ -381,7 +383,7 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
     """Eager ``generate()`` of Qwen-7B's geometry with random weights behind ``tokens`` of random states.
 
     The host, which is what takes the time, is now faster and now slower: the ratio is the median of those of ten pairs
-    of runs, one behind the other, in turn in either order.
+    of runs, whose steps are taken in turn.
     """
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -399,25 +401,25 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
     prompt = torch.randint(0, 1000, (batch, tokens), device="cuda")
     new_tokens = PAGE_SIZE  # so that closing a page has its share
 
-    def timed(cache: Any) -> float:
+    def timed(make: Callable[[], Any], pass_on: PassOn) -> float:
+        cache = make()
         for layer in range(config.num_hidden_layers):
             cache.update(*states, layer)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        clock = Clock(pass_on)
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), **cache_argument(cache), max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
+            min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, stopping_criteria=[clock],
         )  # fmt: skip
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / new_tokens
+        return clock.per_token()
 
     made: dict[str, Callable[[], Any]] = {"int8": QuantizedInt8Cache, "DynamicCache": DynamicCache}
     times: dict[str, list[float]] = {name: [] for name in made}
-    for name in made:
-        timed(made[name]())
-    for index in range(10):
-        for name in sorted(made, reverse=index % 2 == 0):
-            times[name].append(timed(made[name]()))
+    for index in range(11):
+        names = sorted(made, reverse=index % 2 == 0)
+        found = taken_in_turn({name: functools.partial(timed, made[name]) for name in names})
+        if index:  # the first builds and loads what it needs
+            for name in made:
+                times[name].append(found[name])
     ratios = [dense / int8 for dense, int8 in zip(times["DynamicCache"], times["int8"], strict=True)]
     return {
         "row": f"eager generate(), Qwen-7B geometry, batch {batch}, {tokens} tokens",

