@@ -439,7 +439,7 @@ class QuantizedInt8Cache(DynamicCache):
                 f"QuantizedInt8Cache.update: layer_idx must be from 0 to {known - 1}, got {layer_idx}. "
                 "Is the config that of another model?"
             )
-        if torch.compiler.is_compiling() and (layer_idx >= known or self.offloading):
+        if (layer_idx >= known or self.offloading) and torch.compiler.is_compiling():
             return self._update_traced(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= known:
             made = [self._make() for _ in range(known, layer_idx + 1)]

@@ -543,9 +543,9 @@ def test_a_decoding_step_launches_one_kernel(launched: list[str]) -> None:
         assert torch.equal(seen[1][:, :, newest], value[:, :, newest])
         torch.testing.assert_close(output, reference.attend(query, *seen))
     assert Counter(steps) == {
-        ("attention",): 120,
-        ("append", "attention"): 8,
-        ("store_pages", "append", "attention"): 2,
+        ("attention",): 122,
+        ("append", "attention"): 6,
+        ("append", "store_pages", "append", "attention"): 2,
     }
 
 

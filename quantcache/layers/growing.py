@@ -10,6 +10,7 @@ from quantcache.store import traced
 from quantcache.store.growing import Int8Pages
 from quantcache.store.pages import Pages
 from quantcache.store.read_log import FallbackPolicy, ReadLog
+from quantcache.store.tensor import Int8Tensor
 
 
 class GrowingInt8Layer(BaseInt8Layer):
@@ -25,6 +26,9 @@ class GrowingInt8Layer(BaseInt8Layer):
             if self.pages is not None:
                 self.pages.seq_len += key_states.shape[2]  # for what the graph computes with it from here on
             return states
+        pages = self.pages
+        if pages is not None and pages.num_pages and not torch.is_grad_enabled():  # a decode step, in few calls
+            return Int8Tensor.pair(pages.append(*self.checked(key_states, value_states)), self.read_log)
         return super().update(key_states, value_states)
 
     def _stored(self, pages: Pages) -> tuple[Tensor, Tensor]:

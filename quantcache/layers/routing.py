@@ -133,9 +133,10 @@ def _attend(
         if view.is_exact:  # the cross-attention of few tokens
             return original(module, query, view.key_tail, view.value_tail, attention_mask, **kwargs)
         uncovered, options = options_of(module, query, view.capacity or view.seq_len, attention_mask, kwargs)
-        query = autocast_to(view.dtype, query)
-        if uncovered is None and query.dtype != view.dtype:
-            uncovered = f"query in {query.dtype} and cache in {view.dtype}"
+        if query.dtype != (held := view.dtype):
+            query = autocast_to(held, query)
+            if uncovered is None and query.dtype != held:
+                uncovered = f"query in {query.dtype} and cache in {held}"
         if uncovered is None:
             return read(view, log, query, options), None
     key, value = (s.restored_for(f"{name}: {uncovered}") if isinstance(s, CachedStates) else s for s in (key, value))

@@ -83,7 +83,7 @@ def _capacities(prompt: int, new_tokens: int, residual_length: int, keep_tokens:
         if sum(segments) == held:
             segments.append(rings if keep_tokens is not None else max(1, held // SEGMENT_GROWTH))
         held, tail = held + 1, tail - PAGE_SIZE
-        buffer = _rounded(tail)
+        buffer = _rounded(tail + 1)
         while keep_tokens is not None and segments and first + segments[0] <= (seen - keep_tokens) // PAGE_SIZE:
             first, held = first + segments[0], held - segments[0]
             segments.pop(0)

@@ -268,7 +268,7 @@ class Int8Pages(Pages):
 
         if is_empty:
             key_tail, value_tail = buffers = key_states, value_states
-        elif closing:  # a buffer for this call alone
+        elif closing and total > self._buffers[0].shape[2]:  # a buffer for this call alone
             key_tail, value_tail = (
                 torch.cat([buffer.narrow(2, 0, used), states], dim=2)
                 for buffer, states in zip(self._buffers, (key_states, value_states), strict=True)
@@ -286,10 +286,11 @@ class Int8Pages(Pages):
             usable = room if room and self._segments[-1].rows == self.batch_size else 0
         new_segments = self._close(key_tail, value_tail, skipped, closing, usable) if closing else []
         if closing or is_empty:
-            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed.
+            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed. Behind a
+            # page of a growing tail, which is as long each time, the next token has room.
             start, rest = closing * PAGE_SIZE, total - closing * PAGE_SIZE
             tails = key_tail.narrow(2, start, rest), value_tail.narrow(2, start, rest)
-            buffers = copied(*tails, self._append_backend)
+            buffers = copied(*tails, self._append_backend, room=0 if is_empty else 1)
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and room > usable:  # others cannot follow room that no page can take
             *others, last = without_room(self._segments, self.num_pages)
@@ -312,7 +313,7 @@ class Int8Pages(Pages):
 
     def _append_to_tail(self, key_states: Tensor, value_states: Tensor, used: int, total: int) -> PagesView:
         """``append`` where the tail alone grows, from ``used`` to ``total``: what a decode step does, in few calls."""
-        closed, backend = self._closed or self._make_closed(), self.backend
+        closed, backend = self._closed or self._make_closed(), self._backend or self.backend
         self._write_pending()
         buffers = self._buffers_for(total)
         pending = None
@@ -327,9 +328,10 @@ class Int8Pages(Pages):
 
     def _buffers_for(self, total: int) -> tuple[Tensor, Tensor]:
         """The tail's buffers, or others with the same tokens if ``total`` do not fit or a fork reads them."""
-        if self._shares_tail or total > self._buffers[0].shape[2]:
-            return roomier(*self._buffers, self.tail_len, total, self._append_backend)
-        return self._buffers
+        buffers = self._buffers
+        if self._shares_tail or total > buffers[0].shape[2]:
+            return roomier(*buffers, self.tail_len, total, self._append_backend)
+        return buffers
 
     def crop(self, tokens_to_remove: int) -> None:
         """See ``Pages.crop``."""
@@ -441,7 +443,8 @@ class Int8Pages(Pages):
     def _write_pending(self) -> None:
         """Have the newest tokens in the buffers of the tail."""
         if self._newest is not None:
-            self._newest.write_pending()
+            if self._newest.pending is not None:
+                self._newest.write_pending()
             self._newest = None
 
     def _arrive(self) -> None:

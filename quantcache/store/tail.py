@@ -36,10 +36,10 @@ def first_tokens(buffer: Tensor, tokens: int) -> Tensor:
     return buffer if buffer.shape[2] == tokens else buffer.narrow(2, 0, tokens)
 
 
-def copied(key_states: Tensor, value_states: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-    """Buffers of their own for some tokens."""
+def copied(key_states: Tensor, value_states: Tensor, backend: str = "torch", room: int = 0) -> tuple[Tensor, Tensor]:
+    """Buffers of their own for some tokens, with ``room`` for more behind them."""
     tokens = key_states.shape[2]
-    return roomier(key_states, value_states, tokens, tokens, backend)
+    return roomier(key_states, value_states, tokens, tokens + room, backend)
 
 
 def gathers_together(device: torch.device) -> bool:

@@ -26,22 +26,22 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
     There is a kernel for up to ``MAX_DECODE_ROWS`` query rows per KV head, which reads the pages once for 8 or 16 of
     them, and one for more, see ``prefill``. float32, which tensor cores do not have, is always the first one's.
     """
-    if takes_prefill(query, view):
+    if kernel_of(query, view) == PREFILL:
         if view.pending is not None:
             append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
         return prefill(query, view, options)
     return decode(query, view, options)
 
 
-def takes_prefill(query: Tensor, view: View) -> bool:
-    """Whether a call goes to ``prefill``, and not to ``decode``; nothing is restored."""
-    _, num_q_heads, query_len, _ = query.shape
-    return num_q_heads * query_len > MAX_DECODE_ROWS * view.buffers[0].shape[1] and query.dtype in PREFILL_DTYPES
+DECODE: Final = "cuda decode"
+PREFILL: Final = "cuda prefill"
 
 
 def kernel_of(query: Tensor, view: View) -> str:
-    """See ``Backend.kernel_of``."""
-    return "cuda prefill" if takes_prefill(query, view) else "cuda decode"
+    """See ``Backend.kernel_of``: which of ``decode`` and ``prefill`` a call goes to."""
+    _, num_q_heads, query_len, _ = query.shape
+    is_wide = num_q_heads * query_len > MAX_DECODE_ROWS * view.buffers[0].shape[1]
+    return PREFILL if is_wide and query.dtype in PREFILL_DTYPES else DECODE
 
 
 def decode(
