@@ -524,6 +524,25 @@ def test_kernels_are_launched_with_as_many_threads_as_they_were_built_for() -> N
     assert {name for threads, name in built if threads == "kStoreThreads"} == set(emulated_cuda.PAGES.MAKES_PAGES)
 
 
+def test_a_new_thread_is_given_the_context_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    launches = emulated_cuda.LAUNCH._Launches()
+    entered: list[int] = []
+    for name, answer in (
+        ("cuCtxGetCurrent", lambda: (0, entered[-1] if entered else 0)),
+        ("cuDeviceGet", lambda ordinal: (0, 10 + ordinal)),
+        ("cuDevicePrimaryCtxRetain", lambda device: (0, 100 + device)),
+        ("cuCtxSetCurrent", lambda context: (entered.append(context), (0,))[1]),
+    ):
+        monkeypatch.setattr(driver, name, answer)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    assert launches.launch is driver.cuLaunchKernel
+    assert entered == [113]
+    launch_early, *_ = launches.early
+    assert launch_early is driver.cuLaunchKernelEx
+    assert entered == [113]  # one that there is stays
+
+
 def test_a_decoding_step_launches_one_kernel(launched: list[str]) -> None:
     """But for those that give the tail more room, and those that close a page."""
     key, _ = random_states(1, 2, 330, 64, seed=1)

@@ -1,6 +1,7 @@
 """Do the CUDA kernels compute what the reference says, in every shape, mask and option, and nothing else?"""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -243,6 +244,16 @@ def test_appending_writes_the_new_tokens_and_nothing_else(dtype: torch.dtype) ->
         cuda.append_tail(key, value, *tails, position)
         for ours, theirs in zip(tails, wanted, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_thread_may_begin_with_a_kernel_of_ours() -> None:
+    """Nothing of torch has made the GPU's context that thread's before."""
+    case = Case(1, 2, 4, 1, (3,), 20, 64, 64, torch.bfloat16)
+    stored = on_gpu(build(case))
+    wanted = cuda.decode(stored.query, stored.view, CAUSAL)
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(cuda.decode, stored.query, stored.view, CAUSAL).result()
+    assert torch.equal(found, wanted)
 
 
 def test_lengths_are_read_by_a_captured_graph_when_it_runs() -> None:

@@ -1,10 +1,12 @@
 """Do calls of the benchmarks take turns, and does only their own time count?"""
 
+import threading
+
 import pytest
 import torch
 
 from tests.benchmarks import turns
-from tests.benchmarks.turns import PassOn, taken_in_turn
+from tests.benchmarks.turns import PassOn, Turns, typical
 
 
 def test_calls_go_on_one_at_a_time_and_one_that_is_done_leaves_the_others_to_themselves() -> None:
@@ -18,7 +20,8 @@ def test_calls_go_on_one_at_a_time_and_one_that_is_done_leaves_the_others_to_the
 
     steps = {"one": 2, "two": 4, "three": 1}
     calls = {name: lambda pass_on, name=name, count=count: call(name, count, pass_on) for name, count in steps.items()}
-    assert taken_in_turn(calls) == steps
+    taking = Turns(steps)
+    assert taking.take(calls) == steps
     assert [name for name, _ in seen] == ["one", "two", "three", "one", "two", "two", "two"]
     assert all([step for who, step in seen if who == name] == list(range(count)) for name, count in steps.items())
 
@@ -36,7 +39,7 @@ def test_what_a_call_raises_is_raised_once_the_others_are_done() -> None:
         ended.append(True)
 
     with pytest.raises(LookupError, match="one fails"):
-        taken_in_turn({"one": fails, "two": ends})
+        Turns(["one", "two"]).take({"one": fails, "two": ends})
     assert ended == [True]
 
 
@@ -58,5 +61,19 @@ def test_what_others_take_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPat
     for tokens in (1, 3, 5):
         assert clock(ids[:, :tokens], None).tolist() == [False, False]
     assert clock.first() == 1
-    assert clock.per_token() == 2 / 4
+    assert clock.per_token() == [1 / 4, 1 / 4]
     assert [tokens for _, tokens in clock.marks] == [1, 3, 5]
+
+
+def test_a_thread_stays_for_the_calls_of_its_name() -> None:
+    taking = Turns(["one", "two"])
+    found = [
+        taking.take({"one": lambda _: threading.get_ident(), "two": lambda _: threading.get_ident()}) for _ in "ab"
+    ]
+    assert found[0] == found[1]
+    assert found[0]["one"] != found[0]["two"]
+
+
+def test_a_step_counts_with_its_median() -> None:
+    assert typical([[1, 2, 30], [10, 2, 3], [1, 20, 3]]) == 6
+    assert typical([[1, 2, 3], [10, 2]]) == 9  # which took other steps

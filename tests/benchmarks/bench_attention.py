@@ -37,7 +37,7 @@ from quantcache.store import reads
 from quantcache.store.growing import Int8Pages, PagesView
 from quantcache.store.segments import Segment
 from tests.benchmarks import report
-from tests.benchmarks.turns import Clock, PassOn, taken_in_turn
+from tests.benchmarks.turns import Clock, PassOn, Turns, typical
 
 Row = dict[str, Any]
 
@@ -179,6 +179,38 @@ def attention_row(
         "target": target,
     }
     return row if query_len == 1 else row | {"ratio_with_mask": ratio(" with mask")}
+
+
+ACCOUNTS = [(32, 28, 4, 8192), (1, 28, 4, 131072), (32, 32, 8, 8192)]
+"""Shapes of one token, head_dim 128, whose time is taken apart: batch, q heads, kv heads, tokens."""
+
+SHARES = (0.25, 0.5, 1, 2)
+"""Of the tokens of a shape."""
+
+
+def account_row(batch: int, num_q_heads: int, num_kv_heads: int, tokens: int) -> Row:
+    """What a launch takes whatever it reads, and how fast it reads: a line through times of shorter and longer ones."""
+    nbytes: dict[str, list[int]] = {"int8": [], "sdpa gqa": []}
+    times: dict[str, list[float]] = {name: [] for name in nbytes}
+    for share in SHARES:
+        view, key, value = filled(batch, num_kv_heads, int(share * tokens), 128)
+        query = torch.randn(batch, 1, num_q_heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        check(view, query, reads.attention(query, view, CAUSAL))
+        gqa = baselines(query, key, value)["sdpa gqa"]
+        found = interleaved({"int8": functools.partial(reads.attention, query, view, CAUSAL), "sdpa gqa": gqa})
+        for name, took in found.items():
+            times[name].append(took)
+        parts = [part for segment in view.segments for part in segment]
+        nbytes["int8"].append(sum(part.nbytes for part in (*parts, view.key_tail, view.value_tail)))
+        nbytes["sdpa gqa"].append(key.nbytes + value.nbytes)
+    lines = {name: statistics.linear_regression(nbytes[name], times[name]) for name in times}
+    return {
+        "row": f"account, batch {batch}, {num_q_heads}/{num_kv_heads} heads, head_dim 128",
+        "tokens": [int(share * tokens) for share in SHARES],
+        "median_us": times,
+        "fixed_us": {name: round(line.intercept, 1) for name, line in lines.items()},
+        "tb_per_s": {name: round(1e-6 / line.slope, 2) for name, line in lines.items()},
+    }
 
 
 def mask_of_generate(new: int, tokens: int) -> Tensor:
@@ -382,8 +414,8 @@ def host_row() -> Row:
 def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
     """Eager ``generate()`` of Qwen-7B's geometry with random weights behind ``tokens`` of random states.
 
-    The host, which is what takes the time, is now faster and now slower: the ratio is the median of those of ten pairs
-    of runs, whose steps are taken in turn.
+    The host, which is what takes the time, is now faster and now slower: of ten pairs of runs the steps are taken in
+    turn, and each counts with its median.
     """
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -401,7 +433,7 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
     prompt = torch.randint(0, 1000, (batch, tokens), device="cuda")
     new_tokens = PAGE_SIZE  # so that closing a page has its share
 
-    def timed(make: Callable[[], Any], pass_on: PassOn) -> float:
+    def timed(make: Callable[[], Any], pass_on: PassOn) -> list[float]:
         cache = make()
         for layer in range(config.num_hidden_layers):
             cache.update(*states, layer)
@@ -413,18 +445,20 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
         return clock.per_token()
 
     made: dict[str, Callable[[], Any]] = {"int8": QuantizedInt8Cache, "DynamicCache": DynamicCache}
-    times: dict[str, list[float]] = {name: [] for name in made}
+    times: dict[str, list[list[float]]] = {name: [] for name in made}
+    turns = Turns(made)
     for index in range(11):
         names = sorted(made, reverse=index % 2 == 0)
-        found = taken_in_turn({name: functools.partial(timed, made[name]) for name in names})
+        found = turns.take({name: functools.partial(timed, made[name]) for name in names})
         if index:  # the first builds and loads what it needs
             for name in made:
                 times[name].append(found[name])
-    ratios = [dense / int8 for dense, int8 in zip(times["DynamicCache"], times["int8"], strict=True)]
+    ratios = [sum(dense) / sum(int8) for dense, int8 in zip(times["DynamicCache"], times["int8"], strict=True)]
+    seconds = {name: typical(runs) for name, runs in times.items()}
     return {
         "row": f"eager generate(), Qwen-7B geometry, batch {batch}, {tokens} tokens",
-        "ms_per_token": {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()},
-        "ratio": round(statistics.median(ratios), 3),
+        "ms_per_token": {name: round(1e3 * each, 3) for name, each in seconds.items()},
+        "ratio": round(seconds["DynamicCache"] / seconds["int8"], 3),
         "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
         "target": target,
     }
@@ -436,7 +470,9 @@ MODELS: dict[str, Any] = {}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", nargs="*", default=["attention", "prefill", "padding", "append", "store", "first", "host", "generate"]
+        "--rows",
+        nargs="*",
+        default=["attention", "account", "prefill", "padding", "append", "store", "first", "host", "generate"],
     )
     parser.add_argument("--out", default="docs/benchmarks/cuda-attention.json")
     options = parser.parse_args()
@@ -452,6 +488,9 @@ def main() -> None:
     if "attention" in options.rows:
         for shape in SHAPES:
             add(attention_row(*shape))
+    if "account" in options.rows:
+        for account in ACCOUNTS:
+            add(account_row(*account))
     if "prefill" in options.rows:
         for prefill in PREFILLS:
             add(prefill_row(*prefill))

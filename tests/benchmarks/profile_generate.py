@@ -30,7 +30,7 @@ def profiled(bench: Bench, size: str, name: str) -> list[Row]:
     with torch.no_grad():
         caches = Caches(bench, call, ids)
         for cache_name in call.caches:
-            seconds = [run(bench, call, caches.for_run(cache_name), ids) for _ in range(CALLS)]
+            seconds = [sum(run(bench, call, caches.for_run(cache_name), ids)) for _ in range(CALLS)]
             cache = caches.for_run(cache_name)
             with profile(activities=activities) as found:
                 generate(bench, call, ids, cache, call.new_tokens)

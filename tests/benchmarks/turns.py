@@ -1,8 +1,11 @@
 """Calls of ``generate()`` that take turns by steps, so that a host that is now faster, now slower is so for all."""
 
+import itertools
+import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -48,10 +51,10 @@ class Clock(StoppingCriteria):
         """Seconds to the first token."""
         return self.marks[0][0] - self.start
 
-    def per_token(self) -> float:
-        """Seconds of each token behind the first."""
-        (begin, had), (end, have) = self.marks[0], self.marks[-1]
-        return (end - begin) / (have - had)
+    def per_token(self) -> list[float]:
+        """Seconds of each step behind the first, divided by the tokens of all of them."""
+        tokens = self.marks[-1][1] - self.marks[0][1]
+        return [(end - begin) / tokens for (begin, _), (end, _) in itertools.pairwise(self.marks)]
 
 
 class _Ring:
@@ -74,34 +77,46 @@ class _Ring:
             self.waiting[self.order[0]].release()
 
 
-def taken_in_turn(calls: Mapping[str, Callable[[PassOn], Result]]) -> dict[str, Result]:
-    """What the calls return, each of which runs in a thread of its own and only when it is its turn.
+class Turns:
+    """A thread for each of some calls, which run in turn.
 
-    A call that is done leaves the others to themselves.
+    A thread stays for later calls of its name, since torch keeps by thread what it has prepared, as cuDNN's plans.
 
     Args:
-        calls: by name; each is given what it has to call behind each step.
-
-    Raises:
-        Exception: what the first of the calls raised, once all have ended.
+        names: of the calls.
     """
-    ring, results, raised = _Ring(list(calls)), dict[str, Result](), list[BaseException]()
 
-    def run(name: str, call: Callable[[PassOn], Result]) -> None:
-        ring.waiting[name].acquire()
-        try:
-            results[name] = call(lambda: ring.pass_on(name))
-        except BaseException as error:  # raised where the calls were asked for
-            raised.append(error)
-        finally:
-            ring.leave()
+    def __init__(self, names: Iterable[str]) -> None:
+        self._threads = {name: ThreadPoolExecutor(1) for name in names}
 
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in calls.items()]
-    for thread in threads:
-        thread.start()
-    ring.waiting[ring.order[0]].release()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-    return {name: results[name] for name in calls}
+    def take(self, calls: Mapping[str, Callable[[PassOn], Result]]) -> dict[str, Result]:
+        """What the calls return, each of which runs only when it is its turn.
+
+        One that is done leaves the others to themselves.
+
+        Args:
+            calls: by name, in the order of their turns; each is given what it has to call behind each step.
+
+        Raises:
+            Exception: what one of the calls raised, once all have ended.
+        """
+        ring = _Ring(list(calls))
+
+        def run(name: str, call: Callable[[PassOn], Result]) -> Result:
+            ring.waiting[name].acquire()
+            try:
+                return call(lambda: ring.pass_on(name))
+            finally:
+                ring.leave()
+
+        begun = {name: self._threads[name].submit(run, name, call) for name, call in calls.items()}
+        ring.waiting[ring.order[0]].release()
+        wait(begun.values())
+        return {name: done.result() for name, done in begun.items()}
+
+
+def typical(runs: Sequence[Sequence[float]]) -> float:
+    """Seconds of a run in steps: the sum of the medians of each step, or of runs of different steps the median."""
+    if len(set(map(len, runs))) > 1:
+        return statistics.median(map(sum, runs))
+    return sum(map(statistics.median, zip(*runs, strict=True)))

@@ -151,21 +151,29 @@ class _Launches(threading.local):
 
     @functools.cached_property
     def launch(self) -> Any:
-        from cuda.bindings import driver
-
-        return driver.cuLaunchKernel
+        """The driver's function."""
+        return _driver_in_context().cuLaunchKernel
 
     @functools.cached_property
     def early(self) -> Any:
         """What ``launch`` needs for a kernel that begins while the one before it runs."""
-        from cuda.bindings import driver
-
+        driver = _driver_in_context()
         attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
         config.blockDimY = config.blockDimZ = 1
         return driver.cuLaunchKernelEx, config, driver.CUstream
+
+
+def _driver_in_context() -> Any:
+    """The driver's module, once this thread has a context: in a new one torch may not have asked for any yet."""
+    from cuda.bindings import driver
+
+    if not int(_check(driver.cuCtxGetCurrent())):
+        device = _check(driver.cuDeviceGet(torch._C._cuda_getDevice()))
+        _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
+    return driver
 
 
 _launches: Final = _Launches()
