@@ -1,5 +1,6 @@
 """Do calls of the benchmarks take turns, and does only their own time count?"""
 
+import os
 import threading
 
 import pytest
@@ -72,6 +73,14 @@ def test_a_thread_stays_for_the_calls_of_its_name() -> None:
     ]
     assert found[0] == found[1]
     assert found[0]["one"] != found[0]["two"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say where a thread may run")
+def test_the_threads_share_a_processor_and_leave_the_others_to_this_one() -> None:
+    before = os.sched_getaffinity(0)
+    found = Turns(["one", "two"]).take({name: lambda _: os.sched_getaffinity(0) for name in ("one", "two")})
+    assert found["one"] == found["two"] == {max(before)}
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_step_counts_with_its_median() -> None:

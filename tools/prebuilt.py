@@ -63,8 +63,8 @@ DTYPES: Final = (torch.bfloat16, torch.float16)
 MANY: Final = 10**6
 """KV heads or query rows, of which no shape is for more."""
 
-ARCHIVE_BYTES: Final = 1 << 20
-"""Kernels that are compressed together: half as large as each by itself, and unpacked in some 20 ms."""
+ARCHIVE_BYTES: Final = 1 << 19
+"""Kernels that are compressed together: half as large as each by itself, and unpacked in 5 to 10 ms."""
 
 FILTERS: Final = [
     # Instructions of a GPU are 16 bytes. What packs and unpacks takes memory of the dictionary's size, or ten times.

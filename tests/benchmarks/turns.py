@@ -1,6 +1,7 @@
 """Calls of ``generate()`` that take turns by steps, so that a host that is now faster, now slower is so for all."""
 
 import itertools
+import os
 import statistics
 import threading
 import time
@@ -77,17 +78,24 @@ class _Ring:
             self.waiting[self.order[0]].release()
 
 
+def _stay_together() -> None:
+    """Keep this thread on the last of the processors that the process may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(os.getpid()))})
+
+
 class Turns:
     """A thread for each of some calls, which run in turn.
 
-    A thread stays for later calls of its name, since torch keeps by thread what it has prepared, as cuDNN's plans.
+    A thread stays for later calls of its name, since torch keeps by thread what it has prepared, as cuDNN's plans. All
+    run on one processor, where the system lets them, since processors, too, are now faster and now slower.
 
     Args:
         names: of the calls.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._threads = {name: ThreadPoolExecutor(1) for name in names}
+        self._threads = {name: ThreadPoolExecutor(1, initializer=_stay_together) for name in names}
 
     def take(self, calls: Mapping[str, Callable[[PassOn], Result]]) -> dict[str, Result]:
         """What the calls return, each of which runs only when it is its turn.

@@ -29,6 +29,16 @@ def cuda_attention() -> str:
 _MASKED: Final = " with mask"
 
 
+def cuda_account() -> str:
+    body = []
+    for row in rows("cuda-attention", "account"):
+        cells = [number(row[part][name]) for name in ("int8", "sdpa gqa") for part in ("fixed_us", "tb_per_s")]
+        tokens = " to ".join(f"{row['tokens'][end]:,}" for end in (0, -1))
+        body.append([row["row"].removeprefix("account, ") + f", {tokens} tokens", *cells])
+    header = " | int8: whatever it reads, µs | TB/s | bfloat16 SDPA: whatever it reads, µs | TB/s"
+    return table(header, body) + "\n\n" + where("cuda-attention")
+
+
 def cuda_prefill() -> str:
     body = []
     for row in rows("cuda-prefill"):
@@ -158,7 +168,7 @@ def cuda_eager() -> str:
 def cuda_other() -> str:
     body = []
     for row in load("cuda-attention")["rows"]:
-        if str(row["row"]).startswith(("attention", "eager", "host time")):
+        if str(row["row"]).startswith(("attention", "account", "eager", "host time")):
             continue
         if seconds := row.get("seconds"):
             text = f"{number(seconds['cold'])} s, {number(1e3 * seconds['from disk'], 2)} ms from disk"
