@@ -286,11 +286,11 @@ class Int8Pages(Pages):
             usable = room if room and self._segments[-1].rows == self.batch_size else 0
         new_segments = self._close(key_tail, value_tail, skipped, closing, usable) if closing else []
         if closing or is_empty:
-            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed. Behind a
-            # page of a growing tail, which is as long each time, the next token has room.
+            # The rest moves to a buffer of its own: the caller's tensors and a long chunk's buffer are freed. Where
+            # tokens come one by one, the next has room: what is left of a page is as long each time.
             start, rest = closing * PAGE_SIZE, total - closing * PAGE_SIZE
             tails = key_tail.narrow(2, start, rest), value_tail.narrow(2, start, rest)
-            buffers = copied(*tails, self._append_backend, room=0 if is_empty else 1)
+            buffers = copied(*tails, self._append_backend, room=int(key_states.shape[2] == 1))
         row_table, held = self.row_table and self.row_table.extended(closing), self._segments
         if new_segments and room > usable:  # others cannot follow room that no page can take
             *others, last = without_room(self._segments, self.num_pages)

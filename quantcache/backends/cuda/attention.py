@@ -17,6 +17,10 @@ from quantcache.quantization.options import AttentionOptions
 MAX_DECODE_ROWS: Final = 64
 """Query rows per KV head (group * query_len) from which on reading a layer is arithmetic and no longer memory."""
 
+DECODE: Final = "cuda decode"
+PREFILL: Final = "cuda prefill"
+"""The kernels, as reports name them."""
+
 ATTENTION_ARGS: Final = struct.Struct("11P 13q 12i 2f 4Pq 2P 6q i Pq 2P 3i PqPqPP")
 
 
@@ -31,10 +35,6 @@ def attention(query: Tensor, view: View, options: AttentionOptions) -> Tensor:
             append_tail(*view.pending, *view.buffers, view.tail_len - view.pending[0].shape[2])
         return prefill(query, view, options)
     return decode(query, view, options)
-
-
-DECODE: Final = "cuda decode"
-PREFILL: Final = "cuda prefill"
 
 
 def kernel_of(query: Tensor, view: View) -> str:
