@@ -44,7 +44,7 @@ MAX_NATIVE_WINDOW: Final = 1024
 that is half out of the window, int8 saves least where there is least to save."""
 
 TAIL_STEP: Final = 16
-"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 15 unused tokens."""
+"""Tokens by which the tail's buffer grows: one small allocation in 16 steps, at most 16 unused tokens."""
 
 SEGMENT_GROWTH: Final = 16
 """A new segment holds one sixteenth of the pages there are, at least one, so slack stays under 1/16 of the pages.
