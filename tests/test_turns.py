@@ -1,5 +1,6 @@
 """Do calls of the benchmarks take turns, and does only their own time count?"""
 
+import functools
 import os
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tests.benchmarks import turns
-from tests.benchmarks.turns import PassOn, Turns, typical
+from tests.benchmarks.turns import PassOn, Turns, in_pairs, typical
 
 
 def test_calls_go_on_one_at_a_time_and_one_that_is_done_leaves_the_others_to_themselves() -> None:
@@ -21,8 +22,8 @@ def test_calls_go_on_one_at_a_time_and_one_that_is_done_leaves_the_others_to_the
 
     steps = {"one": 2, "two": 4, "three": 1}
     calls = {name: lambda pass_on, name=name, count=count: call(name, count, pass_on) for name, count in steps.items()}
-    taking = Turns(steps)
-    assert taking.take(calls) == steps
+    with Turns(steps) as taking:
+        assert taking.take(calls) == steps
     assert [name for name, _ in seen] == ["one", "two", "three", "one", "two", "two", "two"]
     assert all([step for who, step in seen if who == name] == list(range(count)) for name, count in steps.items())
 
@@ -39,8 +40,8 @@ def test_what_a_call_raises_is_raised_once_the_others_are_done() -> None:
             pass_on()
         ended.append(True)
 
-    with pytest.raises(LookupError, match="one fails"):
-        Turns(["one", "two"]).take({"one": fails, "two": ends})
+    with Turns(["one", "two"]) as taking, pytest.raises(LookupError, match="one fails"):
+        taking.take({"one": fails, "two": ends})
     assert ended == [True]
 
 
@@ -67,10 +68,8 @@ def test_what_others_take_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_thread_stays_for_the_calls_of_its_name() -> None:
-    taking = Turns(["one", "two"])
-    found = [
-        taking.take({"one": lambda _: threading.get_ident(), "two": lambda _: threading.get_ident()}) for _ in "ab"
-    ]
+    with Turns(["one", "two"]) as taking:
+        found = [taking.take({name: lambda _: threading.get_ident() for name in ("one", "two")}) for _ in "ab"]
     assert found[0] == found[1]
     assert found[0]["one"] != found[0]["two"]
 
@@ -78,9 +77,23 @@ def test_a_thread_stays_for_the_calls_of_its_name() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say where a thread may run")
 def test_the_threads_share_a_processor_and_leave_the_others_to_this_one() -> None:
     before = os.sched_getaffinity(0)
-    found = Turns(["one", "two"]).take({name: lambda _: os.sched_getaffinity(0) for name in ("one", "two")})
+    with Turns(["one", "two"]) as taking:
+        found = taking.take({name: lambda _: os.sched_getaffinity(0) for name in ("one", "two")})
     assert found["one"] == found["two"] == {max(before)}
     assert os.sched_getaffinity(0) == before
+
+
+def test_pairs_change_places_and_one_more_comes_before_them() -> None:
+    begun: list[str] = []
+
+    def call(name: str, pass_on: PassOn) -> int:
+        begun.append(name)
+        pass_on()
+        return len(begun)
+
+    found = in_pairs({name: functools.partial(call, name) for name in ("one", "two")}, 2)
+    assert begun == ["one", "two", "two", "one", "one", "two"]
+    assert found == {"one": [4, 6], "two": [4, 6]}
 
 
 def test_a_step_counts_with_its_median() -> None:

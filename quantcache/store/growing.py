@@ -313,7 +313,7 @@ class Int8Pages(Pages):
 
     def _append_to_tail(self, key_states: Tensor, value_states: Tensor, used: int, total: int) -> PagesView:
         """``append`` where the tail alone grows, from ``used`` to ``total``: what a decode step does, in few calls."""
-        closed, backend = self._closed or self._make_closed(), self._backend or self.backend
+        closed, backend = self._closed or self._make_closed(), self.backend
         self._write_pending()
         buffers = self._buffers_for(total)
         pending = None
@@ -443,8 +443,7 @@ class Int8Pages(Pages):
     def _write_pending(self) -> None:
         """Have the newest tokens in the buffers of the tail."""
         if self._newest is not None:
-            if self._newest.pending is not None:
-                self._newest.write_pending()
+            self._newest.write_pending()
             self._newest = None
 
     def _arrive(self) -> None:

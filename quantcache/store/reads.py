@@ -176,7 +176,7 @@ def _run_restore(tensors: list[Tensor], form: list[int], dtype: torch.dtype, is_
 
 def _fake_restore(tensors: list[Tensor], form: list[int], dtype: torch.dtype, is_key: bool) -> Tensor:
     view = unpacked(tensors, form, dtype)
-    return view.buffers[0].new_empty(view.shown(is_key)[0])
+    return view.buffers[0].new_empty(view.state_shape(is_key))
 
 
 for _name, _run, _fake in (("attention", _run_attention, _fake_attention), ("restore", _run_restore, _fake_restore)):

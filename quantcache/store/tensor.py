@@ -43,8 +43,8 @@ class Int8Tensor(CachedStates):
     @staticmethod
     def __new__(cls, pages_view: PagesView, is_key: bool, read_log: ReadLog) -> "Int8Tensor":
         """The keys or the values of ``pages_view``."""
-        shape, dtype, device = pages_view.shown(is_key)
-        made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        shape, like = pages_view.state_shape(is_key), pages_view.buffers[0]
+        made: Int8Tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         torch._C._set_throw_on_mutable_data_ptr(made)  # torch's to_dlpack would hand out its address, which is none
         made.pages_view, made.is_key, made.read_log = pages_view, is_key, read_log
         return made
@@ -205,9 +205,8 @@ def read_recorded(key: RecordedStates, query: Tensor, options: AttentionOptions)
 def shared_view(key: object, value: object) -> "tuple[PagesView, ReadLog] | None":
     """The view and log of a pair of ``Int8Tensor`` keys and values, None for anything else."""
     if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor) and key.is_key and not value.is_key:
-        view = key.pages_view
-        if view is value.pages_view or view.shows(value.pages_view):
-            return view, key.read_log
+        if key.pages_view.shows(value.pages_view):
+            return key.pages_view, key.read_log
     return None
 
 

@@ -102,11 +102,10 @@ class PagesView:
         buffer = self.buffers[which]
         return buffer if buffer.shape[2] == self.tail_len else buffer.narrow(2, 0, self.tail_len)
 
-    def shown(self, is_key: bool) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
-        """Of the keys, or of the values, as readers see them: (batch, num_kv_heads, tokens, head_dim) and so on."""
-        buffer = self.buffers[0 if is_key else 1]
-        batch, num_kv_heads, _, head_dim = buffer.shape
-        return (batch, num_kv_heads, self.capacity or self.seq_len, head_dim), buffer.dtype, buffer.device
+    def state_shape(self, is_key: bool) -> tuple[int, int, int, int]:
+        """(batch, num_kv_heads, tokens, head_dim) of the keys, or of the values, as readers see them."""
+        batch, num_kv_heads, _, head_dim = self.buffers[0 if is_key else 1].shape
+        return batch, num_kv_heads, self.capacity or self.seq_len, head_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +136,7 @@ class PagesView:
 
     def shows(self, other: "PagesView") -> bool:
         """Whether ``other`` is of the same tokens in the same memory, as keys and values read one by one are."""
-        return (
+        return self is other or (
             self.closed is other.closed
             and same_memory(self.key_tail, other.key_tail)
             and same_memory(self.value_tail, other.value_tail)

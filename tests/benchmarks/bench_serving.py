@@ -41,7 +41,8 @@ from quantcache.planning import Geometry
 from quantcache.planning.serving import EXACT_BLOCK_TOKENS, blocks
 from quantcache.quantization.scheme import PAGE_SIZE
 from tests.benchmarks import report
-from tests.benchmarks.bench_generate import DEVICE, GEOMETRIES, ON_GPU, SPOKEN, Peak, now, random_model
+from tests.benchmarks.bench_generate import DEVICE, GEOMETRIES, ON_GPU, SPOKEN, Peak, random_model
+from tests.benchmarks.turns import now
 
 Row = dict[str, Any]
 Kind = Callable[[PreTrainedModel, ContinuousBatchingConfig, GenerationConfig], AbstractContextManager[Any]]

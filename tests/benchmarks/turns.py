@@ -85,7 +85,7 @@ def _stay_together() -> None:
 
 
 class Turns:
-    """A thread for each of some calls, which run in turn.
+    """A thread for each of some calls, which run in turn; to be left as a context manager.
 
     A thread stays for later calls of its name, since torch keeps by thread what it has prepared, as cuDNN's plans. All
     run on one processor, where the system lets them, since processors, too, are now faster and now slower.
@@ -96,6 +96,13 @@ class Turns:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._threads = {name: ThreadPoolExecutor(1, initializer=_stay_together) for name in names}
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for thread in self._threads.values():
+            thread.shutdown()
 
     def take(self, calls: Mapping[str, Callable[[PassOn], Result]]) -> dict[str, Result]:
         """What the calls return, each of which runs only when it is its turn.
@@ -121,6 +128,21 @@ class Turns:
         ring.waiting[ring.order[0]].release()
         wait(begun.values())
         return {name: done.result() for name, done in begun.items()}
+
+
+def in_pairs(calls: Mapping[str, Callable[[PassOn], Result]], pairs: int) -> dict[str, list[Result]]:
+    """What the calls return in each of ``pairs``, every other time in the other order.
+
+    One more comes before, which prepares what a thread keeps.
+    """
+    runs: dict[str, list[Result]] = {name: [] for name in calls}
+    with Turns(calls) as turns:
+        turns.take(calls)
+        for index in range(pairs):
+            found = turns.take({name: calls[name] for name in sorted(calls, reverse=index % 2 == 0)})
+            for name, result in found.items():
+                runs[name].append(result)
+    return runs
 
 
 def typical(runs: Sequence[Sequence[float]]) -> float:
